@@ -1,0 +1,72 @@
+#include "isa.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace mnv2_fused::cpu {
+namespace {
+
+const Isa* find(const std::string& name) {
+  std::string known;
+  for (const Isa& isa : compiled()) {
+    if (name == isa.name) {
+      if (isa.supported()) return &isa;
+      throw std::runtime_error("MNV2_FUSED_ISA: this processor cannot run " + name +
+                               "; leave it unset to use the best it has");
+    }
+    known += (known.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::runtime_error("MNV2_FUSED_ISA: unknown instruction set '" + name +
+                           "'; this build has " + known);
+}
+
+const Isa* preferred() {
+  const char* name = std::getenv("MNV2_FUSED_ISA");
+  if (name && *name) return find(name);
+  for (const Isa& isa : compiled())
+    if (isa.supported()) return &isa;
+  return &compiled().back();
+}
+
+std::atomic<const Isa*> g_active{nullptr};
+
+}  // namespace
+
+const std::vector<Isa>& compiled() {
+#if defined(__x86_64__)
+  static const std::vector<Isa> kIsas{kAvx512, kAvx2, kPortable};
+#else
+  static const std::vector<Isa> kIsas{kPortable};
+#endif
+  return kIsas;
+}
+
+const Isa& active() {
+  const Isa* isa = g_active.load(std::memory_order_acquire);
+  if (!isa) {
+    isa = preferred();
+    g_active.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+void set_active(const std::string& name) {
+  g_active.store(name.empty() ? preferred() : find(name));
+}
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t kBytes = [] {
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return bytes > 0 ? int64_t{bytes} : int64_t{512} << 10;
+  }();
+  return kBytes;
+#else
+  return int64_t{512} << 10;
+#endif
+}
+
+}  // namespace mnv2_fused::cpu

@@ -1,0 +1,44 @@
+// The instruction sets the CPU kernel is built for, and the one in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace mnv2_fused::cpu {
+
+template <class T>
+using RunTile = void (*)(const BlockArgs<T>&, const Plan&, int64_t task, T* scratch);
+
+struct Isa {
+  const char* name;
+  int64_t vector_bytes;
+  bool (*supported)();  // by this processor and operating system
+  RunTile<float> run_f32;
+  RunTile<double> run_f64;
+  // Runs `rounds` x kPeakFlops float multiply-adds counted as two operations each; the return value
+  // only keeps them alive. For the peak meter.
+  float (*multiply_add)(int64_t rounds);
+  int64_t flops_per_round;
+};
+
+// Best first; the last one runs everywhere.
+const std::vector<Isa>& compiled();
+
+// The one in use: the best this machine has, or what MNV2_FUSED_ISA named at load time.
+// Throws std::runtime_error when that name is unknown or cannot run here.
+const Isa& active();
+// Switches at run time (tests, sweeps); an empty name restores the default.
+void set_active(const std::string& name);
+
+inline Machine machine_for(const Isa& isa, int64_t threads, int64_t element_size,
+                           int64_t l2_bytes) {
+  return {threads, isa.vector_bytes / element_size, element_size, l2_bytes};
+}
+// Size of this machine's per-core L2, or 512 KiB where the system does not tell.
+int64_t l2_bytes();
+
+extern const Isa kAvx512, kAvx2, kPortable;
+
+}  // namespace mnv2_fused::cpu

@@ -1,0 +1,428 @@
+// The fused block for one tile of output pixels, written once over a vector type V.
+//
+// Include inside an instruction set's own .cpp, after its `#pragma GCC target`, MNV2_INLINE and V:
+// everything here has internal linkage, so no code compiled for one instruction set can serve
+// another.
+//
+// Stages, for each group of expanded channels:
+//   expand     x tile + halo  -> expanded   [group/16][in_rows][in_cols][16], zero outside the
+//   image depthwise  expanded       -> depthwise  [group/16][strip pixels][16] project    depthwise
+//   -> y, accumulated in place over the groups
+//
+// Every output element sums its terms in one fixed order (bias, x, then expanded channels
+// ascending; inside those, taps and input channels ascending), whatever the plan, so results are
+// identical bit for bit over tiles, groups and thread counts.
+#pragma once
+
+namespace {
+
+// Rows x vectors of the 1x1 products' register tile: accumulators, one row of weights, one
+// broadcast.
+template <class V>
+constexpr int kMaxVectors = V::kRegisters >= 32 ? 4 : 2;
+template <class V>
+constexpr int max_rows(int vectors) {
+  const int rows = (V::kRegisters - 1 - vectors) / vectors;
+  return rows < 12 ? rows : 12;
+}
+// Output columns per depthwise pass: MobileNetV2's widths at 224 are multiples of 7.
+constexpr int kDepthwiseCols = 7;
+
+template <class V>
+MNV2_INLINE V relu6(V v) {
+  // x86 max/min return the second operand when either is NaN, so NaN passes through as in torch.
+  return V::min(V::set1(6), V::max(V::set1(0), v));
+}
+
+// Calls f(begin, count) over [0, total) in near-equal pieces of at most `most`.
+template <class F>
+MNV2_INLINE void for_pieces(int64_t total, int64_t most, F f) {
+  const int64_t pieces = ceil_div(total, most);
+  for (int64_t i = 0, begin = 0; i < pieces; ++i) {
+    const int64_t count = (total - begin) / (pieces - i);
+    f(begin, int(count));
+    begin += count;
+  }
+}
+
+// acc[i][j] += sum over k of a(i, k) * w[j][16 k]
+template <class V, int R, int N, class A>
+MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const typename V::T* const (&w)[N],
+                          int64_t terms) {
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < terms; ++k) {
+    V row[N];
+    for (int j = 0; j < N; ++j) row[j] = V::load(w[j] + k * kPanel);
+    for (int i = 0; i < R; ++i) {
+      const V value = V::set1(a(i, k));
+      for (int j = 0; j < N; ++j) acc[i][j] = V::fma(value, row[j], acc[i][j]);
+    }
+  }
+}
+
+// Vector j of a panel-major buffer starts at this element.
+template <class V>
+MNV2_INLINE int64_t vector_offset(int64_t vector, int64_t panel_stride) {
+  constexpr int64_t kPerPanel = kPanel / V::kLanes;
+  return vector / kPerPanel * panel_stride + vector % kPerPanel * V::kLanes;
+}
+
+template <class T>
+struct ExpandTile {
+  const T* x[12];    // input pixels
+  T* expanded[12];   // where each pixel's first vector goes
+  int64_t panel;     // elements between panels of `expanded`
+  const T* weights;  // [group/16][C_in][16]
+  const T* bias;     // [group]
+  int64_t in_channels;
+  int64_t vector;  // first vector of this tile
+};
+
+template <class V, int R, int N>
+void expand_tile(const ExpandTile<typename V::T>& t) {
+  using T = typename V::T;
+  const T* w[N];
+  V acc[R][N];
+  for (int j = 0; j < N; ++j) {
+    w[j] = t.weights + vector_offset<V>(t.vector + j, t.in_channels * kPanel);
+    const V bias = V::load(t.bias + (t.vector + j) * V::kLanes);
+    for (int i = 0; i < R; ++i) acc[i][j] = bias;
+  }
+  const T* x[R];
+  for (int i = 0; i < R; ++i) x[i] = t.x[i];
+  multiply<V, R, N>(acc, [&](int i, int64_t k) { return x[i][k]; }, w, t.in_channels);
+  for (int j = 0; j < N; ++j) {
+    const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
+    for (int i = 0; i < R; ++i) relu6(acc[i][j]).store(t.expanded[i] + offset);
+  }
+}
+
+template <class T>
+struct ProjectTile {
+  const T* depthwise;  // first pixel, [group/16][strip pixels][16]
+  int64_t panel;       // elements between its panels
+  const T* weights;    // this group's first row of the tile's first panel, [..][E][16]
+  int64_t hidden;      // E
+  int64_t terms;       // expanded channels in this group
+  T* y[12];            // output pixels, at the tile's first channel
+  const T* init[12];   // what y starts from besides the bias: x for a residual, y after group 0
+  const T* bias;       // null after the first group
+  bool add;            // whether to add init
+  int64_t lanes;       // valid lanes, when partial
+  int64_t half;        // element offset inside the first panel
+};
+
+template <class V, int R, int N, bool kPartial>
+void project_tile(const ProjectTile<typename V::T>& t) {
+  using T = typename V::T;
+  const auto load = [&](const T* p) {
+    if constexpr (kPartial) return V::load_partial(p, t.lanes);
+    return V::load(p);
+  };
+  const T* w[N];
+  V acc[R][N];
+  for (int j = 0; j < N; ++j) {
+    w[j] = t.weights + vector_offset<V>(j + t.half / V::kLanes, t.hidden * kPanel);
+    const V bias = t.bias ? load(t.bias + j * V::kLanes) : V::set1(0);
+    for (int i = 0; i < R; ++i) {
+      if (!t.add) {
+        acc[i][j] = bias;
+      } else {
+        acc[i][j] = load(t.init[i] + j * V::kLanes);
+        if (t.bias) acc[i][j] = V::add(acc[i][j], bias);
+      }
+    }
+  }
+  const T* depthwise = t.depthwise;
+  for (int64_t k = 0; k < t.terms; k += kPanel, depthwise += t.panel) {
+    const auto value = [&](int i, int64_t c) { return depthwise[i * kPanel + c]; };
+    const int64_t left = t.terms - k;
+    if (left >= kPanel) {
+      multiply<V, R, N>(acc, value, w, kPanel);
+    } else {
+      multiply<V, R, N>(acc, value, w, left);
+    }
+    for (int j = 0; j < N; ++j) w[j] += kPanel * kPanel;
+  }
+  for (int j = 0; j < N; ++j)
+    for (int i = 0; i < R; ++i) {
+      if constexpr (kPartial)
+        acc[i][j].store_partial(t.y[i] + j * V::kLanes, t.lanes);
+      else
+        acc[i][j].store(t.y[i] + j * V::kLanes);
+    }
+}
+
+// `cols` outputs of one depthwise row, one vector of channels: all taps from three expanded rows.
+template <class V, int S, int C>
+MNV2_INLINE void depthwise_cols(const typename V::T* expanded, int64_t row,
+                                const typename V::T* weights, V bias, typename V::T* out) {
+  V acc[C];
+  for (int c = 0; c < C; ++c) acc[c] = bias;
+  for (int ky = 0; ky < 3; ++ky) {
+    V tap[3];
+    for (int kx = 0; kx < 3; ++kx) tap[kx] = V::load(weights + (ky * 3 + kx) * kPanel);
+#pragma GCC unroll 16
+    for (int col = 0; col < (C - 1) * S + 3; ++col) {
+      const V v = V::load(expanded + ky * row + col * kPanel);
+      for (int kx = 0; kx < 3; ++kx)
+        if (col >= kx && (col - kx) % S == 0 && (col - kx) / S < C)
+          acc[(col - kx) / S] = V::fma(v, tap[kx], acc[(col - kx) / S]);
+    }
+  }
+  for (int c = 0; c < C; ++c) relu6(acc[c]).store(out + c * kPanel);
+}
+
+template <class V, int S>
+void depthwise_row(const typename V::T* expanded, int64_t row, const typename V::T* weights,
+                   const typename V::T* bias, typename V::T* out, int64_t cols) {
+  const V b = V::load(bias);
+  for (; cols >= kDepthwiseCols; cols -= kDepthwiseCols) {
+    depthwise_cols<V, S, kDepthwiseCols>(expanded, row, weights, b, out);
+    expanded += kDepthwiseCols * S * kPanel;
+    out += kDepthwiseCols * kPanel;
+  }
+  switch (cols) {
+    case 6:
+      return depthwise_cols<V, S, 6>(expanded, row, weights, b, out);
+    case 5:
+      return depthwise_cols<V, S, 5>(expanded, row, weights, b, out);
+    case 4:
+      return depthwise_cols<V, S, 4>(expanded, row, weights, b, out);
+    case 3:
+      return depthwise_cols<V, S, 3>(expanded, row, weights, b, out);
+    case 2:
+      return depthwise_cols<V, S, 2>(expanded, row, weights, b, out);
+    case 1:
+      return depthwise_cols<V, S, 1>(expanded, row, weights, b, out);
+    default:
+      return;
+  }
+}
+
+// Function tables over the number of rows: entry r - 1 handles r pixels.
+template <class V, int N, int... R>
+auto expand_table(std::integer_sequence<int, R...>) {
+  static constexpr decltype(&expand_tile<V, 1, N>) kTable[] = {&expand_tile<V, R + 1, N>...};
+  return kTable;
+}
+template <class V, int N, bool kPartial, int... R>
+auto project_table(std::integer_sequence<int, R...>) {
+  static constexpr decltype(&project_tile<V, 1, N, kPartial>) kTable[] = {
+      &project_tile<V, R + 1, N, kPartial>...};
+  return kTable;
+}
+template <class V, int N>
+using Rows = std::make_integer_sequence<int, max_rows<V>(N)>;
+
+// Calls f(std::integral_constant<int, n>) for a run-time n in [1, kMaxVectors].
+template <class V, class F>
+MNV2_INLINE void with_vectors(int n, F f) {
+  if constexpr (kMaxVectors<V> == 4) {
+    if (n == 4) return f(std::integral_constant<int, 4>{});
+    if (n == 3) return f(std::integral_constant<int, 3>{});
+  }
+  if (n == 2) return f(std::integral_constant<int, 2>{});
+  return f(std::integral_constant<int, 1>{});
+}
+
+// One tile of one image: where it lies and the scratch it works in.
+template <class V>
+class Tile {
+  using T = typename V::T;
+
+ public:
+  Tile(const BlockArgs<T>& args, const Plan& plan, int64_t task, T* scratch)
+      : a_(args), s_(args.shape), plan_(plan), expanded_(scratch) {
+    depthwise_ = scratch + plan.expanded_elements(s_);
+    const int64_t across = plan.tiles_across(s_), down = plan.tiles_down(s_);
+    const int64_t image = task / (across * down);
+    row_ = task / across % down * plan.tile_rows;
+    col_ = task % across * plan.tile_cols;
+    rows_ = least(plan.tile_rows, s_.out_height() - row_);
+    cols_ = least(plan.tile_cols, s_.out_width() - col_);
+    in_rows_ = (rows_ - 1) * s_.stride + 3;
+    in_cols_ = (cols_ - 1) * s_.stride + 3;
+    // The window of expanded pixels that lie inside the image.
+    top_ = greatest(0, 1 - row_ * s_.stride);
+    left_ = greatest(0, 1 - col_ * s_.stride);
+    bottom_ = least(in_rows_, s_.height + 1 - row_ * s_.stride);
+    right_ = least(in_cols_, s_.width + 1 - col_ * s_.stride);
+    x_ = args.x + image * args.x_image + (row_ * s_.stride - 1) * args.x_row +
+         (col_ * s_.stride - 1) * args.x_col;
+    y_ = args.y + ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
+    panel_ = in_rows_ * in_cols_ * kPanel;
+  }
+
+  void run() {
+    clear_padding();
+    for (int64_t first = 0; first < s_.hidden_channels; first += plan_.group) {
+      const int64_t channels = least(plan_.group, s_.hidden_channels - first);
+      s_.expand ? expand(first, channels) : copy(first, channels);
+      for (int64_t row = 0; row < rows_; row += plan_.strip_rows) {
+        const int64_t strip = least(plan_.strip_rows, rows_ - row);
+        depthwise(first, channels, row, strip);
+        project(first, channels, row, strip);
+      }
+    }
+  }
+
+ private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  // Expanded pixels outside the image are 0 for every group: the expansion never writes them.
+  void clear_padding() {
+    const int64_t panels = least(plan_.group / kPanel, s_.hidden_panels());
+    const auto clear = [](T* p, int64_t pixels) {
+      for (int64_t i = 0; i < pixels * kPanel; i += V::kLanes) V::set1(0).store(p + i);
+    };
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t r = 0; r < in_rows_; ++r) {
+        T* row = expanded_ + panel * panel_ + r * in_cols_ * kPanel;
+        if (r < top_ || r >= bottom_) {
+          clear(row, in_cols_);
+        } else {
+          clear(row, left_);
+          clear(row + right_ * kPanel, in_cols_ - right_);
+        }
+      }
+  }
+
+  // The next pixels of the window in row order, into t.x and t.expanded.
+  struct Cursor {
+    int64_t row, col;
+  };
+  void next_pixels(Cursor& at, int count, ExpandTile<T>& t) const {
+    for (int i = 0; i < count; ++i) {
+      t.x[i] = x_ + at.row * a_.x_row + at.col * a_.x_col;
+      t.expanded[i] = expanded_ + (at.row * in_cols_ + at.col) * kPanel;
+      if (++at.col == right_) {
+        at.col = left_;
+        ++at.row;
+      }
+    }
+  }
+
+  void expand(int64_t first, int64_t channels) {
+    ExpandTile<T> t;
+    t.panel = panel_;
+    t.weights = a_.w_expand + first * s_.in_channels;
+    t.bias = a_.b_expand + first;
+    t.in_channels = s_.in_channels;
+    const int64_t pixels = (bottom_ - top_) * (right_ - left_);
+    const int64_t vectors = ceil_div(channels, kPanel) * (kPanel / V::kLanes);
+    for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
+      t.vector = vector;
+      with_vectors<V>(n, [&](auto N) {
+        const auto table = expand_table<V, N>(Rows<V, N>{});
+        Cursor at{top_, left_};
+        for_pieces(pixels, max_rows<V>(N), [&](int64_t, int rows) {
+          next_pixels(at, rows, t);
+          table[rows - 1](t);
+        });
+      });
+    });
+  }
+
+  // No expansion: x itself, panel by panel, with zeros past the last channel.
+  void copy(int64_t first, int64_t channels) {
+    for (int64_t row = top_; row < bottom_; ++row)
+      for (int64_t c = 0; c < channels; c += V::kLanes) {
+        const int64_t lanes = channels - c;
+        const T* x = x_ + row * a_.x_row + left_ * a_.x_col + first + c;
+        T* e =
+            expanded_ + vector_offset<V>(c / V::kLanes, panel_) + (row * in_cols_ + left_) * kPanel;
+        for (int64_t col = left_; col < right_; ++col, x += a_.x_col, e += kPanel)
+          (lanes >= V::kLanes ? V::load(x) : V::load_partial(x, lanes)).store(e);
+      }
+  }
+
+  void depthwise(int64_t first, int64_t channels, int64_t row, int64_t strip) {
+    const int64_t vectors = ceil_div(channels, V::kLanes);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const T* weights = a_.w_depthwise + vector_offset<V>(first / V::kLanes + v, 9 * kPanel);
+      const T* bias = a_.b_depthwise + first + v * V::kLanes;
+      const T* in = expanded_ + vector_offset<V>(v, panel_);
+      T* out = depthwise_ + vector_offset<V>(v, strip * cols_ * kPanel);
+      for (int64_t r = 0; r < strip; ++r) {
+        const T* e = in + (row + r) * s_.stride * in_cols_ * kPanel;
+        T* d = out + r * cols_ * kPanel;
+        if (s_.stride == 1)
+          depthwise_row<V, 1>(e, in_cols_ * kPanel, weights, bias, d, cols_);
+        else
+          depthwise_row<V, 2>(e, in_cols_ * kPanel, weights, bias, d, cols_);
+      }
+    }
+  }
+
+  // Output channels [channel, ...) of the strip in pieces of at most `most` pixels: f(t, rows).
+  template <class F>
+  void project_pixels(ProjectTile<T>& t, int64_t first, int64_t channel, int64_t row, int64_t strip,
+                      int most, F f) {
+    t.weights = a_.w_project + channel / kPanel * s_.hidden_channels * kPanel + first * kPanel;
+    t.half = channel % kPanel;
+    t.bias = first == 0 ? a_.b_project + channel : nullptr;
+    t.add = first != 0 || s_.residual;
+    int64_t r = row, c = 0;
+    for_pieces(strip * cols_, most, [&](int64_t pixel, int rows) {
+      t.depthwise = depthwise_ + pixel * kPanel;
+      for (int i = 0; i < rows; ++i) {
+        t.y[i] = y_ + (r * s_.out_width() + c) * s_.out_channels + channel;
+        t.init[i] = first != 0 ? t.y[i] : x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel;
+        if (++c == cols_) {
+          c = 0;
+          ++r;
+        }
+      }
+      f(rows);
+    });
+  }
+
+  void project(int64_t first, int64_t channels, int64_t row, int64_t strip) {
+    ProjectTile<T> t;
+    t.panel = strip * cols_ * kPanel;
+    t.hidden = s_.hidden_channels;
+    t.terms = channels;
+    const int64_t full = s_.out_channels / V::kLanes;
+    for_pieces(full, kMaxVectors<V>, [&](int64_t vector, int n) {
+      with_vectors<V>(n, [&](auto N) {
+        const auto table = project_table<V, N, false>(Rows<V, N>{});
+        project_pixels(t, first, vector * V::kLanes, row, strip, max_rows<V>(N),
+                       [&](int rows) { table[rows - 1](t); });
+      });
+    });
+    const int64_t done = full * V::kLanes;
+    t.lanes = s_.out_channels - done;
+    if (t.lanes > 0) {
+      // What is left fills no vector; a half vector does it at half the cost where there is one.
+      using H = typename V::Half;
+      const auto tail = [&]<class U>(U) {
+        const auto table = project_table<U, 1, true>(Rows<U, 1>{});
+        project_pixels(t, first, done, row, strip, max_rows<U>(1),
+                       [&](int rows) { table[rows - 1](t); });
+      };
+      t.lanes <= H::kLanes ? tail(H{}) : tail(V{});
+    }
+  }
+
+  const BlockArgs<T>& a_;
+  const BlockShape& s_;
+  const Plan& plan_;
+  T* expanded_;
+  T* depthwise_;
+  int64_t row_, col_, rows_, cols_;      // output pixels
+  int64_t in_rows_, in_cols_;            // expanded pixels, padding included
+  int64_t top_, left_, bottom_, right_;  // of those, the ones inside the image
+  const T* x_;                           // input pixel of expanded pixel (0, 0)
+  T* y_;                                 // output pixel (0, 0)
+  int64_t panel_;                        // elements between panels of expanded_
+};
+
+template <class V>
+void run_tile(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t task,
+              typename V::T* scratch) {
+  Tile<V>(args, plan, task, scratch).run();
+}
+
+}  // namespace

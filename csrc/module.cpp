@@ -1,0 +1,71 @@
+// Python's window on the build: instruction sets, the planner, the peak meter.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace mnv2_fused;
+
+namespace {
+
+BlockShape block_shape(int64_t batch, int64_t height, int64_t width, int64_t in_channels,
+                       int64_t hidden_channels, int64_t out_channels, int64_t stride, bool expand,
+                       bool residual) {
+  return {batch,        height, width,  in_channels, hidden_channels,
+          out_channels, stride, expand, residual};
+}
+
+py::dict to_dict(const Plan& p) {
+  using namespace py::literals;
+  return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
+                  "strip_rows"_a = p.strip_rows, "tasks"_a = p.tasks, "workers"_a = p.workers,
+                  "scratch_bytes"_a = p.scratch_bytes, "recompute"_a = p.recompute,
+                  "bytes_never_written"_a = p.bytes_never_written, "cost"_a = p.cost);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("compiler") = __VERSION__;
+  m.attr("torch_target") =
+      (TORCH_TARGET_VERSION >> 56 & 0xff) * 100 + (TORCH_TARGET_VERSION >> 48 & 0xff);
+
+  m.def("instruction_sets", [] {
+    std::vector<std::pair<std::string, bool>> names;
+    for (const cpu::Isa& isa : cpu::compiled()) names.emplace_back(isa.name, isa.supported());
+    return names;
+  });
+  m.def("instruction_set", [] { return std::string(cpu::active().name); });
+  m.def("set_instruction_set", &cpu::set_active);
+  m.def("l2_bytes", &cpu::l2_bytes);
+
+  m.def(
+      "plan",
+      [](py::args dims, int64_t threads, int64_t element_size,
+         std::optional<std::vector<int64_t>> forced) {
+        if (dims.size() != 9) throw py::value_error("plan takes 9 dimensions");
+        const auto at = [&](int i) { return dims[i].cast<int64_t>(); };
+        const BlockShape s =
+            block_shape(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7) != 0, at(8) != 0);
+        const Machine machine =
+            cpu::machine_for(cpu::active(), threads, element_size, cpu::l2_bytes());
+        if (!forced) return to_dict(make_plan(s, machine));
+        if (forced->size() != 3)
+          throw py::value_error("plan must be [tile_rows, tile_cols, group], got " +
+                                std::to_string(forced->size()) + " values");
+        return to_dict(make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2]));
+      },
+      py::kw_only(), py::arg("threads"), py::arg("element_size"), py::arg("forced") = py::none());
+
+  // Runs the instruction set's multiply-add loop; returns the floating-point operations done.
+  m.def(
+      "multiply_add",
+      [](int64_t rounds) {
+        const cpu::Isa& isa = cpu::active();
+        const float value = isa.multiply_add(rounds);
+        asm volatile("" : : "m"(value));
+        return isa.flops_per_round * rounds;
+      },
+      py::call_guard<py::gil_scoped_release>());
+}

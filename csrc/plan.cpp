@@ -1,0 +1,151 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace mnv2_fused {
+namespace {
+
+// Costs in vector multiply-adds, fitted to a sweep over MobileNetV2's 17 blocks (one Zen 4 core):
+// bias + ReLU6 + store of one expanded vector, load + store of one output vector per channel group,
+// bias + ReLU6 + store of one depthwise vector, and what a task spends before its first multiply.
+constexpr double kExpandEpilogue = 6.0;
+constexpr double kProjectEpilogue = 5.0;
+constexpr double kDepthwiseEpilogue = 6.0;
+constexpr double kTaskStart = 2000.0;
+// Pixels between depthwise and project: enough to reuse the project weights in L1, few enough that
+// the depthwise result of one group stays there.
+constexpr int64_t kStripPixels = 96;
+
+// Part of L2 the scratch may take; the rest holds x, y and the weights of one group.
+int64_t scratch_budget(const Machine& m) { return m.l2_bytes * 5 / 8; }
+
+Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
+              int64_t group) {
+  Plan p{};
+  p.tile_rows = tile_rows;
+  p.tile_cols = tile_cols;
+  p.group = group;
+  p.strip_rows = std::clamp<int64_t>(kStripPixels / tile_cols, 1, tile_rows);
+  p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s);
+  p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
+  p.scratch_bytes = (p.expanded_elements(s) + p.depthwise_elements()) * m.element_size;
+
+  const double out_pixels = double(s.out_height()) * double(s.out_width());
+  const double hidden = double(s.hidden_channels);
+  p.bytes_never_written =
+      int64_t(double(s.batch) * hidden * double(m.element_size) *
+              (out_pixels + (s.expand ? double(s.height) * double(s.width) : 0.0)));
+
+  // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Only the
+  // first window can start outside it and only the last can end outside it.
+  const auto windows = [&](int64_t out, int64_t tile, int64_t size) {
+    const int64_t before_last = ceil_div(out, tile) - 1;
+    const int64_t end = std::min((out - 1) * s.stride + 2, size);
+    return before_last * ((tile - 1) * s.stride + 3) + end - before_last * tile * s.stride;
+  };
+  const double in_pixels = double(windows(s.out_height(), tile_rows, s.height)) *
+                           double(windows(s.out_width(), tile_cols, s.width));
+  p.recompute = in_pixels / (double(s.height) * double(s.width));
+
+  const double vectors = double(round_up(s.hidden_channels, kPanel)) / double(m.lanes);
+  const double groups = double(ceil_div(s.hidden_channels, group));
+  const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
+                             double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
+  const double image =
+      in_pixels * vectors * ((s.expand ? double(s.in_channels) : 0.0) + kExpandEpilogue) +
+      out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
+      out_pixels * out_vectors * (hidden + groups * kProjectEpilogue);
+  const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
+  const double rounds = double(ceil_div(p.tasks, p.workers));
+  p.cost = rounds * (image / tiles + kTaskStart);
+  return p;
+}
+
+// Splitting `size` into `parts` gives tiles of this many; used so that tiles come out equal.
+int64_t tile_of(int64_t size, int64_t parts) { return ceil_div(size, parts); }
+
+}  // namespace
+
+std::string unsupported(const BlockShape& s) {
+  const auto text = [](const char* name, int64_t value, const char* limit) {
+    return std::string(name) + " must be " + limit + ", got " + std::to_string(value);
+  };
+  if (s.stride != 1 && s.stride != 2) return text("stride", s.stride, "1 or 2");
+  if (s.batch < 0) return text("batch", s.batch, "at least 0");
+  if (s.height < 1) return text("height", s.height, "at least 1");
+  if (s.width < 1) return text("width", s.width, "at least 1");
+  if (s.in_channels < 1) return text("in_channels", s.in_channels, "at least 1");
+  if (s.hidden_channels < 1) return text("hidden_channels", s.hidden_channels, "at least 1");
+  if (s.out_channels < 1) return text("out_channels", s.out_channels, "at least 1");
+  if (!s.expand && s.hidden_channels != s.in_channels)
+    return text("hidden_channels", s.hidden_channels, "equal to in_channels without an expansion");
+  if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
+    return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
+           std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
+           std::to_string(s.out_channels);
+  // Past all memory; below these no product here leaves 64 bits.
+  constexpr int64_t kPixels = int64_t{1} << 36;
+  int64_t pixels = 1;
+  for (const int64_t d : {std::max<int64_t>(s.batch, 1), s.height, s.width}) {
+    if (d > kPixels || pixels > kPixels / d) return "batch x height x width must be at most 2^36";
+    pixels *= d;
+  }
+  constexpr int64_t kChannels = int64_t{1} << 18;
+  if (s.in_channels > kChannels || s.hidden_channels > kChannels || s.out_channels > kChannels)
+    return "channel counts must be at most 2^18";
+  return "";
+}
+
+Plan make_plan(const BlockShape& s, const Machine& m) {
+  if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
+  const int64_t panels = s.hidden_panels();
+  Plan best{};
+  bool found = false;
+  int64_t last_group = 0;
+  for (int64_t groups = 1; groups <= panels; ++groups) {
+    const int64_t group = ceil_div(panels, groups) * kPanel;  // equal groups
+    if (group == last_group) continue;
+    last_group = group;
+    int64_t last_cols = 0;
+    for (int64_t across = 1; across <= s.out_width(); across += across < 8 ? 1 : across / 4) {
+      const int64_t cols = tile_of(s.out_width(), across);
+      if (cols == last_cols) continue;
+      last_cols = cols;
+      int64_t last_rows = 0;
+      for (int64_t down = 1; down <= s.out_height(); down += down < 32 ? 1 : down / 8) {
+        const int64_t rows = tile_of(s.out_height(), down);
+        if (rows == last_rows) continue;
+        last_rows = rows;
+        const int64_t bytes =
+            ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3) * group * m.element_size;
+        // The smallest tile of one panel is always allowed, however small the cache.
+        if (bytes > scratch_budget(m) && (group > kPanel || rows > 1 || cols > 1)) continue;
+        const Plan p = complete(s, m, rows, cols, group);
+        if (!found || p.cost < best.cost) best = p;
+        found = true;
+      }
+    }
+  }
+  if (!found) best = complete(s, m, 1, 1, kPanel);
+  return best;
+}
+
+Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
+               int64_t group) {
+  if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
+  const auto check = [](const char* name, int64_t value, int64_t limit) {
+    if (value < 1 || value > limit)
+      throw std::invalid_argument("plan: " + std::string(name) + " must be 1 to " +
+                                  std::to_string(limit) + ", got " + std::to_string(value));
+  };
+  check("tile_rows", tile_rows, s.out_height());
+  check("tile_cols", tile_cols, s.out_width());
+  check("group", group, s.hidden_panels() * kPanel);
+  if (group % kPanel != 0)
+    throw std::invalid_argument("plan: group must be a multiple of " + std::to_string(kPanel) +
+                                ", got " + std::to_string(group));
+  return complete(s, m, tile_rows, tile_cols, group);
+}
+
+}  // namespace mnv2_fused

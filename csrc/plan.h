@@ -1,0 +1,50 @@
+// The planner: block shape + machine -> how one call is tiled. Pure; shared by the op, Python and
+// the tests.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "block.h"
+
+namespace mnv2_fused {
+
+struct Machine {
+  int64_t threads;
+  int64_t lanes;         // elements of one vector register
+  int64_t element_size;  // bytes
+  int64_t l2_bytes;      // per core
+  bool operator==(const Machine&) const = default;
+};
+
+struct Plan {
+  int64_t tile_rows, tile_cols;  // output pixels one task computes
+  int64_t group;                 // expanded channels computed at a time, a multiple of kPanel
+  int64_t strip_rows;            // output rows between depthwise and project
+  int64_t tasks;                 // images x tiles
+  int64_t workers;               // tasks that run at once, each with its own scratch
+  int64_t scratch_bytes;         // per worker
+  int64_t bytes_never_written;   // the expanded tensors an unfused block writes
+  double recompute;              // expanded pixels computed / expanded pixels needed
+  double cost;                   // estimated vector operations on the slowest worker
+
+  int64_t tiles_down(const BlockShape& s) const { return ceil_div(s.out_height(), tile_rows); }
+  int64_t tiles_across(const BlockShape& s) const { return ceil_div(s.out_width(), tile_cols); }
+  int64_t in_rows(const BlockShape& s) const { return (tile_rows - 1) * s.stride + 3; }
+  int64_t in_cols(const BlockShape& s) const { return (tile_cols - 1) * s.stride + 3; }
+  // Elements of one worker's two scratch buffers.
+  int64_t expanded_elements(const BlockShape& s) const { return group * in_rows(s) * in_cols(s); }
+  int64_t depthwise_elements() const { return group * strip_rows * tile_cols; }
+};
+
+// The plan of least cost whose scratch fits the machine.
+Plan make_plan(const BlockShape& shape, const Machine& machine);
+
+// The plan with tile and group forced. Throws std::invalid_argument naming the value and the limit.
+Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_rows,
+               int64_t tile_cols, int64_t group);
+
+// Why no kernel takes this shape, or an empty string.
+std::string unsupported(const BlockShape& shape);
+
+}  // namespace mnv2_fused

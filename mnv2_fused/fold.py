@@ -1,0 +1,126 @@
+"""Batch-norm folding, and the packed weight layout that every backend reads.
+
+Packed layout (``P = 16``, the panel; ``E16 = ceil(E / 16)``; padding holds zeros)::
+
+    w_expand     [E16, C_in, 16]           w_expand[p, i, l]    = W_e[16 p + l, i]
+    b_expand     [16 E16]
+    w_depthwise  [E16, 9, 16]              w_depthwise[p, k, l] = W_d[16 p + l, k // 3, k % 3]
+    b_depthwise  [16 E16]
+    w_project    [ceil(C_out/16), E, 16]   w_project[q, e, l]   = W_p[16 q + l, e]
+    b_project    [C_out]
+
+A group of expanded channels is one contiguous block of ``w_expand`` and ``w_depthwise`` and one run of rows in
+each panel of ``w_project``; a kernel's inner loop reads 16 neighbouring output channels per multiplied value.
+``w_project`` and ``b_project`` are not padded along E and C_out, so the packed shapes alone carry the geometry.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PANEL = 16
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one block with batch norm folded in. ``w_expand`` and ``b_expand`` are None when t = 1."""
+
+    w_expand: Tensor | None  # [E, C_in, 1, 1]
+    b_expand: Tensor | None  # [E]
+    w_depthwise: Tensor  # [E, 1, 3, 3]
+    b_depthwise: Tensor  # [E]
+    w_project: Tensor  # [C_out, E, 1, 1]
+    b_project: Tensor  # [C_out]
+
+
+class PackedWeights(NamedTuple):
+    """The same weights in the layout of this module's docstring."""
+
+    w_expand: Tensor | None
+    b_expand: Tensor | None
+    w_depthwise: Tensor
+    b_depthwise: Tensor
+    w_project: Tensor
+    b_project: Tensor
+
+
+def fold_conv_bn(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in float64, of the one convolution equal to ``norm(conv(x))`` in eval.
+
+    ``norm`` is a BatchNorm2d, SyncBatchNorm or torchvision FrozenBatchNorm2d with running statistics; a missing
+    affine counts as weight 1, bias 0. Differentiable in every parameter. Raises ValueError without statistics.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:
+        raise ValueError(
+            f"cannot fold {type(norm).__name__} without running statistics: it normalises by the batch even in "
+            "eval; leave this block unfused"
+        )
+    # Each value is widened on its own, so that half-precision parameters fold as exactly as float32 ones.
+    scale = torch.rsqrt(var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = -mean.double() * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    if conv.bias is not None:
+        bias = bias + conv.bias.double() * scale
+    return conv.weight.double() * scale[:, None, None, None], bias
+
+
+def _panels(t: Tensor) -> Tensor:
+    """[C, K] -> [ceil(C/16), K, 16], zeros past C."""
+    t = F.pad(t, (0, 0, 0, -t.shape[0] % PANEL))
+    return t.reshape(-1, PANEL, t.shape[1]).transpose(1, 2).contiguous()
+
+
+def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of packed weights for activations of ``dtype``: CPU kernels multiply in float32 or float64."""
+    return torch.float32 if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32) -> PackedWeights:
+    """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(packed_dtype(dtype, t.device))
+
+    def padded(t: Tensor) -> Tensor:
+        return F.pad(cast(t), (0, -t.shape[0] % PANEL))
+
+    w_expand = b_expand = None
+    if weights.w_expand is not None and weights.b_expand is not None:
+        w_expand = _panels(cast(weights.w_expand).flatten(1))
+        b_expand = padded(weights.b_expand)
+    return PackedWeights(
+        w_expand,
+        b_expand,
+        _panels(cast(weights.w_depthwise).flatten(1)),
+        padded(weights.b_depthwise),
+        _panels(cast(weights.w_project).flatten(1)),
+        cast(weights.b_project).contiguous(),
+    )
+
+
+def unpack(packed: PackedWeights) -> BlockWeights:
+    """The inverse of :func:`pack`. Differentiable."""
+    hidden, out_channels = packed.w_project.shape[1], packed.b_project.shape[0]
+
+    def rows(t: Tensor, count: int) -> Tensor:
+        return t.transpose(1, 2).reshape(-1, t.shape[1])[:count]
+
+    w_expand = b_expand = None
+    if packed.w_expand is not None and packed.b_expand is not None:
+        w_expand = rows(packed.w_expand, hidden)[:, :, None, None]
+        b_expand = packed.b_expand[:hidden]
+    return BlockWeights(
+        w_expand,
+        b_expand,
+        rows(packed.w_depthwise, hidden).reshape(hidden, 1, 3, 3),
+        packed.b_depthwise[:hidden],
+        rows(packed.w_project, out_channels)[:, :, None, None],
+        packed.b_project,
+    )

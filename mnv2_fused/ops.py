@@ -1,0 +1,170 @@
+"""The compiled op: loading, backend choice, fake kernel, autograd and autocast.
+
+``torch.ops.mnv2_fused.inverted_residual`` takes packed weights (see :mod:`mnv2_fused.fold`). Its schema and CPU
+kernel are registered from C++ (``csrc/ops.cpp``); everything here is what the C++ stable ABI has no call for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fold import PackedWeights, pack, unpack
+
+try:
+    from . import _C
+except ImportError as error:  # a source checkout that was never built, or a torch older than the build
+    _C = None
+    _load_error: str | None = str(error)
+else:
+    _load_error = None
+
+BACKENDS = ("auto", "cpu", "eager")
+
+
+def backend_reasons() -> dict[str, str | None]:
+    """Per backend, why it cannot run on this machine, or None when it can."""
+    cpu = None
+    if _load_error is not None:
+        cpu = f"the compiled library does not load: {_load_error}"
+    return {"cpu": cpu, "eager": None}
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs tensors on ``device``: ``"cpu"`` or ``"eager"``.
+
+    ``MNV2_FUSED_BACKEND`` overrides ``backend``. Raises ValueError for an unknown name and RuntimeError, with
+    each backend's reason, when none can run.
+    """
+    override = os.environ.get("MNV2_FUSED_BACKEND")
+    name = override or backend
+    if name == "eager":
+        return name
+    if name in ("auto", "cpu") and device.type == "cpu" and _load_error is None:
+        return "cpu"
+    if name not in BACKENDS:
+        source = "MNV2_FUSED_BACKEND" if override else "backend"
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = backend_reasons()["cpu"] or f"it takes CPU tensors, got one on {device}"
+    raise RuntimeError(
+        f"no kernel takes this call (backend={name!r}): cpu: {reason}; "
+        "move the model and its input with .cpu(), or use backend='eager'"
+    )
+
+
+def packed_inverted_residual(
+    x: Tensor,  # [N, C_in, H, W]
+    packed: PackedWeights,
+    stride: int,
+    residual: bool,
+    plan: Sequence[int] = (),
+) -> Tensor:  # [N, C_out, H', W']
+    """The op itself, skipping the Python part of autograd where nothing records."""
+    op = torch.ops.mnv2_fused.inverted_residual.default
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(x, *packed, stride, residual, plan)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, *packed, stride, residual, plan)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Torch's own strides test (ambiguous shapes count as contiguous); csrc/ops.cpp has its twin."""
+    if x.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = x.size(dim), x.stride(dim)
+        if size == 0 or stride < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=()):
+    torch._check(x.dim() == 4, lambda: f"x must be [N, C_in, H, W], got {list(x.shape)}")
+    n, _, h, w = x.shape
+    y_shape = (n, b_project.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1)
+    last = _is_channels_last(x)
+    return torch.empty(
+        y_shape,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.residual, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor):
+    """Recomputes both expanded tensors; only the block's input and weights were kept.
+
+    Made of differentiable torch ops, so that it traces under torch.compile and has a derivative itself.
+    """
+    x, *packed = ctx.saved_tensors
+    dtype, stride = packed[-1].dtype, ctx.stride
+    packed_weights = PackedWeights(*packed)
+    w = unpack(packed_weights)
+    x_wide, grad = x.to(dtype), grad.to(dtype)
+    hidden = w.w_project.shape[1]
+
+    def relu6_grad(g: Tensor, before: Tensor) -> Tensor:
+        return g * ((before > 0) & (before < 6)).to(g.dtype)
+
+    def conv_grad(g: Tensor, inp: Tensor, weight: Tensor, stride: int, padding: int, groups: int):
+        two = [1, 1]
+        return torch.ops.aten.convolution_backward(
+            g, inp, weight, None, [stride] * 2, [padding] * 2, two, False, [0, 0], groups, [True, True, False]
+        )[:2]
+
+    if w.w_expand is not None:
+        before_expand = F.conv2d(x_wide, w.w_expand, w.b_expand)
+        expanded = F.hardtanh(before_expand, 0.0, 6.0)
+    else:
+        expanded = x_wide
+    before_depthwise = F.conv2d(expanded, w.w_depthwise, w.b_depthwise, stride, 1, 1, hidden)
+    depthwise = F.hardtanh(before_depthwise, 0.0, 6.0)
+
+    sum_pixels = [0, 2, 3]
+    g_depthwise, g_w_project = conv_grad(grad, depthwise, w.w_project, 1, 0, 1)
+    g_before = relu6_grad(g_depthwise, before_depthwise)
+    g_expanded, g_w_depthwise = conv_grad(g_before, expanded, w.w_depthwise, stride, 1, hidden)
+    g_w_expand = g_b_expand = None
+    if w.w_expand is not None:
+        g_before_expand = relu6_grad(g_expanded, before_expand)
+        g_x, g_w_expand = conv_grad(g_before_expand, x_wide, w.w_expand, 1, 0, 1)
+        g_b_expand = g_before_expand.sum(sum_pixels)
+    else:
+        g_x = g_expanded
+    if ctx.residual:
+        g_x = g_x + grad
+    grads = w._replace(
+        w_expand=g_w_expand,
+        b_expand=g_b_expand,
+        w_depthwise=g_w_depthwise,
+        b_depthwise=g_before.sum(sum_pixels),
+        w_project=g_w_project,
+        b_project=grad.sum(sum_pixels),
+    )
+    return g_x.to(x.dtype), *pack(grads, dtype), None, None, None
+
+
+def _autocast(x, *rest):
+    """Under autocast the kernel keeps float32 and only the result takes autocast's dtype, as a conv's would."""
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        packed = (t.float() if isinstance(t, Tensor) else t for t in rest)
+        return torch.ops.mnv2_fused.inverted_residual.default(x.float(), *packed).to(dtype)
+
+
+if _C is not None:
+    torch.library.register_fake("mnv2_fused::inverted_residual", _fake)
+    torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
+    _library = torch.library.Library("mnv2_fused", "IMPL")
+    _library.impl("inverted_residual", _autocast, "AutocastCPU")
