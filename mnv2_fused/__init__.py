@@ -1,0 +1,19 @@
+"""The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor."""
+
+from .block import BlockSpec, FusedInvertedResidual, inverted_residual, inverted_residual_reference
+from .fold import BlockWeights, PackedWeights, pack
+from .plan import Plan, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockSpec",
+    "BlockWeights",
+    "FusedInvertedResidual",
+    "PackedWeights",
+    "Plan",
+    "inverted_residual",
+    "inverted_residual_reference",
+    "pack",
+    "plan",
+]

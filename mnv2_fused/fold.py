@@ -47,28 +47,40 @@ class PackedWeights(NamedTuple):
     b_project: Tensor
 
 
-def fold_conv_bn(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def unfoldable(norm: nn.Module) -> str | None:
+    """Why this normalisation cannot be folded into the convolution before it, or None when it can."""
+    name = type(norm).__name__
+    frozen = name == "FrozenBatchNorm2d"  # torchvision's and detectron2's: buffers only, no base class
+    if not (frozen or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return (
+            f"{name} cannot be folded into a convolution, only BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d"
+        )
+    if norm.running_mean is None or norm.running_var is None:
+        return f"{name} has no running statistics, so it normalises by the batch even in eval"
+    return None
+
+
+def fold_conv_bn(
+    weight: Tensor,  # [C_out, C_in / groups, k, k]
+    bias: Tensor | None,  # [C_out], the convolution's
+    norm_weight: Tensor | None,  # [C_out] each; a missing affine counts as weight 1, bias 0
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """Weight and bias, in float64, of the one convolution equal to ``norm(conv(x))`` in eval.
 
-    ``norm`` is a BatchNorm2d, SyncBatchNorm or torchvision FrozenBatchNorm2d with running statistics; a missing
-    affine counts as weight 1, bias 0. Differentiable in every parameter. Raises ValueError without statistics.
+    Every value is widened on its own before any arithmetic, so half-precision parameters fold as exactly as
+    float32 ones. Differentiable in every tensor.
     """
-    mean, var = norm.running_mean, norm.running_var
-    if mean is None or var is None:
-        raise ValueError(
-            f"cannot fold {type(norm).__name__} without running statistics: it normalises by the batch even in "
-            "eval; leave this block unfused"
-        )
-    # Each value is widened on its own, so that half-precision parameters fold as exactly as float32 ones.
-    scale = torch.rsqrt(var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    bias = -mean.double() * scale
-    if norm.bias is not None:
-        bias = bias + norm.bias.double()
-    if conv.bias is not None:
-        bias = bias + conv.bias.double() * scale
-    return conv.weight.double() * scale[:, None, None, None], bias
+    scale = torch.rsqrt(variance.double() + eps)
+    if norm_weight is not None:
+        scale = scale * norm_weight.double()
+    folded = (-mean.double() if bias is None else bias.double() - mean.double()) * scale
+    if norm_bias is not None:
+        folded = folded + norm_bias.double()
+    return weight.double() * scale[:, None, None, None], folded
 
 
 def _panels(t: Tensor) -> Tensor:

@@ -84,17 +84,20 @@ def _is_channels_last(x: Tensor) -> bool:
     return True
 
 
-def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=()):
-    torch._check(x.dim() == 4, lambda: f"x must be [N, C_in, H, W], got {list(x.shape)}")
+def empty_output(x: Tensor, out_channels: int, stride: int) -> Tensor:
+    """An uninitialised result with the strides the kernel gives it."""
     n, _, h, w = x.shape
-    y_shape = (n, b_project.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1)
-    last = _is_channels_last(x)
     return torch.empty(
-        y_shape,
+        (n, out_channels, (h - 1) // stride + 1, (w - 1) // stride + 1),
         dtype=x.dtype,
         device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format,
     )
+
+
+def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=()):
+    torch._check(x.dim() == 4, lambda: f"x must be [N, C_in, H, W], got {list(x.shape)}")
+    return empty_output(x, b_project.shape[0], stride)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -155,16 +158,23 @@ def _backward(ctx, grad: Tensor):
     return g_x.to(x.dtype), *pack(grads, dtype), None, None, None
 
 
-def _autocast(x, *rest):
-    """Under autocast the kernel keeps float32 and only the result takes autocast's dtype, as a conv's would."""
-    dtype = torch.get_autocast_dtype("cpu")
-    with torch.autocast("cpu", enabled=False):
-        packed = (t.float() if isinstance(t, Tensor) else t for t in rest)
-        return torch.ops.mnv2_fused.inverted_residual.default(x.float(), *packed).to(dtype)
+def autocast_rule(op: torch._ops.OpOverload):
+    """Under autocast the kernel keeps float32 and only its result takes autocast's dtype, as a conv's would."""
+
+    def run(x: Tensor, *rest):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            if x.dtype == torch.float64:  # autocast leaves double alone
+                return op(x, *rest)
+            return op(x.float(), *rest).to(dtype)
+
+    return run
 
 
 if _C is not None:
     torch.library.register_fake("mnv2_fused::inverted_residual", _fake)
     torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
     _library = torch.library.Library("mnv2_fused", "IMPL")
-    _library.impl("inverted_residual", _autocast, "AutocastCPU")
+    _library.impl(
+        "inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU"
+    )

@@ -1,0 +1,86 @@
+"""The planner of ``csrc/plan.cpp`` as Python sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import ops
+from .fold import packed_dtype
+
+if TYPE_CHECKING:
+    from .block import BlockSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call of a block is tiled on this machine. ``print`` it; pass it as ``plan=`` to force it."""
+
+    tile_rows: int  # output rows of one task
+    tile_cols: int  # output columns of one task
+    group: int  # expanded channels computed at a time, a multiple of 16
+    strip_rows: int  # output rows between depthwise and project
+    tasks: int  # images x tiles
+    workers: int  # tasks that run at once, each with its own scratch
+    scratch_bytes: int  # per worker
+    recompute: float  # expanded pixels computed / expanded pixels needed (tiles overlap by their halo)
+    bytes_never_written: int  # the expanded tensors that an unfused block writes
+    cost: float  # estimated vector operations of the slowest worker
+
+    def __str__(self) -> str:
+        return (
+            f"tile {self.tile_rows}x{self.tile_cols}, group {self.group}, {self.tasks} tasks on "
+            f"{self.workers} workers, scratch {self.scratch_bytes / 1024:.0f} KiB each, "
+            f"recompute {self.recompute:.3f}, never written {self.bytes_never_written / 2**20:.2f} MiB"
+        )
+
+    def forced(self) -> list[int]:
+        """What the op takes as its ``plan`` argument."""
+        return [self.tile_rows, self.tile_cols, self.group]
+
+
+def plan(
+    spec: BlockSpec,
+    input_shape: Sequence[int],  # [N, C_in, H, W]
+    *,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+    tile_rows: int | None = None,
+    tile_cols: int | None = None,
+    group: int | None = None,
+) -> Plan:
+    """The plan the CPU kernel uses for this block and input, or the one forced by tile and group.
+
+    ``threads`` defaults to ``torch.get_num_threads()``. Values not forced are taken from the automatic plan.
+    Raises ValueError, naming the value and its limit, for a shape or plan that no kernel takes, and RuntimeError
+    when the compiled library is missing.
+    """
+    if ops._C is None:
+        raise RuntimeError(f"the planner needs the compiled library: {ops.backend_reasons()['cpu']}")
+    if len(input_shape) != 4:
+        raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
+    n, channels, height, width = input_shape
+    if channels != spec.in_channels:
+        raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+
+    def make(forced: list[int] | None) -> Plan:
+        return Plan(
+            **ops._C.plan(
+                *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
+                *(spec.stride, spec.expand, spec.residual),
+                threads=threads or torch.get_num_threads(),
+                element_size=packed_dtype(dtype, torch.device("cpu")).itemsize,
+                forced=forced,
+            )
+        )
+
+    automatic = make(None)
+    given = [tile_rows, tile_cols, group]
+    if given == [None] * 3:
+        return automatic
+    return make([a if g is None else g for g, a in zip(given, automatic.forced(), strict=True)])
