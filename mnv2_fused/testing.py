@@ -1,0 +1,256 @@
+"""Shared by tests, benchmarks and CLI: block shapes, the tolerance rule, timers, memory and peak meters."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .block import BlockSpec, inverted_residual_reference
+from .fold import BlockWeights
+
+# (expand ratio, output channels, repeats, first stride): table 2 of the MobileNetV2 paper, 17 blocks.
+MOBILENET_V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def mobilenet_v2_blocks(resolution: int | tuple[int, int] = 224) -> list[tuple[BlockSpec, tuple[int, int]]]:
+    """(spec, input height and width) of MobileNetV2 1.0's 17 blocks for an image of ``resolution``."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+
+    def halved(size: int) -> int:
+        return (size - 1) // 2 + 1
+
+    height, width = halved(height), halved(width)  # the stem
+    blocks, channels = [], 32
+    for ratio, out_channels, repeats, first_stride in MOBILENET_V2_STAGES:
+        for i in range(repeats):
+            stride = first_stride if i == 0 else 1
+            residual = stride == 1 and channels == out_channels
+            spec = BlockSpec(
+                channels, channels * ratio, out_channels, stride, expand=ratio != 1, residual=residual
+            )
+            blocks.append((spec, (height, width)))
+            if stride == 2:
+                height, width = halved(height), halved(width)
+            channels = out_channels
+    return blocks
+
+
+def random_weights(
+    spec: BlockSpec, *, expand_bias: float = 1.0, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> BlockWeights:
+    """Folded weights that keep activations near unit scale; ``expand_bias`` scales the expansion's bias."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, fan_in: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return (values / fan_in**0.5).to(dtype)
+
+    e, c_in, c_out = spec.hidden_channels, spec.in_channels, spec.out_channels
+    return BlockWeights(
+        normal(e, c_in, 1, 1, fan_in=c_in) if spec.expand else None,
+        normal(e, fan_in=1) * expand_bias if spec.expand else None,
+        normal(e, 1, 3, 3, fan_in=3),
+        normal(e, fan_in=1),
+        normal(c_out, e, 1, 1, fan_in=e),
+        normal(c_out, fan_in=1),
+    )
+
+
+def perturb_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every batch norm statistics and an affine that matter, in place; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for norm in model.modules():
+            if getattr(norm, "running_mean", None) is None:
+                continue
+            norm.running_mean.normal_(0, 0.2, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+            if norm.weight is not None:
+                norm.weight.uniform_(0.7, 1.3, generator=generator)
+                norm.bias.normal_(0, 0.3, generator=generator)
+    return model
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """``|fused - ref64|`` against twice the error of eager in the same dtype, plus ``atol``."""
+
+    error: float  # largest |fused - ref64|
+    eager_error: float  # largest |eager_same_dtype - ref64|
+    limit: float  # 2 * eager_error + atol
+    finite: bool  # whether fused has a NaN or infinity only where the reference has one
+
+    @property
+    def ok(self) -> bool:
+        return self.finite and self.error <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "within" if self.ok else "OUTSIDE"
+        return f"error {self.error:.2e} {verdict} {self.limit:.2e} (eager's own {self.eager_error:.2e})"
+
+
+def agreement(fused: Tensor, eager: Tensor, reference: Tensor) -> Agreement:
+    """The tolerance rule of this project, on one result.
+
+    ``reference`` is computed in float64, ``eager`` by torch's own ops in ``fused``'s dtype. ``atol`` is four units
+    in the last place of the reference's largest value: what one rounding more than eager's can cost.
+    """
+    if not fused.shape == eager.shape == reference.shape:
+        raise ValueError(f"shapes differ: {fused.shape}, {eager.shape}, {reference.shape}")
+    regular = reference.isfinite() & eager.isfinite()
+    finite = bool((fused.isfinite() | ~regular).all()) and bool((~fused.isfinite() | regular).all())
+    if not regular.any():
+        return Agreement(0.0, 0.0, 0.0, finite)
+    ref = reference[regular].double()
+    atol = 4 * torch.finfo(fused.dtype).eps * max(1.0, ref.abs().max().item())
+    error = (fused[regular].double() - ref).abs().nan_to_num(nan=float("inf")).max().item()
+    eager_error = (eager[regular].double() - ref).abs().max().item()
+    return Agreement(error, eager_error, 2 * eager_error + atol, finite)
+
+
+def block_agreement(fused: Tensor, x: Tensor, weights: BlockWeights, spec: BlockSpec) -> Agreement:
+    """:func:`agreement` of one block's result with the reference on the same input and float64 weights."""
+    geometry = {"stride": spec.stride, "residual": spec.residual}
+    eager = inverted_residual_reference(x, weights, **geometry)
+    return agreement(fused, eager, inverted_residual_reference(x.double(), weights, **geometry))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch.set_num_threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def available_instruction_sets() -> list[str]:
+    """Instruction sets the CPU kernel is built for and this processor has, best first."""
+    return [] if ops._C is None else [name for name, here in ops._C.instruction_sets() if here]
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Forces the CPU kernel's instruction set for a while. Raises RuntimeError when it cannot run here."""
+    before = ops._C.instruction_set()
+    ops._C.set_instruction_set(name)
+    try:
+        yield
+    finally:
+        ops._C.set_instruction_set(before)
+
+
+@dataclass
+class Timing:
+    """Seconds per call of one candidate, one value a round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, over the median."""
+        if len(self.seconds) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    warmup: int = 2,
+    calls: dict[str, int] | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Times candidates in turn, round by round, so that a noisy machine is equally unfair to all of them.
+
+    ``calls`` runs a quick candidate several times per measurement. Compare medians, or better the ratios of one
+    round (:func:`ratio`).
+    """
+    timings = {name: Timing() for name in candidates}
+    for candidate in candidates.values():
+        for _ in range(warmup):
+            candidate()
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            count = (calls or {}).get(name, 1)
+            start = time.perf_counter()
+            for _ in range(count):
+                candidate()
+            timings[name].seconds.append((time.perf_counter() - start) / count)
+        on_round()
+    return timings
+
+
+def ratio(of: Timing, over: Timing) -> float:
+    """The median over rounds of ``of / over``: above 1, ``over`` is faster."""
+    return statistics.median(a / b for a, b in zip(of.seconds, over.seconds, strict=True))
+
+
+def peak_activation_bytes(call: Callable[[], object]) -> int:
+    """The most CPU bytes that torch's allocator held at once during ``call``, over what it held before.
+
+    Counted from the profiler's allocation events: results, temporaries and kernels' scratch; not parameters that
+    exist before, nor what libraries allocate behind torch's back.
+    """
+    call()  # lazily created buffers and packed weights are not activations
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = call()
+    del result
+    live = peak = 0
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def multiply_add_peak(seconds: float = 0.05) -> float:
+    """Floating-point operations per second of one core in the kernel's instruction set: the best of five."""
+    rounds, best = 1000, 0.0
+    while True:
+        start = time.perf_counter()
+        operations = ops._C.multiply_add(rounds)
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds / 5:
+            break
+        rounds *= 4
+    for _ in range(5):
+        start = time.perf_counter()
+        operations = ops._C.multiply_add(rounds)
+        best = max(best, operations / (time.perf_counter() - start))
+    return best
+
+
+def multiply_adds(spec: BlockSpec, input_shape: Sequence[int]) -> int:
+    """Multiply-adds of one block on [N, C_in, H, W], without halo recompute: the useful work."""
+    n, _, height, width = input_shape
+    out_pixels = ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
+    expand = spec.in_channels * height * width if spec.expand else 0
+    return n * spec.hidden_channels * (expand + (9 + spec.out_channels) * out_pixels)
