@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 namespace mnv2_fused {
 namespace {
@@ -62,8 +63,15 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   return p;
 }
 
-// Splitting `size` into `parts` gives tiles of this many; used so that tiles come out equal.
-int64_t tile_of(int64_t size, int64_t parts) { return ceil_div(size, parts); }
+// Calls f with the distinct part sizes that split `size` into equal parts: every count up to 8,
+// then ever fewer, down to parts of one.
+template <class F>
+void for_parts(int64_t size, F f) {
+  int64_t last = 0;
+  for (int64_t parts = 1; parts < size; parts += std::max<int64_t>(1, parts / 8))
+    if (const int64_t part = ceil_div(size, parts); part != last) f(last = part);
+  if (last != 1) f(1);
+}
 
 }  // namespace
 
@@ -99,36 +107,30 @@ std::string unsupported(const BlockShape& s) {
 
 Plan make_plan(const BlockShape& s, const Machine& m) {
   if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
-  const int64_t panels = s.hidden_panels();
-  Plan best{};
-  bool found = false;
-  int64_t last_group = 0;
-  for (int64_t groups = 1; groups <= panels; ++groups) {
-    const int64_t group = ceil_div(panels, groups) * kPanel;  // equal groups
-    if (group == last_group) continue;
-    last_group = group;
-    int64_t last_cols = 0;
-    for (int64_t across = 1; across <= s.out_width(); across += across < 8 ? 1 : across / 4) {
-      const int64_t cols = tile_of(s.out_width(), across);
-      if (cols == last_cols) continue;
-      last_cols = cols;
-      int64_t last_rows = 0;
-      for (int64_t down = 1; down <= s.out_height(); down += down < 32 ? 1 : down / 8) {
-        const int64_t rows = tile_of(s.out_height(), down);
-        if (rows == last_rows) continue;
-        last_rows = rows;
-        const int64_t bytes =
-            ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3) * group * m.element_size;
-        // The smallest tile of one panel is always allowed, however small the cache.
-        if (bytes > scratch_budget(m) && (group > kPanel || rows > 1 || cols > 1)) continue;
-        const Plan p = complete(s, m, rows, cols, group);
-        if (!found || p.cost < best.cost) best = p;
-        found = true;
-      }
-    }
-  }
-  if (!found) best = complete(s, m, 1, 1, kPanel);
-  return best;
+  std::vector<Plan> legal;
+  const auto consider = [&](int64_t rows, int64_t cols, int64_t group) {
+    const int64_t pixels = ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3);
+    // The smallest tile of one panel is always allowed, however small the cache.
+    const bool smallest = rows == 1 && cols == 1 && group == kPanel;
+    if (pixels * group * m.element_size > scratch_budget(m) && !smallest) return;  // leaves L2
+    // A whole map of every expanded channel would be the expanded tensor.
+    if (rows == s.out_height() && cols == s.out_width() && group >= s.hidden_channels &&
+        group > kPanel)
+      return;
+    legal.push_back(complete(s, m, rows, cols, group));
+  };
+  for_parts(s.hidden_panels(), [&](int64_t panels) {
+    for_parts(s.out_width(), [&](int64_t cols) {
+      for_parts(s.out_height(), [&](int64_t rows) { consider(rows, cols, panels * kPanel); });
+    });
+  });
+  // Of the plans within 1 % of the cheapest, the one that needs the least scratch.
+  double least = legal.front().cost;
+  for (const Plan& p : legal) least = std::min(least, p.cost);
+  const Plan* best = nullptr;
+  for (const Plan& p : legal)
+    if (p.cost <= least * 1.01 && (!best || p.scratch_bytes < best->scratch_bytes)) best = &p;
+  return *best;
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,

@@ -157,7 +157,7 @@ class _PackedCache:
 
     def __init__(self) -> None:
         self._stamp: list[Any] | None = None
-        self._sources: list[Tensor | None] = []
+        self._sources: list[Tensor] = []
         self._packed: PackedWeights | None = None
 
     def clear(self) -> None:
@@ -165,17 +165,17 @@ class _PackedCache:
 
     def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
         """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
-        if any(t is not None and t.is_inference() for t in sources):
+        tensors = [t for t in sources if t is not None]
+        try:
+            stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
+        except RuntimeError:
             # Inference tensors count no versions, so a change in place could not be noticed.
             return _fold_and_pack(sources, eps, dtype)
-        stamp = [dtype, *eps]
-        for t in sources:
-            stamp.append(None if t is None else (t.data_ptr(), t._version, t.dtype))
         if stamp != self._stamp:
             with torch.no_grad():
                 packed = _fold_and_pack(sources, eps, dtype)
             # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-            self._sources = [None if t is None else t.detach() for t in sources]
+            self._sources = [t.detach() for t in tensors]
             self._packed, self._stamp = packed, stamp
         return self._packed
 
@@ -205,9 +205,7 @@ def _parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
     ]
 
 
-def _unfolded(
-    x: Tensor, sources: list[Tensor | None], eps: list[float], stride: int, residual: bool
-) -> Tensor:
+def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], stride: int, residual: bool) -> Tensor:
     """The block as separate convolutions and norms in eval, from the cache's source tensors."""
     y = x
     for i, e in enumerate(eps):
@@ -288,9 +286,7 @@ class FusedInvertedResidual(nn.Module):
         hidden = round(inp * expand_ratio)
 
         def with_relu6(channels: int, **conv: Any) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(channels, hidden, bias=False, **conv), norm(hidden), nn.ReLU6(inplace=True)
-            )
+            return nn.Sequential(nn.Conv2d(channels, hidden, bias=False, **conv), norm(hidden), nn.ReLU6(inplace=True))
 
         layers = [] if expand_ratio == 1 else [with_relu6(inp, kernel_size=1)]
         layers.append(with_relu6(hidden, kernel_size=3, stride=stride, padding=1, groups=hidden))
@@ -298,9 +294,7 @@ class FusedInvertedResidual(nn.Module):
         self._adopt(nn.Sequential(*layers), stride, stride == 1 and inp == oup, backend)
 
     @classmethod
-    def adopt(
-        cls, conv: nn.Sequential, *, stride: int, residual: bool, backend: str = "auto"
-    ) -> FusedInvertedResidual:
+    def adopt(cls, conv: nn.Sequential, *, stride: int, residual: bool, backend: str = "auto") -> FusedInvertedResidual:
         """A block around existing modules, laid out as torchvision's ``InvertedResidual.conv``, sharing them."""
         block = cls.__new__(cls)
         nn.Module.__init__(block)
@@ -313,13 +307,52 @@ class FusedInvertedResidual(nn.Module):
         self.stride = stride
         self.use_res_connect = residual
         self.backend = backend
-        for _, norm in self._pairs():
-            if (why := unfoldable(norm)) is not None:
-                raise ValueError(f"{why}; leave this block unfused")
-        self.out_channels = self._pairs()[-1][0].out_channels
         self._is_cn = stride > 1
         self._warned = False
+        self._look_inside()
+        if self._obstacle is not None:
+            raise ValueError(f"{self._obstacle}; leave this block unfused")
+        self.out_channels = self._pairs[-1][0].out_channels
         self._reset_cache()
+
+    def _look_inside(self) -> None:
+        """Notes the inner modules, where each is held, and what about them the fused op could not honour."""
+        children = list(self.conv._modules.values())
+        parents = [self.conv, *children[:-2]]
+        self._inside = [
+            (parent._modules, name, child, type(child)) for parent in parents for name, child in parent._modules.items()
+        ]
+        # (convolution, norm) of each stage: [expand,] depthwise, project.
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []
+        self._obstacle: str | None = None
+        try:
+            for stage in children[:-2]:
+                conv, norm, activation = stage._modules.values()
+                self._pairs.append((conv, norm))
+                if type(activation) is not nn.ReLU6:
+                    self._obstacle = f"a {type(activation).__name__} in place of a ReLU6"
+            self._pairs.append((children[-2], children[-1]))
+        except (IndexError, ValueError):
+            self._obstacle = "its layers are not those of an inverted residual"
+        for conv, norm in self._pairs:
+            if type(conv) is not nn.Conv2d:
+                self._obstacle = f"a {type(conv).__name__} in place of a Conv2d"
+            self._obstacle = self._obstacle or unfoldable(norm)
+
+    def _runs_modules(self) -> bool:
+        """Whether the inner modules were changed since, so that they must run themselves; warns once."""
+        hooked = None
+        for siblings, name, child, kind in self._inside:
+            if siblings.get(name) is not child or type(child) is not kind:
+                self._look_inside()
+                return self._runs_modules()
+            if child._forward_hooks or child._forward_pre_hooks:
+                hooked = f"a forward hook on an inner {kind.__name__}"
+        why = self._obstacle or hooked
+        if why is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=4)
+        return why is not None
 
     def _reset_cache(self) -> None:
         self._cache = _PackedCache()
@@ -328,11 +361,13 @@ class FusedInvertedResidual(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_cache"], state["_token"]
+        for name in ("_cache", "_token", "_pairs", "_inside", "_obstacle"):
+            del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._look_inside()
         self._reset_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedInvertedResidual:
@@ -345,7 +380,7 @@ class FusedInvertedResidual(nn.Module):
 
     @property
     def spec(self) -> BlockSpec:
-        convs = [conv for conv, _ in self._pairs()]
+        convs = [conv for conv, _ in self._pairs]
         return BlockSpec(
             convs[0].in_channels,
             convs[-1].in_channels,
@@ -358,40 +393,19 @@ class FusedInvertedResidual(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.spec}, backend={self.backend}"
 
-    def _pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(convolution, norm) of each stage: [expand,] depthwise, project."""
-        *stages, project, norm = self.conv._modules.values()
-        pairs = [(stage._modules["0"], stage._modules["1"]) for stage in stages]
-        return [*pairs, (project, norm)]
-
-    def _changed(self) -> str | None:
-        """What was done to the inner modules, since they were adopted, that the fused op would not honour."""
-        for module in self.conv.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"a forward hook on an inner {type(module).__name__}"
-        for conv, norm in self._pairs():
-            if type(conv) is not nn.Conv2d:
-                return f"a {type(conv).__name__} in place of a Conv2d"
-            if (why := unfoldable(norm)) is not None:
-                return why
-        return None
-
-    def forward(self, x: Tensor) -> Tensor:
-        pairs = self._pairs()
-        if self.training or any(norm.training and "weight" not in norm._buffers for _, norm in pairs):
-            return self._forward_modules(x)
-        if ops.resolve_backend(self.backend, x.device) == "eager":
+    def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
             return self._forward_modules(x)
         compiling = torch.compiler.is_compiling()
-        if not compiling and (why := self._changed()) is not None:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=2)
+        if not compiling and self._runs_modules():
             return self._forward_modules(x)
+        for _, norm in self._pairs:
+            if norm.training and "running_mean" in norm._buffers and norm._parameters:
+                return self._forward_modules(x)
 
         sources: list[Tensor | None] = []
         eps: list[float] = []
-        for conv, norm in pairs:
+        for conv, norm in self._pairs:
             sources += _parameters_of(conv, norm)
             eps.append(norm.eps)
         weight_dtype = sources[0].dtype
@@ -399,8 +413,6 @@ class FusedInvertedResidual(nn.Module):
             raise TypeError(
                 f"x is {x.dtype} but the block's parameters are {weight_dtype}; convert one of them or use autocast"
             )
-        _check_input(x, pairs[0][0].in_channels)
-
         stride, residual = self.stride, self.use_res_connect
         dtype = weight_dtype if x.dtype != torch.float64 else x.dtype
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
@@ -424,8 +436,7 @@ class FusedInvertedResidual(nn.Module):
 # there too, and folding stays out of the graph. No autograd: FusedInvertedResidual folds in the graph for that.
 _library = torch.library.Library("mnv2_fused", "FRAGMENT")
 _library.define(
-    "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache)"
-    " -> Tensor"
+    "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache) -> Tensor"
 )
 
 

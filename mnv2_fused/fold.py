@@ -52,9 +52,7 @@ def unfoldable(norm: nn.Module) -> str | None:
     name = type(norm).__name__
     frozen = name == "FrozenBatchNorm2d"  # torchvision's and detectron2's: buffers only, no base class
     if not (frozen or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        return (
-            f"{name} cannot be folded into a convolution, only BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d"
-        )
+        return f"{name} cannot be folded into a convolution, only BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d"
     if norm.running_mean is None or norm.running_var is None:
         return f"{name} has no running statistics, so it normalises by the batch even in eval"
     return None

@@ -175,6 +175,4 @@ if _C is not None:
     torch.library.register_fake("mnv2_fused::inverted_residual", _fake)
     torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
     _library = torch.library.Library("mnv2_fused", "IMPL")
-    _library.impl(
-        "inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU"
-    )
+    _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
