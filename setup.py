@@ -17,9 +17,7 @@ setup(
     ext_modules=[
         CppExtension(
             "mnv2_fused._C",
-            sorted(
-                str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
-            ),
+            sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]),
             # pybind11's own headers, before the copy in torch, which refuses stable-ABI builds.
             include_dirs=[pybind11.get_include()],
             extra_compile_args=[

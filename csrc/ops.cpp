@@ -1,8 +1,11 @@
 // Every op schema, and the CPU binding: checks, allocation, call. The only CPU file that sees
 // torch.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
 
 #include <array>
 #include <atomic>

@@ -119,11 +119,22 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
       return;
     legal.push_back(complete(s, m, rows, cols, group));
   };
+  // The group decides the order of summation, so it depends on neither batch nor threads: an
+  // image's result is the same bit for bit alone, in a batch, and on any number of cores.
+  int64_t only_group = 0;
+  if (s.batch != 1 || m.threads != 1) {
+    BlockShape image = s;
+    Machine core = m;
+    image.batch = core.threads = 1;
+    only_group = make_plan(image, core).group;
+  }
   for_parts(s.hidden_panels(), [&](int64_t panels) {
+    if (only_group && panels * kPanel != only_group) return;
     for_parts(s.out_width(), [&](int64_t cols) {
       for_parts(s.out_height(), [&](int64_t rows) { consider(rows, cols, panels * kPanel); });
     });
   });
+  if (legal.empty()) legal.push_back(complete(s, m, 1, 1, only_group));
   // Of the plans within 1 % of the cheapest, the one that needs the least scratch.
   double least = legal.front().cost;
   for (const Plan& p : legal) least = std::min(least, p.cost);

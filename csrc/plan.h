@@ -37,7 +37,8 @@ struct Plan {
   int64_t depthwise_elements() const { return group * strip_rows * tile_cols; }
 };
 
-// The plan of least cost whose scratch fits the machine.
+// The plan of least cost whose scratch fits the machine. Its group does not depend on batch and
+// threads.
 Plan make_plan(const BlockShape& shape, const Machine& machine);
 
 // The plan with tile and group forced. Throws std::invalid_argument naming the value and the limit.

@@ -1,6 +1,7 @@
 """The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor."""
 
 from .block import BlockSpec, FusedInvertedResidual, inverted_residual, inverted_residual_reference
+from .convert import Report, fuse, report, unfuse
 from .fold import BlockWeights, PackedWeights, pack
 from .plan import Plan, plan
 
@@ -12,8 +13,12 @@ __all__ = [
     "FusedInvertedResidual",
     "PackedWeights",
     "Plan",
+    "Report",
+    "fuse",
     "inverted_residual",
     "inverted_residual_reference",
     "pack",
     "plan",
+    "report",
+    "unfuse",
 ]

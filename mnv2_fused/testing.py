@@ -40,9 +40,7 @@ def mobilenet_v2_blocks(resolution: int | tuple[int, int] = 224) -> list[tuple[B
         for i in range(repeats):
             stride = first_stride if i == 0 else 1
             residual = stride == 1 and channels == out_channels
-            spec = BlockSpec(
-                channels, channels * ratio, out_channels, stride, expand=ratio != 1, residual=residual
-            )
+            spec = BlockSpec(channels, channels * ratio, out_channels, stride, expand=ratio != 1, residual=residual)
             blocks.append((spec, (height, width)))
             if stride == 2:
                 height, width = halved(height), halved(width)
@@ -216,9 +214,7 @@ def peak_activation_bytes(call: Callable[[], object]) -> int:
     exist before, nor what libraries allocate behind torch's back.
     """
     call()  # lazily created buffers and packed weights are not activations
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result
     live = peak = 0

@@ -105,9 +105,9 @@ struct ProjectTile {
   int64_t hidden;      // E
   int64_t terms;       // expanded channels in this group
   T* y[12];            // output pixels, at the tile's first channel
-  const T* init[12];   // what y starts from besides the bias: x for a residual, y after group 0
-  const T* bias;       // null after the first group
-  bool add;            // whether to add init
+  const T* x[12];      // what a residual adds to them
+  const T* bias;       // what y starts from; null after the first group, when y holds a sum
+  bool add_x;          // after the last group of a residual block
   int64_t lanes;       // valid lanes, when partial
   int64_t half;        // element offset inside the first panel
 };
@@ -123,15 +123,8 @@ void project_tile(const ProjectTile<typename V::T>& t) {
   V acc[R][N];
   for (int j = 0; j < N; ++j) {
     w[j] = t.weights + vector_offset<V>(j + t.half / V::kLanes, t.hidden * kPanel);
-    const V bias = t.bias ? load(t.bias + j * V::kLanes) : V::set1(0);
-    for (int i = 0; i < R; ++i) {
-      if (!t.add) {
-        acc[i][j] = bias;
-      } else {
-        acc[i][j] = load(t.init[i] + j * V::kLanes);
-        if (t.bias) acc[i][j] = V::add(acc[i][j], bias);
-      }
-    }
+    const V start = t.bias ? load(t.bias + j * V::kLanes) : V::set1(0);
+    for (int i = 0; i < R; ++i) acc[i][j] = start;
   }
   const T* depthwise = t.depthwise;
   for (int64_t k = 0; k < t.terms; k += kPanel, depthwise += t.panel) {
@@ -146,10 +139,13 @@ void project_tile(const ProjectTile<typename V::T>& t) {
   }
   for (int j = 0; j < N; ++j)
     for (int i = 0; i < R; ++i) {
+      V y = acc[i][j];
+      if (!t.bias) y = V::add(y, load(t.y[i] + j * V::kLanes));
+      if (t.add_x) y = V::add(y, load(t.x[i] + j * V::kLanes));
       if constexpr (kPartial)
-        acc[i][j].store_partial(t.y[i] + j * V::kLanes, t.lanes);
+        y.store_partial(t.y[i] + j * V::kLanes, t.lanes);
       else
-        acc[i][j].store(t.y[i] + j * V::kLanes);
+        y.store(t.y[i] + j * V::kLanes);
     }
 }
 
@@ -363,13 +359,13 @@ class Tile {
     t.weights = a_.w_project + channel / kPanel * s_.hidden_channels * kPanel + first * kPanel;
     t.half = channel % kPanel;
     t.bias = first == 0 ? a_.b_project + channel : nullptr;
-    t.add = first != 0 || s_.residual;
+    t.add_x = s_.residual && first + t.terms == s_.hidden_channels;
     int64_t r = row, c = 0;
     for_pieces(strip * cols_, most, [&](int64_t pixel, int rows) {
       t.depthwise = depthwise_ + pixel * kPanel;
       for (int i = 0; i < rows; ++i) {
         t.y[i] = y_ + (r * s_.out_width() + c) * s_.out_channels + channel;
-        t.init[i] = first != 0 ? t.y[i] : x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel;
+        t.x[i] = x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel;
         if (++c == cols_) {
           c = 0;
           ++r;

@@ -1,0 +1,68 @@
+# make demo   photographs through eager and fused MobileNetV2: table and demo.png
+# make test   the whole test suite, under the pinned torch and under a newer one
+# Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed.
+
+PYTHON ?= python3
+VENV := .venv
+VENV_NEXT := .venv-next
+BIN := $(VENV)/bin
+TORCH := torch==2.11.0
+TORCHVISION := torchvision==0.26.0
+# The same wheel must also run here: the extension uses torch's stable ABI.
+TORCH_NEXT := torch==2.13.0
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
+
+.PHONY: demo test test-pinned test-next bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built
+	$(BIN)/python -m mnv2_fused demo
+
+test: test-pinned test-next
+
+test-pinned: $(VENV)/built
+	$(BIN)/python -m pytest
+
+# From tests/, so that the installed wheel is imported and not the source tree.
+test-next: $(VENV_NEXT)/installed
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_inputs.py test_op.py test_plan.py
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+$(VENV)/packages: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) $(TORCHVISION) setuptools wheel ninja pybind11
+	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-benchmark hypothesis expecttest \
+	  scikit-learn matplotlib tqdm ruff clang-format
+	touch $@
+
+$(VENV)/built: $(VENV)/packages $(SOURCES)
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+dist/stamp: $(VENV)/packages $(PACKAGE)
+	rm -rf dist
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	touch $@
+
+$(VENV_NEXT)/installed: dist/stamp
+	$(PYTHON) -m venv $(VENV_NEXT)
+	$(VENV_NEXT)/bin/pip install -q --disable-pip-version-check $(TORCH_NEXT) numpy pytest hypothesis expecttest
+	$(VENV_NEXT)/bin/pip install -q --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_NEXT) build dist *.egg-info mnv2_fused/*.so

@@ -1,0 +1,141 @@
+"""Each of MobileNetV2's 17 blocks against eager channels_last and against the core's multiply-add peak."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mnv2_fused
+from mnv2_fused import testing
+
+BLOCKS = testing.mobilenet_v2_blocks(224)
+PHOTO_BLOCKS = testing.mobilenet_v2_blocks((1088, 1920))
+
+
+def eager_block(spec: mnv2_fused.BlockSpec) -> nn.Module:
+    """The block as a user has it: convolutions, batch norms and in-place ReLU6."""
+    ratio = spec.hidden_channels // spec.in_channels
+    block = mnv2_fused.FusedInvertedResidual(spec.in_channels, spec.out_channels, spec.stride, ratio, backend="eager")
+    return testing.perturb_batch_norm(block).eval().to(memory_format=torch.channels_last)
+
+
+def measure(spec, batch, size, threads, *, rounds=15):
+    """Interleaved timings of eager and fused after checking the result, and the peak measured beside them."""
+    x = torch.randn(batch, spec.in_channels, *size).to(memory_format=torch.channels_last)
+    eager = eager_block(spec)
+    fused = mnv2_fused.FusedInvertedResidual.adopt(eager.conv, stride=spec.stride, residual=spec.residual)
+    wide = eager_block(spec).double()
+    check = testing.agreement(fused(x), eager(x), wide(x.double()))
+    if not check.ok:
+        pytest.fail(f"wrong result, so no speed: {check}")
+    with testing.threads(threads):
+        peak = testing.multiply_add_peak() * threads
+        timings = testing.interleave({"eager": lambda: eager(x), "fused": lambda: fused(x)}, rounds=rounds)
+    return x, fused, timings, peak, check
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_block(benchmark, table, index, threads):
+    spec, size = BLOCKS[index]
+    benchmark.group = f"block {index + 1}"
+    x, fused, timings, peak, check = measure(spec, 1, size, threads)
+    with testing.threads(threads):
+        benchmark.pedantic(fused, (x,), rounds=10, warmup_rounds=1)
+    rate = 2 * testing.multiply_adds(spec, x.shape) / timings["fused"].median
+    benchmark.extra_info.update(
+        threads=threads,
+        ratio=testing.ratio(timings["eager"], timings["fused"]),
+        of_peak=rate / peak,
+        error=check.error,
+    )
+    plan = mnv2_fused.plan(spec, x.shape, threads=threads)
+    table(
+        {
+            "block": str(index + 1),
+            "shape": f"{spec} at {size[0]}x{size[1]}",
+            "threads": str(threads),
+            "tile": f"{plan.tile_rows}x{plan.tile_cols}",
+            "group": str(plan.group),
+            "eager us": f"{timings['eager'].median * 1e6:.0f}",
+            "fused us": f"{timings['fused'].median * 1e6:.0f}",
+            "ratio": f"{benchmark.extra_info['ratio']:.2f}",
+            "GFLOP/s": f"{rate / 1e9:.1f}",
+            "of peak": f"{rate / peak:.0%}",
+            "max error": f"{check.error:.1e}",
+        }
+    )
+
+
+WORKLOADS = {
+    "batch 1": (BLOCKS, 1),
+    "batch 16": (BLOCKS, 16),
+    "1088x1920": (PHOTO_BLOCKS, 1),
+}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_all_blocks(benchmark, table, workload):
+    """All 17 in a row, one and two threads interleaved, and the activation memory of the whole chain."""
+    blocks, batch = WORKLOADS[workload]
+    benchmark.group = f"17 blocks, {workload}"
+    eager = nn.Sequential(*(eager_block(spec) for spec, _ in blocks))
+    fused = fused_chain(eager)
+    spec, size = blocks[0]
+    x = torch.randn(batch, spec.in_channels, *size).to(memory_format=torch.channels_last)
+    check = testing.agreement(fused(x[:1]), eager(x[:1]), copy.deepcopy(eager).double()(x[:1].double()))
+    if not check.ok:
+        pytest.fail(f"wrong result, so no speed: {check}")
+
+    def on(threads, model):
+        def call():
+            with testing.threads(threads):
+                model(x)
+
+        return call
+
+    rounds = 12 if workload == "batch 1" else 4
+    candidates = {"eager": on(1, eager), "fused": on(1, fused), "fused 2 threads": on(2, fused)}
+    peak = testing.multiply_add_peak()
+    timings = testing.interleave(candidates, rounds=rounds, warmup=1)
+    benchmark.pedantic(candidates["fused"], rounds=3, warmup_rounds=1)
+    work = 2 * sum(testing.multiply_adds(s, (batch, s.in_channels, *hw)) for s, hw in blocks)
+    with testing.threads(1):
+        memory = {name: testing.peak_activation_bytes(lambda m=m: m(x)) for name, m in (("e", eager), ("f", fused))}
+    one = timings["fused"].median
+    benchmark.extra_info.update(
+        ratio=testing.ratio(timings["eager"], timings["fused"]),
+        of_peak=work / one / peak,
+        two_threads=testing.ratio(timings["fused"], timings["fused 2 threads"]),
+        memory_ratio=memory["e"] / memory["f"],
+        error=check.error,
+    )
+    table(
+        {
+            "block": "1-17",
+            "shape": workload,
+            "threads": "1",
+            "eager us": f"{timings['eager'].median * 1e6:.0f}",
+            "fused us": f"{one * 1e6:.0f}",
+            "ratio": f"{benchmark.extra_info['ratio']:.2f}",
+            "GFLOP/s": f"{work / one / 1e9:.1f}",
+            "of peak": f"{work / one / peak:.0%}",
+            "max error": f"{check.error:.1e}",
+            "us per image": f"{one / batch * 1e6:.0f}",
+            "2 threads over 1": f"{benchmark.extra_info['two_threads']:.2f}x",
+            "memory eager MB": f"{memory['e'] / 1e6:.1f}",
+            "fused MB": f"{memory['f'] / 1e6:.1f}",
+            "memory ratio": f"{memory['e'] / memory['f']:.1f}",
+        }
+    )
+
+
+def fused_chain(chain: nn.Sequential) -> nn.Sequential:
+    """The same blocks with the backend left to choose."""
+    return nn.Sequential(
+        *(
+            mnv2_fused.FusedInvertedResidual.adopt(block.conv, stride=block.stride, residual=block.use_res_connect)
+            for block in chain
+        )
+    )

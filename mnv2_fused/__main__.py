@@ -1,0 +1,176 @@
+"""The command line: ``python -m mnv2_fused info | plan | demo``. Exit codes: 0 done, 1 failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__, ops, plan, testing
+from .demo import DemoError, aligned, run_demo, train_digits
+
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """``R`` or ``HxW`` as (height, width)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be R or HxW, got {text!r}")
+    return positive(sides[0]), positive(sides[-1])
+
+
+def instruction_set_in_use() -> str:
+    """Its name, or why MNV2_FUSED_ISA names none that runs here."""
+    try:
+        return ops._C.instruction_set()
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
+def info(args: argparse.Namespace) -> int:
+    """Prints what was built, what can run here, and why the rest cannot."""
+    rows = [
+        ("mnv2_fused", __version__),
+        ("torch", torch.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    if ops._C is None:
+        rows.append(("compiled library", f"missing: {ops.backend_reasons()['cpu']}"))
+        rows.append(("", "build it with: pip install --no-build-isolation ."))
+    else:
+        target, compiled = ops._C.torch_target, ops._C.instruction_sets()
+        rows += [
+            ("built with", f"compiler {ops._C.compiler}, for torch {target // 100}.{target % 100} and later"),
+            ("instruction sets", f"compiled: {', '.join(name for name, _ in compiled)}"),
+            ("", f"supported here: {', '.join(testing.available_instruction_sets())}"),
+            ("", f"in use: {instruction_set_in_use()}"),
+            ("L2 cache", f"{ops._C.l2_bytes() / 1024:.0f} KiB"),
+        ]
+    rows.append(("threads", str(torch.get_num_threads())))
+    for name in ("MNV2_FUSED_ISA", "MNV2_FUSED_BACKEND"):
+        if name in os.environ:
+            rows.append((name, os.environ[name]))
+    for backend, reason in ops.backend_reasons().items():
+        rows.append((f"backend {backend}", "available" if reason is None else f"cannot run: {reason}"))
+    for name, value in rows:
+        print(f"{name:<18}{value}")
+    return 0
+
+
+def print_plans(args: argparse.Namespace) -> int:
+    """Prints how each of MobileNetV2's 17 blocks is tiled on this machine, and the memory that saves."""
+    header = "block|spec|input|tile|group|workers|scratch KiB|recompute|MiB never written"
+    rows, total = [header.split("|")], 0
+    for i, (spec, (height, width)) in enumerate(testing.mobilenet_v2_blocks(args.resolution), start=1):
+        shape = (args.batch, spec.in_channels, height, width)
+        p = plan(spec, shape, dtype=DTYPES[args.dtype], threads=args.threads)
+        total += p.bytes_never_written
+        rows.append(
+            [
+                *(str(i), str(spec), f"{height}x{width}", f"{p.tile_rows}x{p.tile_cols}", str(p.group)),
+                *(str(p.workers), f"{p.scratch_bytes / 1024:.0f}", f"{p.recompute:.3f}"),
+                f"{p.bytes_never_written / 2**20:.2f}",
+            ]
+        )
+    rows.append(["total", *[""] * 7, f"{total / 2**20:.2f}"])
+    height, width = args.resolution
+    threads = args.threads or torch.get_num_threads()
+    print(f"MobileNetV2 1.0 at {height}x{width}, batch {args.batch}, {args.dtype}, {threads} thread(s), ", end="")
+    print(f"{ops._C.instruction_set()}; scratch is per worker\n")
+    print(aligned(rows))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Runs the demo, or the training run in its place."""
+    if args.train_digits:
+        epochs = 5 if args.quick else 14
+        return train_digits(epochs=epochs, threads=args.threads or torch.get_num_threads())
+    rounds = args.rounds or (3 if args.quick else 20)
+    return run_demo(
+        args.images,
+        weights_file=args.weights,
+        output=args.output,
+        threads=args.threads or 1,
+        rounds=rounds,
+        high_resolution=not args.quick,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The subcommands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mnv2_fused",
+        description="The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor.",
+        epilog="exit codes: 0 done, 1 failed, 2 bad usage",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,demo}")
+
+    help_info = "what was built, what can run on this machine, and why the rest cannot"
+    commands.add_parser("info", help=help_info, description=help_info).set_defaults(run=info)
+
+    help_plan = "how each of MobileNetV2's 17 blocks is tiled on this machine"
+    p = commands.add_parser("plan", help=help_plan, description=help_plan)
+    p.add_argument(
+        *("--resolution", "-r"), type=resolution, default=(224, 224), metavar="R|HxW", help="image size (224)"
+    )
+    p.add_argument("--batch", "-b", type=positive, default=1, metavar="N", help="images per call (1)")
+    p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads to plan for (torch's number)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (float32)")
+    p.set_defaults(run=print_plans)
+
+    help_demo = "MobileNetV2 on photographs: latency, memory and results, eager against fused"
+    p = commands.add_parser(
+        "demo",
+        help=help_demo,
+        description=f"{help_demo}. Checks every result before timing it; writes a table and a chart. "
+        "Needs pip install 'mnv2_fused[demo]'.",
+    )
+    p.add_argument("images", nargs="*", metavar="IMAGE", help="image files (two photographs of scikit-learn)")
+    p.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state_dict of torchvision's mobilenet_v2 (published ones, or random ones where those cannot be had)",
+    )
+    p.add_argument("--output", "-o", default="demo.png", metavar="PNG", help="where the chart goes (demo.png)")
+    p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads (1; for --train-digits torch's number)")
+    p.add_argument("--rounds", type=positive, metavar="N", help="rounds of timing (20; a third at 1088x1920)")
+    p.add_argument(
+        "--train-digits",
+        action="store_true",
+        help="instead: train a small MobileNetV2 of fused blocks on scikit-learn's digits, then compare its "
+        "predictions with those of torchvision's blocks",
+    )
+    p.add_argument("--quick", action="store_true", help="fewer rounds or epochs, nothing at 1088x1920")
+    p.set_defaults(run=demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code. Raises SystemExit(2) on bad usage, as argparse does."""
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (DemoError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,434 @@
+"""Converting a model: ``fuse`` its inverted residuals, ``unfuse`` them again, ``report`` what runs fused and why not.
+
+Works on module instances: no class is patched, nothing is traced, and state_dict keys never change. A model family
+is one matcher: a function that takes any module and returns its :class:`Match`, the reason why this block must stay
+unfused, or None for a module of another family. To support a family, write its matcher and name it in ``_match``.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .block import BlockSpec, FusedInvertedResidual
+from .fold import unfoldable
+from .plan import plan
+
+
+class Match(NamedTuple):
+    """A block that can run fused: its modules in torchvision's layout, and the geometry they have."""
+
+    conv: nn.Sequential
+    spec: BlockSpec
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+    strict: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """A copy of ``model`` (or ``model`` itself) whose inverted residuals run as one kernel each in eval.
+
+    The fused blocks share the modules inside the blocks they replace: parameters, their names, ``requires_grad``
+    and train/eval mode stay. If anything was fused, the whole model is moved to channels_last, once. Keep the
+    returned value even with ``inplace``: when ``model`` itself is a block, it is the fused one. Fusing a fused
+    model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block.
+
+    Warns when nothing was fused. With ``strict`` raises ValueError instead, and also for any block that had to be
+    skipped (not for those that ``filter_fn`` left out), before anything is changed. Raises ValueError for an
+    unknown ``backend``. :func:`report` lists the reasons block by block.
+    """
+    if backend not in ops.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    matches: dict[nn.Module, Match] = {}
+    skipped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    already_fused = False
+    for name, block, found in _blocks(model):
+        if isinstance(block, FusedInvertedResidual):
+            already_fused = True
+        elif isinstance(found, str):
+            skipped[found] += 1
+        elif filter_fn is not None and not filter_fn(name, block):
+            left_out["filter_fn left it out"] += 1
+        else:
+            matches[block] = found
+    nothing_fused = not (matches or already_fused)
+    reasons = "; ".join(f"{n} x {reason}" for reason, n in (skipped + left_out).items())
+    if strict and (skipped or nothing_fused):
+        raise ValueError(f"fuse(strict=True) would leave blocks unfused: {reasons or _NOT_FOUND}")
+    if nothing_fused:
+        warnings.warn(f"fuse() fused nothing: {reasons or _NOT_FOUND}", stacklevel=2)
+    if not matches:
+        return model
+    model = _replace(model, {block: _fused(block, match, backend) for block, match in matches.items()})
+    # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
+    return model._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A copy of ``model`` (or ``model`` itself) with ordinary blocks again, as exporters want them.
+
+    A block made by :func:`fuse` turns back into the instance it was, around the modules as they are now. A block
+    made by ``FusedInvertedResidual``'s constructor turns into torchvision's ``InvertedResidual``; raises
+    ImportError, before anything is changed, where torchvision is missing.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    blocks = [block for _, block, _ in _blocks(model) if isinstance(block, FusedInvertedResidual)]
+    return _replace(model, {block: _unfused(block) for block in blocks})
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block of a :class:`Report`."""
+
+    name: str
+    spec: BlockSpec | None  # None where no matcher could read one
+    fused: bool
+    backend: str | None  # what runs it in eval(); None when it is not fused or no backend takes it
+    reason: str | None  # why it is not fused, or fused but not run by a kernel
+    bytes_never_written: int | None  # expanded tensors per image, for blocks that a kernel runs
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every inverted residual of a model. ``print`` it for a table."""
+
+    blocks: tuple[BlockReport, ...]
+    training: bool  # whether a fused block is in train(), where the ordinary modules run
+
+    @property
+    def fused(self) -> tuple[BlockReport, ...]:
+        return tuple(b for b in self.blocks if b.fused)
+
+    @property
+    def skipped(self) -> tuple[BlockReport, ...]:
+        return tuple(b for b in self.blocks if not b.fused)
+
+    @property
+    def bytes_never_written(self) -> int | None:
+        """Bytes per image over all blocks, or None when the report was made without ``input_shape``."""
+        known = [b.bytes_never_written for b in self.blocks if b.bytes_never_written is not None]
+        return sum(known) if known else None
+
+    def __str__(self) -> str:
+        rows = [("block", "spec", "backend", "never written", "reason")]
+        for b in self.blocks:
+            spec = "-" if b.spec is None else str(b.spec)
+            rows.append((b.name or "(model)", spec, b.backend or "-", _mib(b.bytes_never_written), b.reason or ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        total = f"{len(self.fused)} fused, {len(self.skipped)} not fused"
+        if self.bytes_never_written is not None:
+            total += f", {_mib(self.bytes_never_written)} never written per image"
+        if self.training:
+            total += "; now in train(), where the ordinary modules run: call eval()"
+        return "\n".join([*lines, total])
+
+
+def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report:
+    """Which inverted residuals of ``model`` run fused in eval, by which backend, and why the others do not.
+
+    ``input_shape``, [N, C, H, W] of the model's only input, adds the bytes per image that are never written: the
+    expanded tensors of each fused block, at its own input shape, over all its calls. The shapes come from a copy on
+    the meta device: nothing is computed and ``model`` is not touched. Raises ValueError when that copy does not
+    run on such an input.
+    """
+    found = list(_blocks(model))
+    shapes = {} if input_shape is None else _block_input_shapes(model, input_shape)
+    rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)
+    training = any(isinstance(block, FusedInvertedResidual) and block.training for _, block, _ in found)
+    return Report(rows, training)
+
+
+_NOT_FOUND = "no inverted residual of a known layout was found (torchvision's MobileNetV2 is known)"
+
+
+def _match(module: nn.Module) -> Match | str | None:
+    return _match_torchvision(module)
+
+
+def _match_torchvision(block: nn.Module) -> Match | str | None:
+    """torchvision's MobileNetV2 ``InvertedResidual`` of any release, or a class with the same code and structure.
+
+    Geometry is read from the convolutions: segmentation encoders change their strides and dilations in place.
+    """
+    names = [c.__name__ for c in type(block).__mro__]
+    if isinstance(block, torch.jit.ScriptModule):
+        names = [getattr(block, "original_name", "")]
+    if "InvertedResidual" not in names or "conv" not in block._modules:
+        return None
+    objection = next(_objections(block), None)
+    if objection is not None:
+        return objection
+    *expand, depthwise, project = (conv for conv, _, _ in _stages(block.conv))
+    try:
+        spec = BlockSpec(
+            (expand or [depthwise])[0].in_channels,
+            project.in_channels,
+            project.out_channels,
+            torch.nn.modules.utils._pair(depthwise.stride)[0],
+            expand=bool(expand),
+            residual=block.use_res_connect,
+        )
+    except ValueError as error:  # a residual that the convolutions' shapes contradict
+        return str(error)
+    return Match(block.conv, spec)
+
+
+def _torchvision_forward(self, x):  # compared with, never called
+    if self.use_res_connect:
+        return x + self.conv(x)
+    else:
+        return self.conv(x)
+
+
+def _is_torchvision_code(cls: type) -> bool:
+    """Whether the class is torchvision's own, or a copy whose forward compiles to the same instructions."""
+    if cls.__module__ in ("torchvision.models.mobilenetv2", "torchvision.models.mobilenet"):
+        return True
+    code, expected = getattr(cls.forward, "__code__", None), _torchvision_forward.__code__
+    return code is not None and (code.co_code, code.co_names) == (expected.co_code, expected.co_names)
+
+
+def _objections(block: nn.Module) -> Iterator[str]:
+    """Why a torchvision block cannot be replaced. Only the first one counts: later checks rely on earlier ones."""
+    cls = type(block)
+    if isinstance(block, torch.jit.ScriptModule):
+        yield "it is scripted: fuse first, then script or trace"
+    if cls.__name__ != "InvertedResidual":
+        yield f"{cls.__name__} is a subclass of InvertedResidual and may compute something else"
+    if not _is_torchvision_code(cls):
+        yield f"{cls.__module__}.InvertedResidual has a forward that is not torchvision's"
+    if list(block._modules) != ["conv"] or block._parameters or block._buffers:
+        yield "it holds more than its module conv"
+    if not isinstance(getattr(block, "use_res_connect", None), bool):
+        yield "it has no attribute use_res_connect that says whether it adds its input"
+    if "forward" in vars(block) or _has_hooks(block):
+        yield "a hook on it, or a forward of its own, would not be called: remove it first"
+    yield from _tensor_objections([*block.parameters(), *block.buffers()])
+    yield from _objections_inside(block.conv)
+
+
+def _objections_inside(conv: nn.Module) -> Iterator[str]:
+    """Why ``conv``, the layers of a block, cannot run as one kernel that looks at its weights only."""
+    for module in conv.modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule) or _is_compiled(module):
+            yield f"a {kind} inside is compiled or scripted: fuse first, then compile"
+        if "parametrizations" in module._modules:
+            yield "a weight is parametrized: remove_parametrizations first"
+    stages = _stages(conv)
+    if stages is None:
+        yield "its layers are not [1x1, norm, activation], [3x3, norm, activation], 1x1, norm"
+        return
+    for conv2d, norm, activation in stages:
+        if type(conv2d) is not nn.Conv2d:
+            yield f"it has a {_full_name(conv2d)} where a torch.nn.Conv2d is needed"
+        if "weight" not in conv2d._parameters:
+            yield "a weight is computed from others (pruning, weight norm): make it permanent first"
+        if activation is not None and type(activation) is not nn.ReLU6:
+            yield f"its activation is {_full_name(activation)}, the fused op computes ReLU6"
+        if (reason := unfoldable(norm)) is not None:
+            yield reason
+    yield from _geometry_objections([conv2d for conv2d, _, _ in stages])
+    for module in conv.modules():
+        if "forward" in vars(module) or _has_hooks(module):
+            kind = type(module).__name__
+            yield f"a hook on a {kind} inside, or a forward of its own, would not be called: remove it first"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def _geometry_objections(convs: list[nn.Conv2d]) -> Iterator[str]:
+    for name, conv in zip(("expand", "depthwise", "project")[-len(convs) :], convs, strict=True):
+        kernel, strides, groups = (3, (1, 2), conv.in_channels) if name == "depthwise" else (1, (1,), 1)
+        taken = {"stride": strides, "padding": (kernel // 2,), "padding_mode": ("zeros",), "groups": (groups,)}
+        if name == "depthwise":  # the dilation of a 1x1 changes nothing
+            taken |= {"dilation": (1,), "out_channels": (groups,)}
+        for attribute, values in taken.items():
+            value = getattr(conv, attribute)
+            if value not in values and value not in [(v, v) for v in values]:
+                allowed = " or ".join(map(str, values))
+                yield f"the {name} convolution has {attribute} {value!r}, the fused op takes {allowed}"
+        expected = [conv.out_channels, conv.in_channels // groups, kernel, kernel]
+        if list(conv.weight.shape) != expected:
+            yield f"the {name} convolution's weight is {list(conv.weight.shape)}, not {expected}"
+    if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(convs)):
+        yield "one convolution's channels do not match the next one's"
+
+
+def _tensor_objections(tensors: list[Tensor]) -> Iterator[str]:
+    for t in tensors:
+        if type(t) not in (Tensor, nn.Parameter):
+            yield f"a weight is a {type(t).__name__}, not a plain tensor"
+        if t.is_meta:
+            yield "its parameters are on the meta device: load the weights first"
+    kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors if t.is_floating_point()})
+    if len(kinds) > 1:
+        yield f"its parameters are mixed: {', '.join(kinds)}"
+
+
+def _stages(conv: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module | None]] | None:
+    """(convolution, norm, activation) of [expand,] depthwise, project; None for any other layout."""
+
+    def plain(m: nn.Module | None) -> bool:  # ConvBNReLU and its successors are Sequential with a name
+        return isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
+
+    if not plain(conv) or len(conv) not in (3, 4):
+        return None
+    *stages, project, norm = conv._modules.values()
+    if any(not plain(s) or list(s._modules) != ["0", "1", "2"] for s in stages):
+        return None
+    return [*(tuple(s._modules.values()) for s in stages), (project, norm, None)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _blocks(
+    module: nn.Module, name: str = "", compiled: bool = False, seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, Match | str | None]]:
+    """(name, block, match or reason) for every block, once, by its first name; (name, block, None) for fused ones."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, FusedInvertedResidual):
+        yield name, module, None
+        return
+    compiled = compiled or _is_compiled(module)
+    found = _match(module)
+    if found is not None:
+        yield name, module, "it is compiled: fuse first, then compile" if compiled else found
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _blocks(child, f"{name}.{key}" if name else key, compiled, seen)
+
+
+def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[key] = swaps[child]
+    return swaps.get(model, model)
+
+
+def _fused(block: nn.Module, match: Match, backend: str) -> FusedInvertedResidual:
+    fused = FusedInvertedResidual.adopt(
+        match.conv, stride=match.spec.stride, residual=match.spec.residual, backend=backend
+    )
+    # In a tuple, so that it is no submodule. It shares conv, hence follows .to(), copies and training.
+    fused._original = (block,)
+    return _with_state_of(block, fused)
+
+
+def _unfused(block: FusedInvertedResidual) -> nn.Module:
+    original = next(iter(getattr(block, "_original", ())), None)
+    if original is None:
+        try:
+            from torchvision.models.mobilenetv2 import InvertedResidual
+        except ImportError as error:
+            raise ImportError(
+                "unfuse rebuilds a FusedInvertedResidual that its constructor made as torchvision's "
+                "InvertedResidual; install torchvision"
+            ) from error
+        original = InvertedResidual.__new__(InvertedResidual)
+        nn.Module.__init__(original)
+        for name in ("stride", "use_res_connect", "out_channels", "_is_cn"):
+            setattr(original, name, getattr(block, name))
+    original.conv = block.conv
+    return _with_state_of(block, original)
+
+
+def _with_state_of(source: nn.Module, target: nn.Module) -> nn.Module:
+    """``target`` with the train/eval flag and the very hook dictionaries of ``source``: handles still work."""
+    target.training = source.training
+    vars(target).update({name: value for name, value in vars(source).items() if name.endswith("_hooks")})
+    return target
+
+
+def _block_report(
+    name: str, block: nn.Module, found: Match | str | None, inputs: list[torch.Size] | None
+) -> BlockReport:
+    if isinstance(found, str):
+        return BlockReport(name, None, False, None, found, None)
+    if isinstance(found, Match):
+        return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
+    weight = block.conv[-2].weight
+    reason = next(_objections_inside(block.conv), None)
+    backend: str | None = "eager"
+    if reason is None:
+        try:
+            backend = ops.resolve_backend(block.backend, weight.device)
+        except (RuntimeError, ValueError) as error:  # no backend here, or an override that names none
+            backend, reason = None, str(error)
+    never_written = None
+    if inputs is not None and backend not in (None, "eager"):
+        plans = [plan(block.spec, (1, *shape[1:])) for shape in inputs]  # for float32, 4 bytes an element
+        never_written = sum(p.bytes_never_written for p in plans) // 4 * weight.itemsize
+    return BlockReport(name, block.spec, True, backend, reason, never_written)
+
+
+def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list[torch.Size]]:
+    """The input shapes of each fused block, by name and call, from a copy on the meta device, without hooks."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # Tensors that the copy finds in its memo are not copied: no weight is.
+    memo = {id(t): t.detach().to("meta") for t in tensors}
+    shapes: dict[str, list[torch.Size]] = {}
+    try:
+        meta = copy.deepcopy(model, memo).eval()
+        for module in meta.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        for name, block, _ in _blocks(meta):
+            if isinstance(block, FusedInvertedResidual):
+                block.forward = _recorder(block.spec, shapes.setdefault(name, []))
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        with torch.no_grad(), torch.device("meta"):
+            meta(torch.empty(*input_shape, dtype=dtype))
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on one input of shape {list(input_shape)} on the meta device: {error}; "
+            "call report(model) without input_shape"
+        ) from error
+    return shapes
+
+
+def _recorder(spec: BlockSpec, shapes: list[torch.Size]) -> Callable[[Tensor], Tensor]:
+    """Stands in for a block's forward: notes the input's shape, returns an output without values."""
+
+    def forward(x: Tensor) -> Tensor:
+        shapes.append(x.shape)
+        height, width = ((size - 1) // spec.stride + 1 for size in x.shape[2:])
+        return x.new_empty(x.shape[0], spec.out_channels, height, width)
+
+    return forward
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.2f} MiB"

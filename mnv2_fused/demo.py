@@ -1,0 +1,410 @@
+"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused, and a training run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import math
+import pickle
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mnv2_fused
+
+from . import ops
+from .block import FusedInvertedResidual
+from .testing import Agreement, Timing, agreement, interleave, peak_activation_bytes, perturb_batch_norm, ratio
+from .testing import threads as torch_threads
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HIGH_RESOLUTION = (1088, 1920)  # one 1080p frame in multiples of 32: where activation memory matters
+EAGER, CHANNELS_LAST, FUSED = "eager NCHW", "eager channels_last", "fused"
+COLOURS = {EAGER: "#c9ced6", CHANNELS_LAST: "#7d8ba1", FUSED: "#e4572e"}
+# Smaller strides and fewer blocks than ImageNet's: (expand ratio, channels, repeats, stride) for 32x32 images.
+DIGITS_STAGES = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 2], [6, 64, 2, 2]]
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says why and what to do."""
+
+
+@dataclass
+class Case:
+    """One image at one size, and what was found out about it."""
+
+    image: str
+    x: Tensor  # [1, 3, H, W], normalised
+    agreement: Agreement | None = None  # of fused's logits
+    top5: list[tuple[int, float]] = field(default_factory=list)  # eager's (class, probability), best first
+    same_top5: int = 0  # how many of fused's five are the same class at the same rank
+    timings: dict[str, Timing] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)  # bytes of activations
+
+    @property
+    def size(self) -> str:
+        return f"{self.x.shape[2]}x{self.x.shape[3]}"
+
+    def speedup(self, over: str = CHANNELS_LAST) -> float:
+        """Above 1 where fused is faster than ``over``."""
+        return ratio(self.timings[over], self.timings[FUSED])
+
+    @property
+    def memory_ratio(self) -> float:
+        """Above 1 where fused needs less than eager channels_last."""
+        return self.peaks[CHANNELS_LAST] / max(1, self.peaks[FUSED])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A text table with a header row: the first two columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def _require_extras() -> None:
+    for name in ("torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise DemoError(f"the demo needs {name} ({error}): pip install 'mnv2_fused[demo]'") from error
+    if ops.resolve_backend("auto", torch.device("cpu")) == "eager":
+        raise DemoError("MNV2_FUSED_BACKEND=eager leaves nothing to compare; unset it")
+
+
+def _progress(total: int, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, file=sys.stderr, disable=None, leave=False)  # None: off without a terminal
+
+
+def load_images(paths: Sequence[str]) -> dict[str, Image]:
+    """The images at ``paths``, or scikit-learn's two photographs (427x640), by name. Raises DemoError."""
+    from PIL import Image
+
+    if not paths:
+        from sklearn.datasets import load_sample_images
+
+        sample = load_sample_images()
+        return {
+            Path(name).name: Image.fromarray(pixels)
+            for name, pixels in zip(sample.filenames, sample.images, strict=True)
+        }
+    images = {}
+    for path in paths:
+        try:
+            images[Path(path).name] = Image.open(path).convert("RGB")
+        except OSError as error:
+            raise DemoError(f"cannot read the image {path}: {error}") from error
+    return images
+
+
+def _to_input(image: Image) -> Tensor:
+    from torchvision.transforms import functional as T
+
+    return T.normalize(T.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def make_cases(images: dict[str, Image], high_resolution: bool) -> list[Case]:
+    """Each image as a 224x224 crop and at full size; the first one also enlarged to 1088x1920."""
+    from torchvision.transforms import functional as T
+
+    cases = []
+    for name, image in images.items():
+        cases.append(Case(name, _to_input(T.center_crop(T.resize(image, 256), 224))))
+        cases.append(Case(name, _to_input(image)))
+    if high_resolution:
+        name, image = next(iter(images.items()))
+        cases.append(Case(f"{name} (resized)", _to_input(T.resize(image, list(HIGH_RESOLUTION)))))
+    return cases
+
+
+def published_weights() -> tuple[dict[str, Tensor] | None, str]:
+    """torchvision's state_dict, from its cache or the network, and its name; or None and why there is none."""
+    from torchvision.models import MobileNet_V2_Weights
+
+    weights = MobileNet_V2_Weights.DEFAULT
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)  # seconds; the download itself has no option for it
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True), weights.name
+    except (OSError, RuntimeError) as error:  # unreachable, cut off, or not the file it should be
+        return None, str(error)
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _calibrate(model: nn.Module, images: dict[str, Image]) -> nn.Module:
+    """Random weights whose result depends on the image: statistics and classifier fitted to crops of the images."""
+    from torchvision.transforms import functional as T
+
+    crops = torch.cat([_to_input(c) for image in images.values() for c in T.five_crop(T.resize(image, 320), 224)])
+    perturb_batch_norm(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average over what it sees
+    with torch.no_grad():
+        model.features.train()(crops)
+        pooled = model.features.eval()(crops).mean((2, 3))
+        centred = pooled - pooled.mean(0)
+        linear = model.classifier[1]
+        linear.weight.mul_(3 / F.linear(centred, linear.weight).std())
+        linear.bias.copy_(-F.linear(pooled.mean(0), linear.weight))
+    return model
+
+
+def load_model(weights_file: str | None, images: dict[str, Image]) -> tuple[nn.Module, str, list[str]]:
+    """(torchvision's mobilenet_v2 in eval, what its weights are, class names). Raises DemoError."""
+    from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
+
+    torch.manual_seed(0)
+    model = mobilenet_v2().eval()
+    names = MobileNet_V2_Weights.DEFAULT.meta["categories"]
+    if weights_file is not None:
+        try:
+            model.load_state_dict(torch.load(weights_file, map_location="cpu", weights_only=True))
+        except (OSError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DemoError(
+                f"cannot use the weights {weights_file}: {reason}; give a state_dict of torchvision's mobilenet_v2"
+            ) from error
+        return model, f"weights of {Path(weights_file).name}", names
+    state, what = published_weights()
+    if state is not None:
+        model.load_state_dict(state)
+        return model, f"published weights {what}", names
+    print(f"published weights cannot be had ({what}); using random ones, whose classes mean nothing")
+    return _calibrate(model, images).eval(), "random weights", [f"class {i}" for i in range(1000)]
+
+
+def check(case: Case, models: dict[str, nn.Module], reference: nn.Module) -> None:
+    """Runs eager, fused and float64 eager once each and notes how they agree."""
+    with torch.inference_mode():
+        eager, fused = models[EAGER](case.x), models[FUSED](_channels_last(case.x))
+        case.agreement = agreement(fused, eager, reference(case.x.double()))
+    best, classes = eager[0].softmax(0).topk(5)
+    case.top5 = list(zip(classes.tolist(), best.tolist(), strict=True))
+    case.same_top5 = int((fused[0].topk(5).indices == classes).sum())
+
+
+def measure(case: Case, models: dict[str, nn.Module], rounds: int) -> None:
+    """Times all models in turns, then meters the peak of their activations."""
+    inputs = {EAGER: case.x, CHANNELS_LAST: _channels_last(case.x), FUSED: _channels_last(case.x)}
+    calls = {name: functools.partial(model, inputs[name]) for name, model in models.items()}
+    with torch.inference_mode(), _progress(rounds, f"timing {case.image} {case.size}") as bar:
+        case.timings = interleave(calls, rounds=rounds, warmup=1, on_round=bar.update)
+        case.peaks = {name: peak_activation_bytes(call) for name, call in calls.items()}
+
+
+def _results_table(cases: list[Case]) -> str:
+    header = (
+        "image|size|eager ms|channels_last ms|fused ms|vs channels_last|vs eager|channels_last MB|fused MB|"
+        "memory ratio|max error|eager's error|top-5"
+    )
+    rows = [header.split("|")]
+    for c in cases:
+        rows.append(
+            [
+                *(c.image, c.size, *(f"{c.timings[n].median * 1e3:.1f}" for n in (EAGER, CHANNELS_LAST, FUSED))),
+                *(f"{c.speedup():.2f}x", f"{c.speedup(EAGER):.2f}x"),
+                *(f"{c.peaks[CHANNELS_LAST] / 1e6:.1f}", f"{c.peaks[FUSED] / 1e6:.1f}", f"{c.memory_ratio:.2f}x"),
+                *(f"{c.agreement.error:.1e}", f"{c.agreement.eager_error:.1e}", f"{c.same_top5}/5"),
+            ]
+        )
+    return aligned(rows)
+
+
+def _sentence(case: Case) -> str:
+    speed, memory = case.speedup(), case.memory_ratio
+    faster = f"{speed:.1f}x faster" if speed >= 1 else f"{1 / speed:.1f}x slower"
+    less = f"{memory:.1f}x less" if memory >= 1 else f"{1 / memory:.1f}x more"
+    where = f"{case.image} at {case.size}"
+    return f"{where}: fused is {faster} than eager channels_last and needs {less} activation memory"
+
+
+def _bars(axis: Any, values: dict[str, list[float]], ratios: list[float], unit: str) -> None:
+    """A group of bars per case, each as long as its share of the largest in the group: ratios read true."""
+    largest = [max(group) for group in zip(*values.values(), strict=True)]
+    for i, (name, series) in enumerate(values.items()):
+        at = [row + (i - 1) * 0.27 for row in range(len(series))]
+        shares = [value / most for value, most in zip(series, largest, strict=True)]
+        axis.barh(at, shares, 0.25, label=name, color=COLOURS[name])
+        for y, share, value, times in zip(at, shares, series, ratios, strict=True):
+            text = f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            style = {"color": "#444444"}
+            if name == FUSED:
+                text, style = f"{text}  ({times:.1f}x)", {"color": COLOURS[FUSED], "fontweight": "bold"}
+            axis.annotate(text, (share, y), (5, 0), textcoords="offset points", va="center", **style)
+    axis.set_xlim(0, 1.2)
+    axis.set_xticks([])
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+
+
+def draw(cases: list[Case], title: str, output: Path) -> None:
+    """Writes the chart: latency on the left, memory on the right, a group of bars per image and size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (13, 2.1 + 0.9 * len(cases))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    names = (EAGER, CHANNELS_LAST, FUSED)
+    milliseconds = {name: [c.timings[name].median * 1e3 for c in cases] for name in names}
+    _bars(left, milliseconds, [c.speedup() for c in cases], "ms")
+    _bars(right, {name: [c.peaks[name] / 1e6 for c in cases] for name in names}, [c.memory_ratio for c in cases], "MB")
+    left.set_yticks(range(len(cases)), [f"{c.image}\n{c.size}" for c in cases])
+    left.invert_yaxis()
+    left.set_title("latency")
+    right.set_title("peak activation memory")
+    figure.suptitle(f"{title}\nless is better; bars are scaled within each group")
+    handles, labels = left.get_legend_handles_labels()
+    labels[-1] += " (ratio to eager channels_last)"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(output, dpi=110, format="png")
+    plt.close(figure)
+
+
+def run_demo(
+    paths: Sequence[str],
+    *,
+    weights_file: str | None,
+    output: str,
+    threads: int,
+    rounds: int,
+    high_resolution: bool,
+) -> int:
+    """Checks, times, meters and draws every case; returns the exit code. Raises DemoError."""
+    _require_extras()
+    chart = Path(output)
+    if not chart.parent.is_dir():
+        raise DemoError(f"the folder of --output {output} does not exist; create it first")
+    images = load_images(paths)
+    cases = make_cases(images, high_resolution)
+    model, weights, class_names = load_model(weights_file, images)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    models = {EAGER: model, CHANNELS_LAST: channels_last, FUSED: mnv2_fused.fuse(channels_last)}
+    blocks = sum(isinstance(m, FusedInvertedResidual) for m in models[FUSED].modules())
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    title = f"MobileNetV2 1.0, float32, {weights}, {count}, torch {torch.__version__}"
+    print(f"{title}; {blocks} blocks fused ({ops._C.instruction_set()})")
+
+    with torch_threads(threads):
+        reference = copy.deepcopy(model).double()
+        with _progress(len(cases), "checking against float64") as bar:
+            for case in cases:
+                check(case, models, reference)
+                bar.update()
+        if wrong := [c for c in cases if not c.agreement.ok]:
+            for c in wrong:
+                print(f"WRONG RESULT: {c.image} at {c.size}: {c.agreement}")
+            print("no speed is printed for a wrong result")
+            return 1
+        for case in cases:
+            large = case.x[0, 0].numel() >= math.prod(HIGH_RESOLUTION)
+            measure(case, models, max(3, rounds // 3) if large else rounds)
+
+    for c in cases:
+        best = ", ".join(f"{class_names[index]} {probability:.1%}" for index, probability in c.top5)
+        print(f"top-5 of {c.image} at {c.size}: {best}")
+    spread = max(t.spread for c in cases for t in c.timings.values())
+    counts = sorted({len(t.seconds) for c in cases for t in c.timings.values()})
+    in_turn = f"median of {' to '.join(map(str, counts))} interleaved rounds (spread up to {spread:.0%})"
+    print(f"\n{in_turn}, ratios from the same rounds;")
+    print("MB: measured peak of activations; errors: of the logits against float64; top-5: same class, same rank")
+    print(f"\n{_results_table(cases)}\n")
+    draw(cases, title, chart)
+    print(f"chart: {chart}\n")
+    print(*map(_sentence, cases), sep="\n")
+    return 0
+
+
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_train, x_test, y_train, y_test): scikit-learn's 8x8 digits as [N, 3, 32, 32]; a quarter held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    x = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+    x = F.interpolate(x, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    train, test = train_test_split(range(len(x)), test_size=0.25, random_state=0, stratify=digits.target)
+    y = torch.from_numpy(digits.target)
+    return x[train], x[test], y[train], y[test]
+
+
+def _fit(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int = 64) -> None:
+    steps = len(x) // batch
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)
+    for epoch in range(1, epochs + 1):
+        model.train()
+        order = torch.randperm(len(x))
+        loss_sum, correct = 0.0, 0
+        with _progress(steps, f"epoch {epoch}/{epochs}") as bar:
+            for step in range(steps):
+                index = order[step * batch : (step + 1) * batch]
+                logits = model(x[index])
+                loss = F.cross_entropy(logits, y[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                loss_sum += loss.item()
+                correct += int((logits.argmax(1) == y[index]).sum())
+                bar.set_postfix(loss=f"{loss_sum / (step + 1):.3f}", accuracy=f"{correct / (step + 1) / batch:.1%}")
+                bar.update()
+        print(f"epoch {epoch:2}/{epochs}: loss {loss_sum / steps:.3f}, accuracy {correct / steps / batch:.1%}")
+
+
+def train_digits(*, epochs: int, threads: int) -> int:
+    """Trains a MobileNetV2 of fused blocks on digits, then compares it with torchvision's own blocks.
+
+    Returns 0 when both are right on more than 95 % of the test images, agree on every prediction, and the logits
+    keep the tolerance rule; else 1. Raises DemoError.
+    """
+    _require_extras()
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(0)
+    sizes = {"num_classes": 10, "width_mult": 0.35, "inverted_residual_setting": DIGITS_STAGES}
+    model = mobilenet_v2(**sizes, block=FusedInvertedResidual)
+    plain = mobilenet_v2(**sizes)
+    x_train, x_test, y_train, y_test = _digits()
+    print(f"training MobileNetV2 0.35 of fused blocks on {len(x_train)} digits, testing on {len(x_test)}")
+    with torch_threads(threads):
+        _fit(model, x_train, y_train, epochs)
+        plain.load_state_dict(model.state_dict())
+        model.eval(), plain.eval()
+        with torch.inference_mode():
+            fused, eager = model(x_test), plain(x_test)
+            verdict = agreement(fused, eager, copy.deepcopy(plain).double()(x_test.double()))
+    right = [(logits.argmax(1) == y_test).float().mean().item() for logits in (eager, fused)]
+    differing = int((fused.argmax(1) != eager.argmax(1)).sum())
+    print(f"test accuracy: {right[0]:.2%} with torchvision's blocks, {right[1]:.2%} fused")
+    print(f"predictions: {len(y_test) - differing} of {len(y_test)} identical, {differing} differ")
+    print(f"logits: {verdict}")
+    if min(right) > 0.95 and not differing and verdict.ok:
+        print("fused blocks train, and give the answers of the ordinary ones")
+        return 0
+    print("FAILED: accuracy must be above 95 %, predictions identical and the logits within their limit")
+    return 1

@@ -1,0 +1,46 @@
+"""What every test shares: hypothesis' profile, NaN-filled allocations, a clean environment."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# MNV2_FUSED_FUZZ=2000 asks for that many examples of each fuzz test.
+hypothesis.settings.register_profile(
+    "mnv2_fused",
+    max_examples=int(os.environ.get("MNV2_FUSED_FUZZ", "300")),
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("mnv2_fused")
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    """A backend exported in the developer's shell must not decide what the tests test."""
+    monkeypatch.delenv("MNV2_FUSED_BACKEND", raising=False)
+
+
+@pytest.fixture
+def fresh_graphs():
+    """For tests that compile: none sees another's graphs."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def poison():
+    """Fills every torch allocation with NaN: an element that the op leaves unwritten, or reads from scratch
+    before it writes it, then shows."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)

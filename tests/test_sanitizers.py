@@ -1,0 +1,40 @@
+"""The CPU kernel under AddressSanitizer and UndefinedBehaviorSanitizer, in a program of its own without torch."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [ROOT / "tests/cpu_kernel_check.cpp", ROOT / "csrc/plan.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs a C++ compiler, {compiler} is not installed")
+    build = tmp_path_factory.mktemp("sanitizers")
+
+    def compile_one(source: Path) -> Path:
+        target = build / f"{source.stem}.o"
+        done = subprocess.run([compiler, *FLAGS, "-c", source, "-o", target], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning:" not in done.stderr, done.stderr
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    subprocess.run([compiler, *FLAGS, *objects, "-o", build / "check"], check=True)
+    return build / "check"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kernel_reads_and_writes_only_its_buffers(program, seed):
+    done = subprocess.run([program, "150", str(seed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "portable: 300 of 300" in done.stdout
