@@ -1,8 +1,9 @@
 """The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor."""
 
-from .block import BlockSpec, FusedInvertedResidual, inverted_residual, inverted_residual_reference
+from .block import BlockSpec, inverted_residual, inverted_residual_reference
 from .convert import Report, fuse, report, unfuse
 from .fold import BlockWeights, PackedWeights, pack
+from .module import FusedInvertedResidual
 from .plan import Plan, plan
 
 __version__ = "0.1.0"

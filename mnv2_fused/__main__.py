@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, ops, plan, testing
-from .demo import DemoError, aligned, run_demo, train_digits
+from .demo import DemoError, aligned, run_demo
+from .digits import train_digits
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 

@@ -8,7 +8,6 @@ unfused, or None for a module of another family. To support a family, write its 
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .block import BlockSpec, FusedInvertedResidual
-from .fold import unfoldable
+from . import layers, ops
+from .block import BlockSpec
+from .module import FusedInvertedResidual
 from .plan import plan
 
 
@@ -176,13 +175,13 @@ def _match_torchvision(block: nn.Module) -> Match | str | None:
     objection = next(_objections(block), None)
     if objection is not None:
         return objection
-    *expand, depthwise, project = (conv for conv, _, _ in _stages(block.conv))
+    *expand, depthwise, project = (conv for conv, _, _ in layers.stages_of(block.conv))
     try:
         spec = BlockSpec(
             (expand or [depthwise])[0].in_channels,
             project.in_channels,
             project.out_channels,
-            torch.nn.modules.utils._pair(depthwise.stride)[0],
+            layers.stride_of(depthwise),
             expand=bool(expand),
             residual=block.use_res_connect,
         )
@@ -219,61 +218,10 @@ def _objections(block: nn.Module) -> Iterator[str]:
         yield "it holds more than its module conv"
     if not isinstance(getattr(block, "use_res_connect", None), bool):
         yield "it has no attribute use_res_connect that says whether it adds its input"
-    if "forward" in vars(block) or _has_hooks(block):
+    if "forward" in vars(block) or layers.has_hooks(block):
         yield "a hook on it, or a forward of its own, would not be called: remove it first"
     yield from _tensor_objections([*block.parameters(), *block.buffers()])
-    yield from _objections_inside(block.conv)
-
-
-def _objections_inside(conv: nn.Module) -> Iterator[str]:
-    """Why ``conv``, the layers of a block, cannot run as one kernel that looks at its weights only."""
-    for module in conv.modules():
-        kind = type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule) or _is_compiled(module):
-            yield f"a {kind} inside is compiled or scripted: fuse first, then compile"
-        if "parametrizations" in module._modules:
-            yield "a weight is parametrized: remove_parametrizations first"
-    stages = _stages(conv)
-    if stages is None:
-        yield "its layers are not [1x1, norm, activation], [3x3, norm, activation], 1x1, norm"
-        return
-    for conv2d, norm, activation in stages:
-        if type(conv2d) is not nn.Conv2d:
-            yield f"it has a {_full_name(conv2d)} where a torch.nn.Conv2d is needed"
-        if "weight" not in conv2d._parameters:
-            yield "a weight is computed from others (pruning, weight norm): make it permanent first"
-        if activation is not None and type(activation) is not nn.ReLU6:
-            yield f"its activation is {_full_name(activation)}, the fused op computes ReLU6"
-        if (reason := unfoldable(norm)) is not None:
-            yield reason
-    yield from _geometry_objections([conv2d for conv2d, _, _ in stages])
-    for module in conv.modules():
-        if "forward" in vars(module) or _has_hooks(module):
-            kind = type(module).__name__
-            yield f"a hook on a {kind} inside, or a forward of its own, would not be called: remove it first"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
-
-
-def _geometry_objections(convs: list[nn.Conv2d]) -> Iterator[str]:
-    for name, conv in zip(("expand", "depthwise", "project")[-len(convs) :], convs, strict=True):
-        kernel, strides, groups = (3, (1, 2), conv.in_channels) if name == "depthwise" else (1, (1,), 1)
-        taken = {"stride": strides, "padding": (kernel // 2,), "padding_mode": ("zeros",), "groups": (groups,)}
-        if name == "depthwise":  # the dilation of a 1x1 changes nothing
-            taken |= {"dilation": (1,), "out_channels": (groups,)}
-        for attribute, values in taken.items():
-            value = getattr(conv, attribute)
-            if value not in values and value not in [(v, v) for v in values]:
-                allowed = " or ".join(map(str, values))
-                yield f"the {name} convolution has {attribute} {value!r}, the fused op takes {allowed}"
-        expected = [conv.out_channels, conv.in_channels // groups, kernel, kernel]
-        if list(conv.weight.shape) != expected:
-            yield f"the {name} convolution's weight is {list(conv.weight.shape)}, not {expected}"
-    if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(convs)):
-        yield "one convolution's channels do not match the next one's"
+    yield from layers.objections(block.conv)
 
 
 def _tensor_objections(tensors: list[Tensor]) -> Iterator[str]:
@@ -287,28 +235,6 @@ def _tensor_objections(tensors: list[Tensor]) -> Iterator[str]:
         yield f"its parameters are mixed: {', '.join(kinds)}"
 
 
-def _stages(conv: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module | None]] | None:
-    """(convolution, norm, activation) of [expand,] depthwise, project; None for any other layout."""
-
-    def plain(m: nn.Module | None) -> bool:  # ConvBNReLU and its successors are Sequential with a name
-        return isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
-
-    if not plain(conv) or len(conv) not in (3, 4):
-        return None
-    *stages, project, norm = conv._modules.values()
-    if any(not plain(s) or list(s._modules) != ["0", "1", "2"] for s in stages):
-        return None
-    return [*(tuple(s._modules.values()) for s in stages), (project, norm, None)]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-
-
-def _full_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__name__}"
-
-
 def _blocks(
     module: nn.Module, name: str = "", compiled: bool = False, seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module, Match | str | None]]:
@@ -320,7 +246,7 @@ def _blocks(
     if isinstance(module, FusedInvertedResidual):
         yield name, module, None
         return
-    compiled = compiled or _is_compiled(module)
+    compiled = compiled or layers.is_compiled(module)
     found = _match(module)
     if found is not None:
         yield name, module, "it is compiled: fuse first, then compile" if compiled else found
@@ -348,7 +274,7 @@ def _fused(block: nn.Module, match: Match, backend: str) -> FusedInvertedResidua
 
 
 def _unfused(block: FusedInvertedResidual) -> nn.Module:
-    original = next(iter(getattr(block, "_original", ())), None)
+    original = next(iter(block._original), None)
     if original is None:
         try:
             from torchvision.models.mobilenetv2 import InvertedResidual
@@ -380,7 +306,7 @@ def _block_report(
     if isinstance(found, Match):
         return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
     weight = block.conv[-2].weight
-    reason = next(_objections_inside(block.conv), None)
+    reason = block.why_modules()
     backend: str | None = "eager"
     if reason is None:
         try:
@@ -389,8 +315,9 @@ def _block_report(
             backend, reason = None, str(error)
     never_written = None
     if inputs is not None and backend not in (None, "eager"):
-        plans = [plan(block.spec, (1, *shape[1:])) for shape in inputs]  # for float32, 4 bytes an element
-        never_written = sum(p.bytes_never_written for p in plans) // 4 * weight.itemsize
+        never_written = sum(
+            plan(block.spec, (1, *shape[1:]), dtype=weight.dtype).bytes_never_written for shape in inputs
+        )
     return BlockReport(name, block.spec, True, backend, reason, never_written)
 
 

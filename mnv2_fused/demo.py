@@ -1,4 +1,4 @@
-"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused, and a training run."""
+"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,17 @@ from torch import Tensor, nn
 import mnv2_fused
 
 from . import ops
-from .block import FusedInvertedResidual
-from .testing import Agreement, Timing, agreement, interleave, peak_activation_bytes, perturb_batch_norm, ratio
+from .module import FusedInvertedResidual
+from .testing import (
+    Agreement,
+    Timing,
+    agreement,
+    fit_batch_norm,
+    interleave,
+    peak_activation_bytes,
+    perturb_batch_norm,
+    ratio,
+)
 from .testing import threads as torch_threads
 
 if TYPE_CHECKING:
@@ -31,8 +40,6 @@ if TYPE_CHECKING:
 HIGH_RESOLUTION = (1088, 1920)  # one 1080p frame in multiples of 32: where activation memory matters
 EAGER, CHANNELS_LAST, FUSED = "eager NCHW", "eager channels_last", "fused"
 COLOURS = {EAGER: "#c9ced6", CHANNELS_LAST: "#7d8ba1", FUSED: "#e4572e"}
-# Smaller strides and fewer blocks than ImageNet's: (expand ratio, channels, repeats, stride) for 32x32 images.
-DIGITS_STAGES = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 2], [6, 64, 2, 2]]
 
 
 class DemoError(Exception):
@@ -76,7 +83,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     for name in ("torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
         try:
             importlib.import_module(name)
@@ -86,7 +93,7 @@ def _require_extras() -> None:
         raise DemoError("MNV2_FUSED_BACKEND=eager leaves nothing to compare; unset it")
 
 
-def _progress(total: int, what: str) -> Any:
+def progress(total: int, what: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, file=sys.stderr, disable=None, leave=False)  # None: off without a terminal
@@ -157,13 +164,8 @@ def _calibrate(model: nn.Module, images: dict[str, Image]) -> nn.Module:
     from torchvision.transforms import functional as T
 
     crops = torch.cat([_to_input(c) for image in images.values() for c in T.five_crop(T.resize(image, 320), 224)])
-    perturb_batch_norm(model)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain average over what it sees
+    fit_batch_norm(perturb_batch_norm(model), crops)
     with torch.no_grad():
-        model.features.train()(crops)
         pooled = model.features.eval()(crops).mean((2, 3))
         centred = pooled - pooled.mean(0)
         linear = model.classifier[1]
@@ -210,7 +212,7 @@ def measure(case: Case, models: dict[str, nn.Module], rounds: int) -> None:
     """Times all models in turns, then meters the peak of their activations."""
     inputs = {EAGER: case.x, CHANNELS_LAST: _channels_last(case.x), FUSED: _channels_last(case.x)}
     calls = {name: functools.partial(model, inputs[name]) for name, model in models.items()}
-    with torch.inference_mode(), _progress(rounds, f"timing {case.image} {case.size}") as bar:
+    with torch.inference_mode(), progress(rounds, f"timing {case.image} {case.size}") as bar:
         case.timings = interleave(calls, rounds=rounds, warmup=1, on_round=bar.update)
         case.peaks = {name: peak_activation_bytes(call) for name, call in calls.items()}
 
@@ -295,7 +297,7 @@ def run_demo(
     high_resolution: bool,
 ) -> int:
     """Checks, times, meters and draws every case; returns the exit code. Raises DemoError."""
-    _require_extras()
+    require_extras()
     chart = Path(output)
     if not chart.parent.is_dir():
         raise DemoError(f"the folder of --output {output} does not exist; create it first")
@@ -311,7 +313,7 @@ def run_demo(
 
     with torch_threads(threads):
         reference = copy.deepcopy(model).double()
-        with _progress(len(cases), "checking against float64") as bar:
+        with progress(len(cases), "checking against float64") as bar:
             for case in cases:
                 check(case, models, reference)
                 bar.update()
@@ -337,74 +339,3 @@ def run_demo(
     print(f"chart: {chart}\n")
     print(*map(_sentence, cases), sep="\n")
     return 0
-
-
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_train, x_test, y_train, y_test): scikit-learn's 8x8 digits as [N, 3, 32, 32]; a quarter held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    x = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    x = F.interpolate(x, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
-    train, test = train_test_split(range(len(x)), test_size=0.25, random_state=0, stratify=digits.target)
-    y = torch.from_numpy(digits.target)
-    return x[train], x[test], y[train], y[test]
-
-
-def _fit(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int = 64) -> None:
-    steps = len(x) // batch
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)
-    for epoch in range(1, epochs + 1):
-        model.train()
-        order = torch.randperm(len(x))
-        loss_sum, correct = 0.0, 0
-        with _progress(steps, f"epoch {epoch}/{epochs}") as bar:
-            for step in range(steps):
-                index = order[step * batch : (step + 1) * batch]
-                logits = model(x[index])
-                loss = F.cross_entropy(logits, y[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                loss_sum += loss.item()
-                correct += int((logits.argmax(1) == y[index]).sum())
-                bar.set_postfix(loss=f"{loss_sum / (step + 1):.3f}", accuracy=f"{correct / (step + 1) / batch:.1%}")
-                bar.update()
-        print(f"epoch {epoch:2}/{epochs}: loss {loss_sum / steps:.3f}, accuracy {correct / steps / batch:.1%}")
-
-
-def train_digits(*, epochs: int, threads: int) -> int:
-    """Trains a MobileNetV2 of fused blocks on digits, then compares it with torchvision's own blocks.
-
-    Returns 0 when both are right on more than 95 % of the test images, agree on every prediction, and the logits
-    keep the tolerance rule; else 1. Raises DemoError.
-    """
-    _require_extras()
-    from torchvision.models import mobilenet_v2
-
-    torch.manual_seed(0)
-    sizes = {"num_classes": 10, "width_mult": 0.35, "inverted_residual_setting": DIGITS_STAGES}
-    model = mobilenet_v2(**sizes, block=FusedInvertedResidual)
-    plain = mobilenet_v2(**sizes)
-    x_train, x_test, y_train, y_test = _digits()
-    print(f"training MobileNetV2 0.35 of fused blocks on {len(x_train)} digits, testing on {len(x_test)}")
-    with torch_threads(threads):
-        _fit(model, x_train, y_train, epochs)
-        plain.load_state_dict(model.state_dict())
-        model.eval(), plain.eval()
-        with torch.inference_mode():
-            fused, eager = model(x_test), plain(x_test)
-            verdict = agreement(fused, eager, copy.deepcopy(plain).double()(x_test.double()))
-    right = [(logits.argmax(1) == y_test).float().mean().item() for logits in (eager, fused)]
-    differing = int((fused.argmax(1) != eager.argmax(1)).sum())
-    print(f"test accuracy: {right[0]:.2%} with torchvision's blocks, {right[1]:.2%} fused")
-    print(f"predictions: {len(y_test) - differing} of {len(y_test)} identical, {differing} differ")
-    print(f"logits: {verdict}")
-    if min(right) > 0.95 and not differing and verdict.ok:
-        print("fused blocks train, and give the answers of the ordinary ones")
-        return 0
-    print("FAILED: accuracy must be above 95 %, predictions identical and the logits within their limit")
-    return 1

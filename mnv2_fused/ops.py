@@ -42,10 +42,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """
     override = os.environ.get("MNV2_FUSED_BACKEND")
     name = override or backend
-    if name == "eager":
-        return name
     if name in ("auto", "cpu") and device.type == "cpu" and _load_error is None:
         return "cpu"
+    if name == "eager":
+        return name
     if name not in BACKENDS:
         source = "MNV2_FUSED_BACKEND" if override else "backend"
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")

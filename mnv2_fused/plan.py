@@ -68,16 +68,19 @@ def plan(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
 
+    compute = packed_dtype(dtype, torch.device("cpu"))
+
     def make(forced: list[int] | None) -> Plan:
-        return Plan(
-            **ops._C.plan(
-                *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
-                *(spec.stride, spec.expand, spec.residual),
-                threads=threads or torch.get_num_threads(),
-                element_size=packed_dtype(dtype, torch.device("cpu")).itemsize,
-                forced=forced,
-            )
+        values = ops._C.plan(
+            *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
+            *(spec.stride, spec.expand, spec.residual),
+            threads=threads or torch.get_num_threads(),
+            element_size=compute.itemsize,
+            forced=forced,
         )
+        # An unfused block writes them in x's dtype, however wide the kernel computes.
+        never_written = values.pop("bytes_never_written") // compute.itemsize * dtype.itemsize
+        return Plan(**values, bytes_never_written=never_written)
 
     automatic = make(None)
     given = [tile_rows, tile_cols, group]

@@ -84,6 +84,26 @@ def perturb_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def fit_batch_norm(model: nn.Module, batch: Tensor) -> nn.Module:
+    """Sets every batch norm's statistics to what it sees in one pass over ``batch``, in place; returns the model.
+
+    A deep network with random weights and made-up statistics forgets its input; with fitted ones it does not, so
+    that comparing two of them compares something.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average over what it sees
+        norm.train()
+    with torch.no_grad():
+        model(batch)
+    for norm, (training, momentum) in zip(norms, before, strict=True):
+        norm.train(training)
+        norm.momentum = momentum
+    return model
+
+
 @dataclass(frozen=True)
 class Agreement:
     """``|fused - ref64|`` against twice the error of eager in the same dtype, plus ``atol``."""

@@ -47,7 +47,7 @@ def run(x, weights, spec, **options):
 
 
 def within(y, x, weights, spec):
-    """The tolerance rule. Float64 has no better truth and eager's error counts as 0: 16 units in the last place."""
+    """The tolerance rule; for float64, which has no better truth, 16 units in the last place."""
     found = block_agreement(y, x, weights, spec)
     ok = found.ok or (x.dtype == torch.float64 and found.finite and found.error <= 4 * found.limit)
     assert ok, f"{spec} on {list(x.shape)}, {x.dtype}: {found}"

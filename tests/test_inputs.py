@@ -352,7 +352,7 @@ def test_plan_out_of_range_to_the_op(forced, message):
 
 def test_plan_out_of_range_to_the_function():
     large = plan(SPEC, (1, 8, 30, 30), tile_rows=1, tile_cols=30)
-    with pytest.raises(ValueError, match="tile_cols must be 1 to 9 .*got 30"):
+    with pytest.raises(ValueError, match=r"tile_cols must be 1 to 9 .*got 30"):
         inverted_residual(base(1, 8, 9, 9), random_weights(SPEC), plan=large)
 
 

@@ -180,5 +180,5 @@ def test_bad_input_shape(shape, message):
 def test_without_the_library_it_says_so(monkeypatch):
     monkeypatch.setattr(ops, "_C", None)
     monkeypatch.setattr(ops, "_load_error", "no such file")
-    with pytest.raises(RuntimeError, match="needs the compiled library.*no such file"):
+    with pytest.raises(RuntimeError, match=r"needs the compiled library.*no such file"):
         plan(SPEC, (1, 24, 9, 5))

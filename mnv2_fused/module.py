@@ -1,0 +1,311 @@
+"""The drop-in module: folded weights that follow their sources, autograd, and what a compiled graph calls."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import layers, ops
+from .block import BlockSpec
+from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
+
+
+class _PackedCache:
+    """Packed weights of one module, valid while the tensors they came from stay what they were."""
+
+    def __init__(self) -> None:
+        self._stamp: list[Any] | None = None
+        self._sources: list[Tensor] = []
+        self._packed: PackedWeights | None = None
+
+    def clear(self) -> None:
+        self.__init__()
+
+    def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
+        """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
+        tensors = [t for t in sources if t is not None]
+        try:
+            stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
+        except RuntimeError:
+            # Inference tensors count no versions, so a change in place could not be noticed.
+            return _fold_and_pack(sources, eps, dtype)
+        if stamp != self._stamp:
+            with torch.no_grad():
+                packed = _fold_and_pack(sources, eps, dtype)
+            # Aliases keep the storages alive, so that no other tensor can appear at the same address.
+            self._sources = [t.detach() for t in tensors]
+            self._packed, self._stamp = packed, stamp
+        return self._packed
+
+
+def _fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
+    folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
+    for i, e in enumerate(eps):
+        folded += fold_conv_bn(*sources[6 * i : 6 * i + 6], e)
+    return pack(BlockWeights(*folded), dtype)
+
+
+# Caches by number, for the op that a compiled graph calls: a graph can hold a number but not an object.
+_caches: weakref.WeakValueDictionary[int, _PackedCache] = weakref.WeakValueDictionary()
+_tokens = itertools.count()
+
+
+def _parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
+    # Straight from the dictionaries: nn.Module.__getattr__ costs more than the rest of the check.
+    of_norm = norm._buffers if "weight" in norm._buffers else norm._parameters
+    return [
+        conv._parameters["weight"],
+        conv._parameters["bias"],
+        of_norm["weight"],
+        of_norm["bias"],
+        norm._buffers["running_mean"],
+        norm._buffers["running_var"],
+    ]
+
+
+def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], stride: int, residual: bool) -> Tensor:
+    """The block as separate convolutions and norms in eval, from the cache's source tensors."""
+    y = x
+    for i, e in enumerate(eps):
+        weight, bias, *norm = sources[6 * i : 6 * i + 6]
+        depthwise = i == len(eps) - 2
+        y = F.conv2d(
+            y,
+            weight,
+            bias,
+            stride if depthwise else 1,
+            padding=1 if depthwise else 0,
+            groups=weight.shape[0] if depthwise else 1,
+        )
+        y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], training=False, eps=e)
+        if i < len(eps) - 1:
+            y = F.relu6(y)
+    return y + x if residual else y
+
+
+class _Recomputed(torch.autograd.Function):
+    """Forward by the fused op; backward through :func:`_unfolded`, computed again from the saved input."""
+
+    @staticmethod
+    def forward(ctx, x, packed, eps, stride, residual, *sources):
+        ctx.save_for_backward(x, *sources)
+        ctx.eps, ctx.stride, ctx.residual = eps, stride, residual
+        device = ctx.device = x.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return ops.packed_inverted_residual(x, packed, stride, residual)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        leaves = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(ctx.device, enabled=enabled, dtype=dtype):
+            y = _unfolded(leaves[0], leaves[1:], ctx.eps, ctx.stride, ctx.residual)
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grad))
+        x_grad, *source_grads = (next(found) if need else None for need in needed)
+        return x_grad, None, None, None, None, *source_grads
+
+
+class FusedInvertedResidual(nn.Module):
+    """Drop-in for torchvision's ``InvertedResidual``: same constructor, same state_dict, fused in eval.
+
+    ``torchvision.models.mobilenet_v2(block=FusedInvertedResidual)`` loads published weights and trains. In
+    ``train()`` the ordinary modules run, since batch statistics need the whole expanded tensor. In ``eval()`` the
+    block is one kernel on weights folded in float64; they are folded again whenever a parameter or statistic
+    changes, in place or not (the exception: writes through ``tensor.data``, which torch does not count; call
+    ``train()`` and ``eval()`` after those). With gradients on, backward recomputes the expanded tensor instead of
+    saving it.
+
+    ``x``: [N, inp, H, W], floating point, of the parameters' dtype unless under autocast -> [N, oup, H', W'].
+    Raises ValueError for a stride other than 1 or 2 and for a ``norm_layer`` that cannot be folded.
+    """
+
+    conv: nn.Sequential
+
+    def __init__(
+        self,
+        inp: int,
+        oup: int,
+        stride: int,
+        expand_ratio: float,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"stride should be 1 or 2 instead of {stride}")
+        norm = norm_layer or nn.BatchNorm2d
+        hidden = round(inp * expand_ratio)
+
+        def with_relu6(channels: int, **conv: Any) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(channels, hidden, bias=False, **conv), norm(hidden), nn.ReLU6(inplace=True))
+
+        layers = [] if expand_ratio == 1 else [with_relu6(inp, kernel_size=1)]
+        layers.append(with_relu6(hidden, kernel_size=3, stride=stride, padding=1, groups=hidden))
+        layers += [nn.Conv2d(hidden, oup, 1, bias=False), norm(oup)]
+        self._adopt(nn.Sequential(*layers), stride, stride == 1 and inp == oup, backend)
+
+    @classmethod
+    def adopt(cls, conv: nn.Sequential, *, stride: int, residual: bool, backend: str = "auto") -> FusedInvertedResidual:
+        """A block around existing modules, laid out as torchvision's ``InvertedResidual.conv``, sharing them."""
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block.training = conv.training
+        block._adopt(conv, stride, residual, backend)
+        return block
+
+    def _adopt(self, conv: nn.Sequential, stride: int, residual: bool, backend: str) -> None:
+        self.conv = conv
+        self.stride = stride
+        self.use_res_connect = residual
+        self.backend = backend
+        self._is_cn = stride > 1
+        self._original: tuple[nn.Module, ...] = ()  # the block that fuse() replaced; a tuple, so no submodule
+        self._warned = False
+        self._look_inside()
+        if self._objection is not None:
+            raise ValueError(f"{self._objection}; leave this block unfused")
+        self.out_channels = self._pairs[-1][0].out_channels
+        self._reset_cache()
+
+    def _look_inside(self) -> None:
+        """Notes what the inner modules are, and why the fused op could not stand in for them."""
+        self._objection = next(layers.objections(self.conv), None)
+        # (convolution, norm) of each stage: [expand,] depthwise, project.
+        self._pairs = [(conv, norm) for conv, norm, _ in layers.stages_of(self.conv) or ()]
+        inside = list(self.conv.modules())
+        self._parents = [self._modules, *(m._modules for m in inside if m._modules)]
+        self._hooks = [hooks for m in inside for hooks in layers.hooks_of(m)]
+        self._seen = self._sight()
+
+    def _sight(self) -> tuple[Any, ...]:
+        """What a change would show in; quick, since every call looks."""
+        children = [child for parent in self._parents for child in parent.values()]
+        geometry = [(c.stride, c.padding, c.dilation, c.groups) for c, _ in self._pairs]
+        own_forward = ["forward" in child.__dict__ for child in children]
+        return children, list(map(type, children)), geometry, own_forward, any(self._hooks)
+
+    def why_modules(self) -> str | None:
+        """Why the inner modules run one by one even in eval, because of how they were changed; None if they don't."""
+        if self._sight() != self._seen:
+            self._look_inside()
+        return self._objection
+
+    def _reset_cache(self) -> None:
+        self._cache = _PackedCache()
+        self._token = next(_tokens)
+        _caches[self._token] = self._cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_cache", "_token", "_objection", "_pairs", "_parents", "_hooks", "_seen"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._look_inside()
+        self._reset_cache()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedInvertedResidual:
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> FusedInvertedResidual:
+        self._cache.clear()
+        return super().train(mode)
+
+    @property
+    def spec(self) -> BlockSpec:
+        convs = [conv for conv, _ in self._pairs]
+        return BlockSpec(
+            convs[0].in_channels,
+            convs[-1].in_channels,
+            convs[-1].out_channels,
+            layers.stride_of(convs[-2]),
+            expand=len(convs) == 3,
+            residual=self.use_res_connect,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, backend={self.backend}"
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+            return self._forward_modules(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (why := self.why_modules()) is not None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=2)
+            return self._forward_modules(x)
+        if any(norm.training for _, norm in self._pairs if norm._parameters):  # not FrozenBatchNorm2d
+            return self._forward_modules(x)
+
+        sources: list[Tensor | None] = []
+        eps: list[float] = []
+        for conv, norm in self._pairs:
+            sources += _parameters_of(conv, norm)
+            eps.append(norm.eps)
+        weight_dtype = sources[0].dtype
+        if x.dtype != weight_dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"x is {x.dtype} but the block's parameters are {weight_dtype}; convert one of them or use autocast"
+            )
+        stride, residual = layers.stride_of(self._pairs[-2][0]), self.use_res_connect
+        dtype = weight_dtype if x.dtype != torch.float64 else x.dtype
+        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
+        if not compiling:
+            packed = self._cache.get(sources, eps, dtype)
+            if recording:
+                return _Recomputed.apply(x, packed, eps, stride, residual, *sources)
+            return ops.packed_inverted_residual(x, packed, stride, residual)
+        if recording or torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
+            # Folding goes into the graph: differentiable, and an exported program owns its weights.
+            packed = _fold_and_pack(sources, eps, dtype)
+            return ops.packed_inverted_residual(x, packed, stride, residual)
+        return torch.ops.mnv2_fused.cached_inverted_residual(x, sources, eps, stride, residual, self._token)
+
+    def _forward_modules(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return x + y if self.use_res_connect else y
+
+
+# What a compiled graph calls in inference: it sees the parameters themselves, so a change in place is noticed
+# there too, and folding stays out of the graph. No autograd: FusedInvertedResidual folds in the graph for that.
+_library = torch.library.Library("mnv2_fused", "FRAGMENT")
+_library.define(
+    "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache) -> Tensor"
+)
+
+
+def _cached_inverted_residual(x, sources, eps, stride, residual, cache):
+    found = _caches.get(cache) or _PackedCache()
+    packed = found.get(sources, eps, x.dtype)
+    return ops.packed_inverted_residual(x, packed, stride, residual)
+
+
+_library.impl("cached_inverted_residual", _cached_inverted_residual, "CompositeExplicitAutograd")
+_library.impl(
+    "cached_inverted_residual",
+    ops.autocast_rule(torch.ops.mnv2_fused.cached_inverted_residual.default),
+    "AutocastCPU",
+)
+
+
+@torch.library.register_fake("mnv2_fused::cached_inverted_residual")
+def _(x, sources, eps, stride, residual, cache):
+    return ops.empty_output(x, sources[-6].shape[0], stride)

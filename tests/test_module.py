@@ -1,0 +1,522 @@
+"""FusedInvertedResidual as a module: drop-in, never stale, copyable, trainable."""
+
+import copy
+import io
+import pickle
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from mnv2_fused import FusedInvertedResidual
+from mnv2_fused.testing import agreement, perturb_batch_norm, threads
+
+GEOMETRIES = [(8, 8, 1, 6), (8, 12, 2, 6), (8, 5, 1, 1), (8, 8, 1, 1)]
+by_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def blocks(*geometry):
+    """torchvision's block and ours with its weights, both in eval."""
+    theirs = perturb_batch_norm(InvertedResidual(*geometry)).eval()
+    ours = FusedInvertedResidual(*geometry).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def make_x(dtype=torch.float32):
+    return torch.randn(2, 8, 9, 7, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def eager(block, x):
+    """What the inner modules compute, whatever the block would do."""
+    y = block.conv(x)
+    return x + y if block.use_res_connect else y
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The calls that reached the fused op."""
+    from mnv2_fused import ops
+
+    calls, original = [], ops.packed_inverted_residual
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(ops, "packed_inverted_residual", counted)
+    return calls
+
+
+@by_geometry
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_eval_is_within_the_rule_and_fused(geometry, dtype, ran):
+    theirs, ours = blocks(*geometry)
+    theirs, ours, x = theirs.to(dtype), ours.to(dtype), make_x(dtype)
+    with torch.no_grad():
+        y = ours(x)
+        found = agreement(y, theirs(x), copy.deepcopy(theirs).double()(x.double()))
+    assert len(ran) == 1
+    if dtype == torch.float64:  # nothing better to compare eager with
+        torch.testing.assert_close(y, theirs(x))
+    else:
+        assert found.ok, found
+
+
+@by_geometry
+def test_state_dict_both_ways(geometry):
+    theirs, ours = blocks(*geometry)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    perturb_batch_norm(ours, seed=1)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = make_x()
+    close(ours(x), theirs(x))
+
+
+@by_geometry
+def test_attributes(geometry):
+    theirs, ours = blocks(*geometry)
+    for name in ("out_channels", "_is_cn", "use_res_connect", "stride"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert not hasattr(ours, "fuse")
+    assert "stride" in repr(ours)
+    assert ours.spec.out_channels == geometry[1]
+
+
+def test_mobilenet_v2_takes_the_block():
+    model = torchvision.models.mobilenet_v2(block=FusedInvertedResidual, num_classes=10)
+    original = torchvision.models.mobilenet_v2(num_classes=10)
+    perturb_batch_norm(original)
+    model.load_state_dict(original.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), original.eval()(x), rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(m, FusedInvertedResidual) for m in model.modules()) == 17
+
+
+@by_geometry
+def test_train_is_torchvisions_bit_for_bit(geometry, ran):
+    theirs, ours = blocks(*geometry)
+    theirs.train(), ours.train()
+    for _ in range(2):
+        x = make_x()
+        assert torch.equal(ours(x), theirs(x))
+    assert not ran
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    close(ours.eval()(x), theirs.eval()(x))
+    assert ran
+
+
+@by_geometry
+@pytest.mark.parametrize("x_grad", [False, True])
+def test_gradients_in_eval(geometry, x_grad):
+    theirs, ours = blocks(*geometry)
+    theirs, ours = theirs.double(), ours.double()
+    x = make_x(torch.float64)
+    results = []
+    for block in (ours, theirs):
+        leaf = x.clone().requires_grad_(x_grad)
+        block(leaf).square().sum().backward()
+        results.append({"x": leaf.grad, **{n: p.grad for n, p in block.named_parameters()}})
+    assert results[0].keys() == results[1].keys()
+    for name, found in results[0].items():
+        if name != "x" or x_grad:
+            torch.testing.assert_close(found, results[1][name], msg=name)
+
+
+def test_input_gradients_with_frozen_parameters():
+    theirs, ours = blocks(8, 8, 1, 6)
+    x = make_x().requires_grad_()
+    grads = [torch.autograd.grad(b.requires_grad_(False)(x).square().sum(), x)[0] for b in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_partly_frozen_parameters():
+    theirs, ours = blocks(8, 8, 1, 6)
+    for block in (theirs, ours):
+        block.requires_grad_(False)
+        block.conv[1][1].weight.requires_grad_()
+        block(make_x() * 0 + 0.5).square().sum().backward()
+        assert [n for n, p in block.named_parameters() if p.grad is not None] == ["conv.1.1.weight"]
+    torch.testing.assert_close(ours.conv[1][1].weight.grad, theirs.conv[1][1].weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_double_backward_is_refused_not_wrong():
+    _, ours = blocks(8, 8, 1, 6)
+    x = make_x().requires_grad_()
+    (grad,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES[:3], ids=str)
+def test_autocast(geometry):
+    theirs, ours = blocks(*geometry)
+    x = make_x()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = ours(x), theirs(x)
+    assert found.dtype == expected.dtype
+    wide = copy.deepcopy(theirs).double()(x.double())
+    assert agreement(found.bfloat16(), expected.bfloat16(), wide).ok
+    found.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad.dtype == q.grad.dtype, name
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.1, atol=0.05 * q.grad.abs().max().item())
+
+
+def replaced(block):
+    block.conv[2].weight = nn.Parameter(torch.randn(8, 48, 1, 1))
+
+
+def optimizer_step(block):
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.05)
+    block(make_x()).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def other_state():
+    return perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6), seed=9).state_dict()
+
+
+def norm_trains(block):
+    block.conv[1][1].train()
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def conv_of_a_subclass(block):
+    conv = Doubling(48, 8, 1, bias=False)
+    conv.load_state_dict(block.conv[2].state_dict())
+    block.conv[2] = conv
+
+
+def conv_replaced(block):
+    block.conv[0][0] = nn.Conv2d(8, 48, 1)  # with a bias
+
+
+def norm_replaced(block):
+    block.conv[1][1] = perturb_batch_norm(nn.BatchNorm2d(48), seed=4).eval()
+
+
+def activation_replaced(block):
+    block.conv[1][2] = nn.Hardswish()
+
+
+def pruned_channels(block):
+    """Structured pruning: every tensor is cut in place, so that it starts at the same address."""
+    for conv in (block.conv[0][0], block.conv[1][0]):
+        conv.weight.data = conv.weight.data[:32]
+        conv.out_channels = 32
+    block.conv[1][0].groups = block.conv[1][0].in_channels = block.conv[2].in_channels = 32
+    for norm in (block.conv[0][1], block.conv[1][1]):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(norm, name).data = getattr(norm, name).data[:32]
+    block.conv[2].weight.data = block.conv[2].weight.data[:, :32]
+
+
+def transposed(block):
+    weight = block.conv[2].weight
+    weight.data = weight.data.view(48, 8, 1, 1).transpose(0, 1)  # the same address
+
+
+def running_statistics(block):
+    block.train()(make_x())
+    block.eval()
+
+
+CHANGES = {
+    "in place": lambda b: b.conv[0][0].weight.mul_(1.7),
+    "bias in place": lambda b: b.conv[3].bias.add_(1),
+    "load_state_dict": lambda b: b.load_state_dict(other_state()),
+    "load_state_dict, assign": lambda b: b.load_state_dict(other_state(), assign=True),
+    "optimizer": torch.enable_grad()(optimizer_step),
+    "half and back": lambda b: b.half().float(),
+    "running statistics": running_statistics,
+    "running variance": lambda b: b.conv[1][1].running_var.mul_(3),
+    "eps": lambda b: setattr(b.conv[1][1], "eps", 0.7),
+    "parameter replaced": replaced,
+    "data replaced": lambda b: setattr(b.conv[2].weight, "data", torch.randn(8, 48, 1, 1)),
+    "data transposed": transposed,
+    "channels pruned": pruned_channels,
+    "conv replaced": conv_replaced,
+    "norm replaced": norm_replaced,
+    "reset": lambda b: b.conv[1][1].reset_parameters(),
+    "data in place, then train and eval": lambda b: b.conv[2].weight.data.mul_(2) is b.train().eval(),
+}
+UNFUSED = {
+    "conv of a subclass": conv_of_a_subclass,
+    "activation": activation_replaced,
+    "forward hook": lambda b: b.conv[0][0].register_forward_hook(lambda m, i, o: o + 1),
+    "pre-hook": lambda b: b.conv[2].register_forward_pre_hook(lambda m, i: (i[0] + 1,)),
+    "hook on a stage": lambda b: b.conv[0].register_forward_hook(lambda m, i, o: o * 2),
+    "hook on conv": lambda b: b.conv.register_forward_hook(lambda m, i, o: o * 2),
+    "group norm": lambda b: b.conv[1].__setitem__(1, nn.GroupNorm(4, 48)),
+    "parametrization": lambda b: parametrizations.spectral_norm(b.conv[2]),
+    "pruning": lambda b: prune.l1_unstructured(b.conv[0][0], "weight", amount=0.5),
+}
+
+
+def check_change(change, grad):
+    block = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6)).eval()
+    x = make_x()
+    with torch.set_grad_enabled(grad):
+        before = block(x)
+    with torch.no_grad():
+        change(block)
+    with torch.set_grad_enabled(grad):
+        found = block(x)
+        close(found, eager(block, x))
+        close(block(x), eager(block, x))
+    assert not torch.equal(found, before), "the change changes nothing, so this test sees nothing"
+    return block
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_noticed(change, grad):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # and it stays fused
+        check_change(change, grad)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("change", UNFUSED.values(), ids=UNFUSED)
+def test_what_cannot_be_fused_runs_unfused_and_says_so(change, grad):
+    with pytest.warns(UserWarning, match="runs unfused"):
+        check_change(change, grad)
+
+
+@pytest.mark.usefixtures("fresh_graphs")
+@pytest.mark.parametrize("change", UNFUSED.values(), ids=UNFUSED)
+def test_what_cannot_be_fused_is_not_fused_when_compiled(change):
+    block = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6)).eval()
+    change(block)
+    compiled, x = torch.compile(block, backend="aot_eager"), make_x()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        close(compiled(x), eager(block, x))
+
+
+def test_one_norm_back_in_training():
+    theirs, ours = blocks(8, 8, 1, 6)
+    x = make_x()
+    for block in (theirs, ours):
+        block.conv[1][1].train()
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.conv[1][1].running_mean, theirs.conv[1][1].running_mean)
+    ours.eval(), theirs.eval()
+    close(ours(x), theirs(x))
+
+
+def test_removed_hook_and_removed_pruning_fuse_again(ran):
+    _, ours = blocks(8, 8, 1, 6)
+    x = make_x()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        handle = ours.conv[0].register_forward_hook(lambda m, i, o: o * 2)
+        ours(x)
+        prune.l1_unstructured(ours.conv[0][0], "weight", amount=0.5)
+        close(ours(x), eager(ours, x))
+    assert not ran
+    handle.remove()
+    prune.remove(ours.conv[0][0], "weight")
+    with torch.no_grad():
+        close(ours(x), eager(ours, x))
+    assert len(ran) == 1
+
+
+def test_inference_mode_parameters():
+    with torch.inference_mode():
+        block = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6)).eval()
+        x = make_x()
+        close(block(x), eager(block, x))
+        block.conv[0][0].weight.mul_(1.7)
+        close(block(x), eager(block, x))
+
+
+def test_ordinary_parameters_changed_under_inference_mode():
+    _, block = blocks(8, 8, 1, 6)
+    x = make_x()
+    with torch.inference_mode():
+        block(x)
+        block.conv[0][0].weight.mul_(1.7)
+        close(block(x), eager(block, x))
+
+
+def test_weights_are_packed_once(monkeypatch):
+    module = sys.modules[FusedInvertedResidual.__module__]
+    packings, original = [], module.pack
+    monkeypatch.setattr(module, "pack", lambda *args: packings.append(1) or original(*args))
+    _, ours = blocks(8, 8, 1, 6)
+    with torch.no_grad():
+        for _ in range(4):
+            ours(make_x())
+    assert len(packings) == 1
+
+
+def through_pickle(block):
+    return pickle.loads(pickle.dumps(block))
+
+
+def through_a_file(block):
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@by_geometry
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file])
+def test_copies(copied, geometry):
+    _, ours = blocks(*geometry)
+    x = make_x()
+    before = ours(x)
+    twin = copied(ours)
+    assert not twin.training
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin.conv[-2].weight.mul_(2)
+    close(twin(x), eager(twin, x))
+    assert torch.equal(ours(x), before), "the copy shares something with its original"
+
+
+def test_frozen_batch_norm():
+    theirs = perturb_batch_norm(InvertedResidual(8, 8, 1, 6, norm_layer=FrozenBatchNorm2d)).eval()
+    ours = FusedInvertedResidual(8, 8, 1, 6, norm_layer=FrozenBatchNorm2d).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = make_x()
+    close(ours(x), theirs(x))
+    with torch.no_grad():
+        ours.conv[1][1].running_var.mul_(2)
+    close(ours(x), eager(ours, x))
+
+
+def without_affine(channels):
+    return nn.BatchNorm2d(channels, affine=False)
+
+
+def test_norm_without_affine():
+    ours = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6, norm_layer=without_affine)).eval()
+    x = make_x()
+    close(ours(x), eager(ours, x))
+    ours(x).sum().backward()
+    assert ours.conv[0][0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (lambda c: nn.GroupNorm(2, c), "GroupNorm cannot be folded"),
+        (lambda c: nn.BatchNorm2d(c, track_running_stats=False), "no running statistics"),
+        (nn.InstanceNorm2d, "InstanceNorm2d cannot be folded"),
+    ],
+    ids=["group", "no statistics", "instance"],
+)
+def test_a_norm_that_does_not_fold_is_refused(norm, message):
+    with pytest.raises(ValueError, match=f"{message}.*leave this block unfused"):
+        FusedInvertedResidual(8, 8, 1, 6, norm_layer=norm)
+
+
+def test_adopt_shares_the_modules():
+    theirs = perturb_batch_norm(InvertedResidual(8, 8, 1, 6)).eval()
+    ours = FusedInvertedResidual.adopt(theirs.conv, stride=1, residual=True)
+    x = make_x()
+    assert ours.conv is theirs.conv and not ours.training
+    close(ours(x), theirs(x))
+    with torch.no_grad():
+        theirs.conv[0][0].weight.mul_(2)
+    close(ours(x), theirs(x))
+
+
+def test_adopt_refuses_what_it_would_compute_wrongly():
+    def changed(change):
+        conv = InvertedResidual(8, 8, 1, 6).conv
+        change(conv)
+        return conv
+
+    cases = {
+        "ReLU": lambda c: c[0].__setitem__(2, nn.ReLU()),
+        "kernel": lambda c: c[1].__setitem__(0, nn.Conv2d(48, 48, 5, padding=2, groups=48, bias=False)),
+        "dilation": lambda c: c[1].__setitem__(0, nn.Conv2d(48, 48, 3, padding=2, dilation=2, groups=48)),
+        "padding_mode": lambda c: c[1].__setitem__(
+            0, nn.Conv2d(48, 48, 3, padding=1, groups=48, padding_mode="reflect")
+        ),
+    }
+    accepted = []
+    for name, change in cases.items():
+        try:
+            FusedInvertedResidual.adopt(changed(change), stride=1, residual=True)
+        except ValueError:
+            continue
+        accepted.append(name)
+    assert not accepted
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_python_threads_share_a_module(grad):
+    _, ours = blocks(8, 8, 1, 6)
+    inputs = [torch.randn(1, 8, 5 + i % 7, 9) for i in range(40)]
+
+    def call(x):
+        with torch.set_grad_enabled(grad):
+            return ours(x).detach()
+
+    with threads(1), ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            found = list(pool.map(call, inputs))
+            for x, y in zip(inputs, found, strict=True):
+                close(y, eager(ours, x).detach())
+            with torch.no_grad():
+                ours.conv[0][0].weight.mul_(1.1)
+
+
+def test_eval_in_one_thread_while_another_runs():
+    """A server that says eval() before every request clears the packed weights under the others' feet."""
+    _, ours = blocks(8, 8, 1, 6)
+    x = make_x()
+    expected, interval = ours(x).detach(), sys.getswitchinterval()
+
+    def call(i):
+        with torch.no_grad():
+            return torch.equal(ours.eval()(x), expected)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with threads(1), ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(call, range(3000)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_to_another_dtype_after_a_call(dtype):
+    theirs, ours = blocks(8, 8, 1, 6)
+    ours(make_x())
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    x = make_x(dtype)
+    y = ours(x)
+    assert y.dtype == dtype
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(y, theirs(x), **tolerance)
