@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -234,12 +235,14 @@ def peak_activation_bytes(call: Callable[[], object]) -> int:
     exist before, nor what libraries allocate behind torch's back.
     """
     call()  # lazily created buffers and packed weights are not activations
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # Kineto reports on stderr that it found no GPU driver, which nobody asked.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result
     live = peak = 0
     for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        (e for e in profile.kineto_results.events() if e.name() == "[memory]"),
         key=lambda e: e.start_ns(),
     ):
         live += event.nbytes()

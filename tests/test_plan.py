@@ -63,8 +63,16 @@ def test_every_plan_adds_up(call, dtype):
     assert p.recompute == pytest.approx(computed / (height * width))
     assert computed >= needed
     expanded = height * width if spec.expand else 0
-    assert p.bytes_never_written == n * spec.hidden_channels * (expanded + out_h * out_w) * element
+    unfused = n * spec.hidden_channels * (expanded + out_h * out_w) * dtype.itemsize
+    assert p.bytes_never_written == unfused
     assert p.cost > 0 or n == 0
+
+
+@given(calls())
+def test_the_group_does_not_depend_on_threads(call):
+    """It decides in which order products are summed, so results would depend on threads with it."""
+    spec, shape, count = call
+    assert plan(spec, shape, threads=count).group == plan(spec, shape, threads=1).group
 
 
 def test_recompute_is_at_least_one():
