@@ -52,7 +52,9 @@ BlockShape shape_of(const Tensor& x, const std::optional<Tensor>& w_expand,
          " and ", to_string(b_project));
   if (w_expand.has_value() != b_expand.has_value())
     fail("w_expand and b_expand must both be given or both be None");
-  const int64_t takes = w_expand && w_expand->dim() == 3 ? w_expand->size(1) : w_project.size(1);
+  if (w_expand && w_expand->dim() != 3)
+    fail("w_expand must be [E/16, C_in, 16], got ", to_string(*w_expand));
+  const int64_t takes = w_expand ? w_expand->size(1) : w_project.size(1);
   if (x.size(1) != takes) fail("x must have ", takes, " channels, got ", to_string(x));
   const BlockShape s{x.size(0),         x.size(2),         x.size(3), x.size(1),
                      w_project.size(1), b_project.size(0), stride,    w_expand.has_value(),

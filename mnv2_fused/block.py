@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .fold import BlockWeights, PackedWeights, pack, unpack
+from .fold import PANEL, BlockWeights, PackedWeights, pack, unpack
 from .plan import Plan
 
 
@@ -52,22 +53,38 @@ class BlockSpec:
     @staticmethod
     def of(weights: BlockWeights | PackedWeights, stride: int = 1, residual: bool = False) -> BlockSpec:
         """The spec that these weights have; raises ValueError where their shapes disagree."""
-        if isinstance(weights, PackedWeights):
-            weights = unpack(weights)
         if (weights.w_expand is None) != (weights.b_expand is None):
             raise ValueError("w_expand and b_expand must both be given or both be None")
-        hidden = weights.w_depthwise.shape[0]
-        out_channels = weights.w_project.shape[0]
+        packed = isinstance(weights, PackedWeights)
+        for name, tensor in zip(weights._fields, weights, strict=True):
+            dims = 1 if name.startswith("b_") else 3 if packed else 4
+            if tensor is not None and tensor.dim() != dims and (dims > 1 or packed):
+                raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
+        if packed:
+            hidden, out_channels = weights.w_project.shape[1], weights.b_project.shape[0]
+        else:
+            hidden, out_channels = weights.w_depthwise.shape[0], weights.w_project.shape[0]
         in_channels = hidden if weights.w_expand is None else weights.w_expand.shape[1]
-        expected = BlockWeights(
-            None if weights.w_expand is None else (hidden, in_channels, 1, 1),
-            None if weights.b_expand is None else (hidden,),
-            (hidden, 1, 3, 3),
-            (hidden,),
-            (out_channels, hidden, 1, 1),
-            (out_channels,),
-        )
-        for name, tensor, shape in zip(weights._fields, weights, expected, strict=True):
+        panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
+        if packed:
+            shapes = [
+                (panels, in_channels, PANEL),
+                (panels * PANEL,),
+                (panels, 9, PANEL),
+                (panels * PANEL,),
+                (out_panels, hidden, PANEL),
+                (out_channels,),
+            ]
+        else:
+            shapes = [
+                (hidden, in_channels, 1, 1),
+                (hidden,),
+                (hidden, 1, 3, 3),
+                (hidden,),
+                (out_channels, hidden, 1, 1),
+                (out_channels,),
+            ]
+        for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         return BlockSpec(
@@ -75,7 +92,10 @@ class BlockSpec:
         )
 
 
-def _check_input(x: Tensor, in_channels: int) -> None:
+def check_input(x: Tensor, in_channels: int) -> None:
+    """Raises ValueError or TypeError, saying what to do, for an ``x`` that no backend takes."""
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be dense, got layout {x.layout}; convert it with x.to_dense()")
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C_in, H, W], got {list(x.shape)}; add a batch with x[None]")
     if x.shape[1] != in_channels:
@@ -100,7 +120,7 @@ def inverted_residual_reference(
     :func:`inverted_residual` does. Paper: section 3.3, table 1.
     """
     spec = BlockSpec.of(weights, stride, residual)
-    _check_input(x, spec.in_channels)
+    check_input(x, spec.in_channels)
     if isinstance(weights, PackedWeights):
         weights = unpack(weights)
     w = BlockWeights(*(None if t is None else t.to(x.dtype) for t in weights))
@@ -132,7 +152,7 @@ def inverted_residual(
     call. Paper: section 5.1.
     """
     spec = BlockSpec.of(weights, stride, residual)
-    _check_input(x, spec.in_channels)
+    check_input(x, spec.in_channels)
     if ops.resolve_backend(backend, x.device) == "eager":
         return inverted_residual_reference(x, weights, stride=stride, residual=residual)
     packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import layers, ops
-from .block import BlockSpec
+from .block import BlockSpec, check_input
 from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
 
 
@@ -21,12 +21,11 @@ class _PackedCache:
     """Packed weights of one module, valid while the tensors they came from stay what they were."""
 
     def __init__(self) -> None:
-        self._stamp: list[Any] | None = None
-        self._sources: list[Tensor] = []
-        self._packed: PackedWeights | None = None
+        # (stamp, aliases, packed): one value, so that threads see it whole.
+        self._entry: tuple[list[Any], list[Tensor], PackedWeights] | None = None
 
     def clear(self) -> None:
-        self.__init__()
+        self._entry = None
 
     def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
         """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
@@ -36,13 +35,16 @@ class _PackedCache:
         except RuntimeError:
             # Inference tensors count no versions, so a change in place could not be noticed.
             return _fold_and_pack(sources, eps, dtype)
-        if stamp != self._stamp:
+        # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
+        stamp += [t.stride() for t in tensors if t.dim() == 4]
+        stamp += [t.shape for t in tensors if t.dim() == 4]
+        entry = self._entry
+        if entry is None or stamp != entry[0]:
             with torch.no_grad():
                 packed = _fold_and_pack(sources, eps, dtype)
             # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-            self._sources = [t.detach() for t in tensors]
-            self._packed, self._stamp = packed, stamp
-        return self._packed
+            self._entry = entry = stamp, [t.detach() for t in tensors], packed
+        return entry[2]
 
 
 def _fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
@@ -55,6 +57,7 @@ def _fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.
 # Caches by number, for the op that a compiled graph calls: a graph can hold a number but not an object.
 _caches: weakref.WeakValueDictionary[int, _PackedCache] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
+_blocks: weakref.WeakValueDictionary[int, FusedInvertedResidual] = weakref.WeakValueDictionary()
 
 
 def _parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
@@ -88,6 +91,12 @@ def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], stride:
         if i < len(eps) - 1:
             y = F.relu6(y)
     return y + x if residual else y
+
+
+@torch.compiler.assume_constant_result
+def _why_modules(token: int) -> str | None:
+    """Asked once per graph: dynamo cannot trace the look at hooks and types."""
+    return _blocks[token].why_modules()
 
 
 class _Recomputed(torch.autograd.Function):
@@ -208,6 +217,7 @@ class FusedInvertedResidual(nn.Module):
         self._cache = _PackedCache()
         self._token = next(_tokens)
         _caches[self._token] = self._cache
+        _blocks[self._token] = self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -247,8 +257,8 @@ class FusedInvertedResidual(nn.Module):
         if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
             return self._forward_modules(x)
         compiling = torch.compiler.is_compiling()
-        if not compiling and (why := self.why_modules()) is not None:
-            if not self._warned:
+        if (why := _why_modules(self._token) if compiling else self.why_modules()) is not None:
+            if not compiling and not self._warned:
                 self._warned = True
                 warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=2)
             return self._forward_modules(x)
@@ -265,6 +275,9 @@ class FusedInvertedResidual(nn.Module):
             raise TypeError(
                 f"x is {x.dtype} but the block's parameters are {weight_dtype}; convert one of them or use autocast"
             )
+        in_channels = self._pairs[0][0].in_channels
+        if x.layout != torch.strided or x.dim() != 4 or x.shape[1] != in_channels:
+            check_input(x, in_channels)
         stride, residual = layers.stride_of(self._pairs[-2][0]), self.use_res_connect
         dtype = weight_dtype if x.dtype != torch.float64 else x.dtype
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)

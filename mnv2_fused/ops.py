@@ -97,6 +97,9 @@ def empty_output(x: Tensor, out_channels: int, stride: int) -> Tensor:
 
 def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=()):
     torch._check(x.dim() == 4, lambda: f"x must be [N, C_in, H, W], got {list(x.shape)}")
+    for t in (w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project):
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"x is on {x.device} but packed weights are on {t.device}; move one with .to()")
     return empty_output(x, b_project.shape[0], stride)
 
 
@@ -161,8 +164,12 @@ def _backward(ctx, grad: Tensor):
 def autocast_rule(op: torch._ops.OpOverload):
     """Under autocast the kernel keeps float32 and only its result takes autocast's dtype, as a conv's would."""
 
+    place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
+
     def run(x: Tensor, *rest):
         dtype = torch.get_autocast_dtype("cpu")
+        if rest[place]:  # a conv's result plus x, which autocast leaves as it is
+            dtype = torch.promote_types(dtype, x.dtype)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
             if x.dtype == torch.float64:  # autocast leaves double alone
                 return op(x, *rest)
