@@ -14,6 +14,8 @@
 // identical bit for bit over tiles, groups and thread counts.
 #pragma once
 
+#define MNV2_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace {
 
 // Rows x vectors of the 1x1 products' register tile: accumulators, one row of weights, one
@@ -45,6 +47,14 @@ MNV2_INLINE void for_pieces(int64_t total, int64_t most, F f) {
   }
 }
 
+// f(0), ..., f(N - 1) with compile-time indices: a loop would leave arrays of vectors on the stack.
+template <int N, class F>
+MNV2_INLINE void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) MNV2_INLINE_LAMBDA {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
 // acc[i][j] += sum over k of a(i, k) * w[j][16 k]
 template <class V, int R, int N, class A>
 MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const typename V::T* const (&w)[N],
@@ -52,11 +62,11 @@ MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const typename V::T* const
 #pragma GCC unroll 4
   for (int64_t k = 0; k < terms; ++k) {
     V row[N];
-    for (int j = 0; j < N; ++j) row[j] = V::load(w[j] + k * kPanel);
-    for (int i = 0; i < R; ++i) {
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { row[j] = V::load(w[j] + k * kPanel); });
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       const V value = V::set1(a(i, k));
-      for (int j = 0; j < N; ++j) acc[i][j] = V::fma(value, row[j], acc[i][j]);
-    }
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { acc[i][j] = V::fma(value, row[j], acc[i][j]); });
+    });
   }
 }
 
@@ -82,19 +92,20 @@ template <class V, int R, int N>
 void expand_tile(const ExpandTile<typename V::T>& t) {
   using T = typename V::T;
   const T* w[N];
+  const T* x[R];
   V acc[R][N];
-  for (int j = 0; j < N; ++j) {
+  unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { x[i] = t.x[i]; });
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     w[j] = t.weights + vector_offset<V>(t.vector + j, t.in_channels * kPanel);
     const V bias = V::load(t.bias + (t.vector + j) * V::kLanes);
-    for (int i = 0; i < R; ++i) acc[i][j] = bias;
-  }
-  const T* x[R];
-  for (int i = 0; i < R; ++i) x[i] = t.x[i];
-  multiply<V, R, N>(acc, [&](int i, int64_t k) { return x[i][k]; }, w, t.in_channels);
-  for (int j = 0; j < N; ++j) {
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
+  });
+  const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return x[i][k]; };
+  multiply<V, R, N>(acc, value, w, t.in_channels);
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
-    for (int i = 0; i < R; ++i) relu6(acc[i][j]).store(t.expanded[i] + offset);
-  }
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { relu6(acc[i][j]).store(t.expanded[i] + offset); });
+  });
 }
 
 template <class T>
@@ -115,38 +126,38 @@ struct ProjectTile {
 template <class V, int R, int N, bool kPartial>
 void project_tile(const ProjectTile<typename V::T>& t) {
   using T = typename V::T;
-  const auto load = [&](const T* p) {
+  const auto load = [&](const T* p) MNV2_INLINE_LAMBDA {
     if constexpr (kPartial) return V::load_partial(p, t.lanes);
     return V::load(p);
   };
   const T* w[N];
   V acc[R][N];
-  for (int j = 0; j < N; ++j) {
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     w[j] = t.weights + vector_offset<V>(j + t.half / V::kLanes, t.hidden * kPanel);
     const V start = t.bias ? load(t.bias + j * V::kLanes) : V::set1(0);
-    for (int i = 0; i < R; ++i) acc[i][j] = start;
-  }
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = start; });
+  });
   const T* depthwise = t.depthwise;
-  for (int64_t k = 0; k < t.terms; k += kPanel, depthwise += t.panel) {
-    const auto value = [&](int i, int64_t c) { return depthwise[i * kPanel + c]; };
-    const int64_t left = t.terms - k;
-    if (left >= kPanel) {
-      multiply<V, R, N>(acc, value, w, kPanel);
-    } else {
-      multiply<V, R, N>(acc, value, w, left);
-    }
-    for (int j = 0; j < N; ++j) w[j] += kPanel * kPanel;
+  const auto value = [&](auto i, int64_t c)
+                         MNV2_INLINE_LAMBDA { return depthwise[i * kPanel + c]; };
+  int64_t left = t.terms;
+  for (; left >= kPanel; left -= kPanel, depthwise += t.panel) {
+    multiply<V, R, N>(acc, value, w, kPanel);
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kPanel * kPanel; });
   }
-  for (int j = 0; j < N; ++j)
-    for (int i = 0; i < R; ++i) {
+  multiply<V, R, N>(acc, value, w, left);
+  unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+      T* const p = t.y[i] + j * V::kLanes;
       V y = acc[i][j];
-      if (!t.bias) y = V::add(y, load(t.y[i] + j * V::kLanes));
+      if (!t.bias) y = V::add(y, load(p));
       if (t.add_x) y = V::add(y, load(t.x[i] + j * V::kLanes));
       if constexpr (kPartial)
-        y.store_partial(t.y[i] + j * V::kLanes, t.lanes);
+        y.store_partial(p, t.lanes);
       else
-        y.store(t.y[i] + j * V::kLanes);
-    }
+        y.store(p);
+    });
+  });
 }
 
 // `cols` outputs of one depthwise row, one vector of channels: all taps from three expanded rows.
@@ -154,19 +165,21 @@ template <class V, int S, int C>
 MNV2_INLINE void depthwise_cols(const typename V::T* expanded, int64_t row,
                                 const typename V::T* weights, V bias, typename V::T* out) {
   V acc[C];
-  for (int c = 0; c < C; ++c) acc[c] = bias;
-  for (int ky = 0; ky < 3; ++ky) {
+  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
+  unrolled<3>([&](auto ky) MNV2_INLINE_LAMBDA {
     V tap[3];
-    for (int kx = 0; kx < 3; ++kx) tap[kx] = V::load(weights + (ky * 3 + kx) * kPanel);
-#pragma GCC unroll 16
-    for (int col = 0; col < (C - 1) * S + 3; ++col) {
+    unrolled<3>([&](auto kx)
+                    MNV2_INLINE_LAMBDA { tap[kx] = V::load(weights + (ky * 3 + kx) * kPanel); });
+    unrolled<(C - 1) * S + 3>([&](auto col) MNV2_INLINE_LAMBDA {
       const V v = V::load(expanded + ky * row + col * kPanel);
-      for (int kx = 0; kx < 3; ++kx)
-        if (col >= kx && (col - kx) % S == 0 && (col - kx) / S < C)
-          acc[(col - kx) / S] = V::fma(v, tap[kx], acc[(col - kx) / S]);
-    }
-  }
-  for (int c = 0; c < C; ++c) relu6(acc[c]).store(out + c * kPanel);
+      unrolled<3>([&](auto kx) MNV2_INLINE_LAMBDA {
+        constexpr int kFirst = decltype(col)::value - decltype(kx)::value, kOut = kFirst / S;
+        if constexpr (kFirst >= 0 && kFirst % S == 0 && kOut < C)
+          acc[kOut] = V::fma(v, tap[kx], acc[kOut]);
+      });
+    });
+  });
+  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { relu6(acc[c]).store(out + c * kPanel); });
 }
 
 template <class V, int S>
