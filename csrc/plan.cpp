@@ -10,13 +10,24 @@ namespace {
 // Costs in vector multiply-adds, fitted to a sweep over MobileNetV2's 17 blocks (one Zen 4 core):
 // bias + ReLU6 + store of one expanded vector, load + store of one output vector per channel group,
 // bias + ReLU6 + store of one depthwise vector, and what a task spends before its first multiply.
-constexpr double kExpandEpilogue = 6.0;
-constexpr double kProjectEpilogue = 5.0;
+constexpr double kExpandEpilogue = 4.0;
+constexpr double kProjectEpilogue = 4.0;
 constexpr double kDepthwiseEpilogue = 6.0;
 constexpr double kTaskStart = 2000.0;
 // Pixels between depthwise and project: enough to reuse the project weights in L1, few enough that
 // the depthwise result of one group stays there.
 constexpr int64_t kStripPixels = 96;
+
+// Vector operations one multiply-add costs in a register tile of 1 ... 4 vectors of channels: narrow
+// tiles need more rows, whose input pointers no longer fit the integer registers.
+constexpr double kTileCost[] = {1.5, 1.12, 1.0, 1.0};
+double tile_cost(int64_t vectors, int64_t most) {
+  const int64_t pieces = ceil_div(vectors, most), narrow = vectors / pieces;
+  const int64_t wider = vectors % pieces;  // this many pieces have one vector more
+  const double cost = double((pieces - wider) * narrow) * kTileCost[narrow - 1] +
+                      double(wider * (narrow + 1)) * kTileCost[std::min<int64_t>(narrow, 3)];
+  return cost / double(vectors);
+}
 
 // Part of L2 the scratch may take; the rest holds x, y and the weights of one group.
 int64_t scratch_budget(const Machine& m) { return m.l2_bytes * 5 / 8; }
@@ -53,8 +64,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double groups = double(ceil_div(s.hidden_channels, group));
   const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
                              double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
+  const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
   const double image =
-      in_pixels * vectors * ((s.expand ? double(s.in_channels) : 0.0) + kExpandEpilogue) +
+      in_pixels * vectors * ((s.expand ? double(s.in_channels) * wide : 0.0) + kExpandEpilogue) +
       out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
       out_pixels * out_vectors * (hidden + groups * kProjectEpilogue);
   const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
