@@ -46,7 +46,8 @@ BlockShape shape_of(const Tensor& x, const std::optional<Tensor>& w_expand,
                     const std::optional<Tensor>& b_expand, const Tensor& w_depthwise,
                     const Tensor& b_depthwise, const Tensor& w_project, const Tensor& b_project,
                     int64_t stride, bool residual) {
-  if (x.dim() != 4) fail("x must be [N, C_in, H, W], got ", to_string(x));
+  if (x.dim() != 4)
+    fail("x must be [N, C_in, H, W], got ", to_string(x), "; add a batch with x[None]");
   if (w_project.dim() != 3 || b_project.dim() != 1)
     fail("w_project must be [C_out/16, E, 16] and b_project [C_out], got ", to_string(w_project),
          " and ", to_string(b_project));
@@ -55,7 +56,8 @@ BlockShape shape_of(const Tensor& x, const std::optional<Tensor>& w_expand,
   if (w_expand && w_expand->dim() != 3)
     fail("w_expand must be [E/16, C_in, 16], got ", to_string(*w_expand));
   const int64_t takes = w_expand ? w_expand->size(1) : w_project.size(1);
-  if (x.size(1) != takes) fail("x must have ", takes, " channels, got ", to_string(x));
+  if (x.size(1) != takes)
+    fail("x must have ", takes, " channels, got ", x.size(1), " in ", to_string(x));
   const BlockShape s{x.size(0),         x.size(2),         x.size(3), x.size(1),
                      w_project.size(1), b_project.size(0), stride,    w_expand.has_value(),
                      residual};

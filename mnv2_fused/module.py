@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
 from .block import BlockSpec, check_input
@@ -52,6 +54,50 @@ def _fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.
     for i, e in enumerate(eps):
         folded += fold_conv_bn(*sources[6 * i : 6 * i + 6], e)
     return pack(BlockWeights(*folded), dtype)
+
+
+_version = operator.attrgetter("_version")
+_shape = operator.attrgetter("shape")
+_norm_state = operator.itemgetter("training", "eps")
+_conv_state = operator.itemgetter("stride", "padding", "dilation")
+
+
+class _Ready:
+    """A block found fit to run fused on ``packed``, and whether that still holds.
+
+    Asked on every call, mostly with cold caches: it touches as few objects as will do, in loops that run in C.
+    """
+
+    def __init__(self, block: FusedInvertedResidual, sources: list[Tensor | None], packed: PackedWeights) -> None:
+        pairs = block._pairs
+        stages = [m for m in block.conv._modules.values() if m._modules]
+        self.packed = packed
+        self.sources = sources
+        self.eps = [norm.eps for _, norm in pairs]
+        self.dtype = sources[0].dtype
+        self.stride = layers.stride_of(pairs[-2][0])
+        self.next_hook = RemovableHandle.next_id  # counts every hook ever registered on anything
+        self.attributes = [vars(m) for pair in pairs for m in pair]
+        tensors = [d for conv, norm in pairs for d in (conv._parameters, norm._parameters, norm._buffers)]
+        self.dicts = [block._modules, block.conv._modules, *(s._modules for s in stages), *tensors]
+        self.tensors = [t for t in sources if t is not None]
+        self.weights = [t for t in self.tensors if t.dim() == 4]
+        self.seen: tuple[list[Any], ...] | None = None
+
+    def look(self) -> tuple[list[Any], ...]:
+        return (
+            list(map(id, itertools.chain.from_iterable(map(dict.values, self.dicts)))),
+            list(map(_version, self.tensors)),
+            list(map(Tensor.data_ptr, self.tensors)),
+            # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
+            list(map(_shape, self.weights)),
+            list(map(Tensor.stride, self.weights)),
+            list(map(_norm_state, self.attributes[1::2])),
+            [_conv_state(self.attributes[-4]), *map(len, self.attributes)],
+        )
+
+    def holds(self) -> bool:
+        return RemovableHandle.next_id == self.next_hook and self.look() == self.seen
 
 
 # Caches by number, for the op that a compiled graph calls: a graph can hold a number but not an object.
@@ -195,25 +241,14 @@ class FusedInvertedResidual(nn.Module):
         self._objection = next(layers.objections(self.conv), None)
         # (convolution, norm) of each stage: [expand,] depthwise, project.
         self._pairs = [(conv, norm) for conv, norm, _ in layers.stages_of(self.conv) or ()]
-        inside = list(self.conv.modules())
-        self._parents = [self._modules, *(m._modules for m in inside if m._modules)]
-        self._hooks = [hooks for m in inside for hooks in layers.hooks_of(m)]
-        self._seen = self._sight()
-
-    def _sight(self) -> tuple[Any, ...]:
-        """What a change would show in; quick, since every call looks."""
-        children = [child for parent in self._parents for child in parent.values()]
-        geometry = [(c.stride, c.padding, c.dilation, c.groups) for c, _ in self._pairs]
-        own_forward = ["forward" in child.__dict__ for child in children]
-        return children, list(map(type, children)), geometry, own_forward, any(self._hooks)
 
     def why_modules(self) -> str | None:
         """Why the inner modules run one by one even in eval, because of how they were changed; None if they don't."""
-        if self._sight() != self._seen:
-            self._look_inside()
+        self._look_inside()
         return self._objection
 
     def _reset_cache(self) -> None:
+        self._ready: _Ready | None = None
         self._cache = _PackedCache()
         self._token = next(_tokens)
         _caches[self._token] = self._cache
@@ -221,7 +256,7 @@ class FusedInvertedResidual(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_cache", "_token", "_objection", "_pairs", "_parents", "_hooks", "_seen"):
+        for name in ("_ready", "_cache", "_token", "_objection", "_pairs"):
             del state[name]
         return state
 
@@ -231,11 +266,11 @@ class FusedInvertedResidual(nn.Module):
         self._reset_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedInvertedResidual:
-        self._cache.clear()
+        self._forget()
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> FusedInvertedResidual:
-        self._cache.clear()
+        self._forget()
         return super().train(mode)
 
     @property
@@ -253,43 +288,75 @@ class FusedInvertedResidual(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.spec}, backend={self.backend}"
 
+    def _forget(self) -> None:
+        self._ready = None
+        self._cache.clear()
+
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
         if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
             return self._forward_modules(x)
-        compiling = torch.compiler.is_compiling()
-        if (why := _why_modules(self._token) if compiling else self.why_modules()) is not None:
-            if not compiling and not self._warned:
-                self._warned = True
-                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=2)
-            return self._forward_modules(x)
-        if any(norm.training for _, norm in self._pairs if norm._parameters):  # not FrozenBatchNorm2d
-            return self._forward_modules(x)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(x)
+        ready = self._ready
+        if ready is None or x.dtype is not ready.dtype or not ready.holds():
+            ready = self._prepare(x)
+            if ready is None:
+                return self._forward_modules(x)
+        sources = ready.sources
+        try:
+            if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
+                return _Recomputed.apply(x, ready.packed, ready.eps, ready.stride, self.use_res_connect, *sources)
+            return ops.packed_inverted_residual(x, ready.packed, ready.stride, self.use_res_connect)
+        except RuntimeError:
+            check_input(x, self._pairs[0][0].in_channels)  # says it better, if x is what is wrong
+            raise
 
+    def _prepare(self, x: Tensor) -> _Ready | None:
+        """Looks at everything and folds what changed; None when the inner modules must run."""
+        if (why := self.why_modules()) is not None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=3)
+            return None
+        if self._norms_train():
+            return None
+        sources, eps = self._sources()
+        packed = self._cache.get(sources, eps, self._compute_dtype(x, sources))
+        ready = _Ready(self, sources, packed)
+        # Not kept where only autocast allows x's dtype, nor for inference tensors, which count no versions.
+        if x.dtype == ready.dtype and not any(t.is_inference() for t in ready.tensors):
+            ready.seen = ready.look()
+            self._ready = ready
+        return ready
+
+    def _norms_train(self) -> bool:
+        return any(norm.training for _, norm in self._pairs if norm._parameters)  # FrozenBatchNorm2d has none
+
+    def _sources(self) -> tuple[list[Tensor | None], list[float]]:
         sources: list[Tensor | None] = []
-        eps: list[float] = []
-        for conv, norm in self._pairs:
-            sources += _parameters_of(conv, norm)
-            eps.append(norm.eps)
-        weight_dtype = sources[0].dtype
-        if x.dtype != weight_dtype and not torch.is_autocast_enabled(x.device.type):
+        for pair in self._pairs:
+            sources += _parameters_of(*pair)
+        return sources, [norm.eps for _, norm in self._pairs]
+
+    def _compute_dtype(self, x: Tensor, sources: list[Tensor | None]) -> torch.dtype:
+        dtype = sources[0].dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
-                f"x is {x.dtype} but the block's parameters are {weight_dtype}; convert one of them or use autocast"
+                f"x is {x.dtype} but the block's parameters are {dtype}; convert one of them or use autocast"
             )
-        in_channels = self._pairs[0][0].in_channels
-        if x.layout != torch.strided or x.dim() != 4 or x.shape[1] != in_channels:
-            check_input(x, in_channels)
+        return x.dtype if x.dtype == torch.float64 else dtype
+
+    def _forward_compiled(self, x: Tensor) -> Tensor:
+        if _why_modules(self._token) is not None or self._norms_train():
+            return self._forward_modules(x)
+        sources, eps = self._sources()
+        dtype = self._compute_dtype(x, sources)
+        check_input(x, self._pairs[0][0].in_channels)
         stride, residual = layers.stride_of(self._pairs[-2][0]), self.use_res_connect
-        dtype = weight_dtype if x.dtype != torch.float64 else x.dtype
-        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
-        if not compiling:
-            packed = self._cache.get(sources, eps, dtype)
-            if recording:
-                return _Recomputed.apply(x, packed, eps, stride, residual, *sources)
-            return ops.packed_inverted_residual(x, packed, stride, residual)
-        if recording or torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
+        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+        if recording or torch.compiler.is_exporting():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
-            packed = _fold_and_pack(sources, eps, dtype)
-            return ops.packed_inverted_residual(x, packed, stride, residual)
+            return ops.packed_inverted_residual(x, _fold_and_pack(sources, eps, dtype), stride, residual)
         return torch.ops.mnv2_fused.cached_inverted_residual(x, sources, eps, stride, residual, self._token)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
