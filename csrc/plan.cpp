@@ -18,8 +18,8 @@ constexpr double kTaskStart = 2000.0;
 // the depthwise result of one group stays there.
 constexpr int64_t kStripPixels = 96;
 
-// Vector operations one multiply-add costs in a register tile of 1 ... 4 vectors of channels: narrow
-// tiles need more rows, whose input pointers no longer fit the integer registers.
+// Vector operations one multiply-add costs in a register tile of 1 ... 4 vectors of channels:
+// narrow tiles need more rows, whose input pointers no longer fit the integer registers.
 constexpr double kTileCost[] = {1.5, 1.12, 1.0, 1.0};
 double tile_cost(int64_t vectors, int64_t most) {
   const int64_t pieces = ceil_div(vectors, most), narrow = vectors / pieces;
