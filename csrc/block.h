@@ -21,6 +21,7 @@ struct BlockShape {
   int64_t out_height() const { return (height - 1) / stride + 1; }
   int64_t out_width() const { return (width - 1) / stride + 1; }
   int64_t hidden_panels() const { return ceil_div(hidden_channels, kPanel); }
+  int64_t out_elements() const { return batch * out_height() * out_width() * out_channels; }
   bool operator==(const BlockShape&) const = default;
 };
 
@@ -36,6 +37,7 @@ struct BlockArgs {
   const T* w_project;             // [C_out/16][E][16]
   const T* b_project;             // [C_out]
   T* y;                           // [N, H', W', C_out], dense
+  T* partial;                     // [groups, N, H', W', C_out], when the plan splits the groups
 };
 
 }  // namespace mnv2_fused

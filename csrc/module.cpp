@@ -19,8 +19,9 @@ BlockShape block_shape(int64_t batch, int64_t height, int64_t width, int64_t in_
 py::dict to_dict(const Plan& p) {
   using namespace py::literals;
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
-                  "strip_rows"_a = p.strip_rows, "tasks"_a = p.tasks, "workers"_a = p.workers,
-                  "scratch_bytes"_a = p.scratch_bytes, "recompute"_a = p.recompute,
+                  "strip_rows"_a = p.strip_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
+                  "workers"_a = p.workers, "scratch_bytes"_a = p.scratch_bytes,
+                  "partial_bytes"_a = p.partial_bytes, "recompute"_a = p.recompute,
                   "bytes_never_written"_a = p.bytes_never_written, "cost"_a = p.cost);
 }
 
@@ -51,10 +52,11 @@ PYBIND11_MODULE(_C, m) {
         const Machine machine =
             cpu::machine_for(cpu::active(), threads, element_size, cpu::l2_bytes());
         if (!forced) return to_dict(make_plan(s, machine));
-        if (forced->size() != 3)
-          throw py::value_error("plan must be [tile_rows, tile_cols, group], got " +
+        if (forced->size() != 4)
+          throw py::value_error("plan must be [tile_rows, tile_cols, group, splits], got " +
                                 std::to_string(forced->size()) + " values");
-        return to_dict(make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2]));
+        return to_dict(
+            make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]));
       },
       py::kw_only(), py::arg("threads"), py::arg("element_size"), py::arg("forced") = py::none());
 

@@ -133,11 +133,23 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
 
 template <class T>
 void run(const BlockShape& shape, const cpu::Isa& isa, cpu::RunTile<T> run_tile,
-         IntHeaderOnlyArrayRef forced, const Tensor& x, const std::optional<Tensor>& w_expand,
-         const std::optional<Tensor>& b_expand, const Tensor& w_depthwise,
-         const Tensor& b_depthwise, const Tensor& w_project, const Tensor& b_project,
-         const Tensor& y) {
+         cpu::AddRow<T> add_row, IntHeaderOnlyArrayRef forced, const Tensor& x,
+         const std::optional<Tensor>& w_expand, const std::optional<Tensor>& b_expand,
+         const Tensor& w_depthwise, const Tensor& b_depthwise, const Tensor& w_project,
+         const Tensor& b_project, const Tensor& y) {
   const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
+  const Machine machine =
+      cpu::machine_for(isa, torch::stable::get_num_threads(), sizeof(T), cpu::l2_bytes());
+  if (!forced.empty() && forced.size() != 4)
+    fail("plan must be [tile_rows, tile_cols, group, splits], got ", forced.size(), " values");
+  const Plan plan = forced.empty()
+                        ? cached_plan(shape, machine)
+                        : make_plan(shape, machine, forced[0], forced[1], forced[2], forced[3]);
+  // Each worker's slice starts on its own cache line.
+  const int64_t slice = round_up(plan.scratch_bytes / int64_t{sizeof(T)}, 64);
+  const int64_t scratch_size = slice * plan.workers + plan.partial_bytes / int64_t{sizeof(T)};
+  const Tensor scratch = torch::stable::empty({&scratch_size, 1}, y.scalar_type());
+  T* const buffer = static_cast<T*>(scratch.mutable_data_ptr());
   const BlockArgs<T> args{shape,
                           data(x),
                           x.stride(0),
@@ -149,23 +161,18 @@ void run(const BlockShape& shape, const cpu::Isa& isa, cpu::RunTile<T> run_tile,
                           data(b_depthwise),
                           data(w_project),
                           data(b_project),
-                          static_cast<T*>(y.mutable_data_ptr())};
-  const Machine machine =
-      cpu::machine_for(isa, torch::stable::get_num_threads(), sizeof(T), cpu::l2_bytes());
-  if (!forced.empty() && forced.size() != 3)
-    fail("plan must be [tile_rows, tile_cols, group], got ", forced.size(), " values");
-  const Plan plan = forced.empty() ? cached_plan(shape, machine)
-                                   : make_plan(shape, machine, forced[0], forced[1], forced[2]);
-  // Each worker's slice starts on its own cache line.
-  const int64_t slice = round_up(plan.scratch_bytes / int64_t{sizeof(T)}, 64);
-  const int64_t scratch_size = slice * plan.workers;
-  const Tensor scratch = torch::stable::empty({&scratch_size, 1}, y.scalar_type());
-  T* const buffer = static_cast<T*>(scratch.mutable_data_ptr());
+                          static_cast<T*>(y.mutable_data_ptr()),
+                          buffer + slice * plan.workers};
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
         run_tile(args, plan, task, buffer + worker * slice);
+  });
+  if (plan.splits == 1) return;
+  const int64_t rows = shape.batch * shape.out_height();
+  torch::stable::parallel_for(0, rows, ceil_div(rows, plan.workers), [&](int64_t row, int64_t end) {
+    for (; row < end; ++row) add_row(args, plan, row);
   });
 }
 
@@ -211,11 +218,11 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
   const Tensor result = allocate(compute, true);
   const cpu::Isa& isa = cpu::active();
   if (compute == ScalarType::Float)
-    run<float>(shape, isa, isa.run_f32, plan, source, w_expand, b_expand, w_depthwise, b_depthwise,
-               w_project, b_project, result);
+    run<float>(shape, isa, isa.run_f32, isa.add_f32, plan, source, w_expand, b_expand, w_depthwise,
+               b_depthwise, w_project, b_project, result);
   else
-    run<double>(shape, isa, isa.run_f64, plan, source, w_expand, b_expand, w_depthwise, b_depthwise,
-                w_project, b_project, result);
+    run<double>(shape, isa, isa.run_f64, isa.add_f64, plan, source, w_expand, b_expand, w_depthwise,
+                b_depthwise, w_project, b_project, result);
   if (!half && channels_last) return result;
   Tensor y = allocate(type, channels_last);
   return torch::stable::copy_(y, result);

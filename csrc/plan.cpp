@@ -14,6 +14,11 @@ constexpr double kExpandEpilogue = 4.0;
 constexpr double kProjectEpilogue = 4.0;
 constexpr double kDepthwiseEpilogue = 6.0;
 constexpr double kTaskStart = 2000.0;
+// A second parallel loop.
+constexpr double kBarrier = 10000.0;
+// An odd number of groups does not share out over two workers; a plan with one costs this much
+// more.
+constexpr double kOddGroups = 1.02;
 // Pixels between depthwise and project: enough to reuse the project weights in L1, few enough that
 // the depthwise result of one group stays there.
 constexpr int64_t kStripPixels = 96;
@@ -33,16 +38,20 @@ double tile_cost(int64_t vectors, int64_t most) {
 int64_t scratch_budget(const Machine& m) { return m.l2_bytes * 5 / 8; }
 
 Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
-              int64_t group) {
+              int64_t group, int64_t splits) {
   Plan p{};
   p.tile_rows = tile_rows;
   p.tile_cols = tile_cols;
   p.group = group;
   p.strip_rows = std::clamp<int64_t>(kStripPixels / tile_cols, 1, tile_rows);
-  p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s);
+  p.splits = splits;
+  p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
   p.scratch_bytes = (p.expanded_elements(s) + p.depthwise_elements()) * m.element_size;
 
+  // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
+  const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
+  if (splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
   const double out_pixels = double(s.out_height()) * double(s.out_width());
   const double hidden = double(s.hidden_channels);
   p.bytes_never_written =
@@ -61,7 +70,7 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.recompute = in_pixels / (double(s.height) * double(s.width));
 
   const double vectors = double(round_up(s.hidden_channels, kPanel)) / double(m.lanes);
-  const double groups = double(ceil_div(s.hidden_channels, group));
+  const double groups = double(p.groups(s));
   const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
                              double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
   const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
@@ -71,7 +80,10 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
       out_pixels * out_vectors * (hidden + groups * kProjectEpilogue);
   const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
   const double rounds = double(ceil_div(p.tasks, p.workers));
-  p.cost = rounds * (image / tiles + kTaskStart);
+  const double share = double(ceil_div(p.groups(s), splits)) / groups;
+  p.cost = rounds * (image / tiles * share + kTaskStart);
+  if (splits > 1)
+    p.cost += kBarrier + double(s.batch) * out_pixels * out_vectors * groups / double(p.workers);
   return p;
 }
 
@@ -129,7 +141,13 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
     if (rows == s.out_height() && cols == s.out_width() && group >= s.hidden_channels &&
         group > kPanel)
       return;
-    legal.push_back(complete(s, m, rows, cols, group));
+    for_parts(ceil_div(s.hidden_channels, group), [&](int64_t groups_of_split) {
+      const int64_t splits = ceil_div(ceil_div(s.hidden_channels, group), groups_of_split);
+      Plan p = complete(s, m, rows, cols, group, splits);
+      if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > scratch_budget(m))) return;
+      if (p.groups(s) % 2 == 1 && p.groups(s) > 1) p.cost *= kOddGroups;
+      legal.push_back(p);
+    });
   };
   // The group decides the order of summation, so it depends on neither batch nor threads: an
   // image's result is the same bit for bit alone, in a batch, and on any number of cores.
@@ -146,7 +164,7 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
       for_parts(s.out_height(), [&](int64_t rows) { consider(rows, cols, panels * kPanel); });
     });
   });
-  if (legal.empty()) legal.push_back(complete(s, m, 1, 1, only_group));
+  if (legal.empty()) legal.push_back(complete(s, m, 1, 1, only_group, 1));
   // Of the plans within 1 % of the cheapest, the one that needs the least scratch.
   double least = legal.front().cost;
   for (const Plan& p : legal) least = std::min(least, p.cost);
@@ -157,7 +175,7 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
-               int64_t group) {
+               int64_t group, int64_t splits) {
   if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
   const auto check = [](const char* name, int64_t value, int64_t limit) {
     if (value < 1 || value > limit)
@@ -170,7 +188,8 @@ Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t
   if (group % kPanel != 0)
     throw std::invalid_argument("plan: group must be a multiple of " + std::to_string(kPanel) +
                                 ", got " + std::to_string(group));
-  return complete(s, m, tile_rows, tile_cols, group);
+  check("splits", splits, ceil_div(s.hidden_channels, group));
+  return complete(s, m, tile_rows, tile_cols, group, splits);
 }
 
 }  // namespace mnv2_fused

@@ -21,13 +21,16 @@ struct Plan {
   int64_t tile_rows, tile_cols;  // output pixels one task computes
   int64_t group;                 // expanded channels computed at a time, a multiple of kPanel
   int64_t strip_rows;            // output rows between depthwise and project
-  int64_t tasks;                 // images x tiles
-  int64_t workers;               // tasks that run at once, each with its own scratch
-  int64_t scratch_bytes;         // per worker
-  int64_t bytes_never_written;   // the expanded tensors an unfused block writes
-  double recompute;              // expanded pixels computed / expanded pixels needed
-  double cost;                   // estimated vector operations on the slowest worker
+  int64_t splits;         // tasks that share a tile's groups; their sums are added up at the end
+  int64_t tasks;          // images x tiles x splits
+  int64_t workers;        // tasks that run at once, each with its own scratch
+  int64_t scratch_bytes;  // per worker
+  int64_t partial_bytes;  // the sums of every group, shared by all workers, when splits > 1
+  int64_t bytes_never_written;  // the expanded tensors an unfused block writes
+  double recompute;             // expanded pixels computed / expanded pixels needed
+  double cost;                  // estimated vector operations on the slowest worker
 
+  int64_t groups(const BlockShape& s) const { return ceil_div(s.hidden_channels, group); }
   int64_t tiles_down(const BlockShape& s) const { return ceil_div(s.out_height(), tile_rows); }
   int64_t tiles_across(const BlockShape& s) const { return ceil_div(s.out_width(), tile_cols); }
   int64_t in_rows(const BlockShape& s) const { return (tile_rows - 1) * s.stride + 3; }
@@ -41,9 +44,10 @@ struct Plan {
 // threads.
 Plan make_plan(const BlockShape& shape, const Machine& machine);
 
-// The plan with tile and group forced. Throws std::invalid_argument naming the value and the limit.
+// The plan with tile, group and splits forced. Throws std::invalid_argument naming the value and
+// the limit.
 Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_rows,
-               int64_t tile_cols, int64_t group);
+               int64_t tile_cols, int64_t group, int64_t splits);
 
 // Why no kernel takes this shape, or an empty string.
 std::string unsupported(const BlockShape& shape);

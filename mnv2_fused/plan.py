@@ -23,23 +23,25 @@ class Plan:
     tile_cols: int  # output columns of one task
     group: int  # expanded channels computed at a time, a multiple of 16
     strip_rows: int  # output rows between depthwise and project
-    tasks: int  # images x tiles
+    splits: int  # tasks that share a tile's groups, whose sums are then added up in order
+    tasks: int  # images x tiles x splits
     workers: int  # tasks that run at once, each with its own scratch
     scratch_bytes: int  # per worker
+    partial_bytes: int  # the sums of every group, shared by all workers, when splits > 1
     recompute: float  # expanded pixels computed / expanded pixels needed (tiles overlap by their halo)
     bytes_never_written: int  # the expanded tensors that an unfused block writes
     cost: float  # estimated vector operations of the slowest worker
 
     def __str__(self) -> str:
         return (
-            f"tile {self.tile_rows}x{self.tile_cols}, group {self.group}, {self.tasks} tasks on "
+            f"tile {self.tile_rows}x{self.tile_cols}, group {self.group}, splits {self.splits}, {self.tasks} tasks on "
             f"{self.workers} workers, scratch {self.scratch_bytes / 1024:.0f} KiB each, "
             f"recompute {self.recompute:.3f}, never written {self.bytes_never_written / 2**20:.2f} MiB"
         )
 
     def forced(self) -> list[int]:
         """What the op takes as its ``plan`` argument."""
-        return [self.tile_rows, self.tile_cols, self.group]
+        return [self.tile_rows, self.tile_cols, self.group, self.splits]
 
 
 def plan(
@@ -51,6 +53,7 @@ def plan(
     tile_rows: int | None = None,
     tile_cols: int | None = None,
     group: int | None = None,
+    splits: int | None = None,
 ) -> Plan:
     """The plan the CPU kernel uses for this block and input, or the one forced by tile and group.
 
@@ -83,7 +86,9 @@ def plan(
         return Plan(**values, bytes_never_written=never_written)
 
     automatic = make(None)
-    given = [tile_rows, tile_cols, group]
-    if given == [None] * 3:
+    given = [tile_rows, tile_cols, group, splits]
+    if given == [None] * 4:
         return automatic
+    if splits is None and group not in (None, automatic.group):
+        given[3] = 1  # the automatic number belongs to the automatic group
     return make([a if g is None else g for g, a in zip(given, automatic.forced(), strict=True)])

@@ -94,7 +94,8 @@ std::vector<double> plain_loops(const BlockArgs<T>& a) {
 }
 
 template <class T>
-bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, double tolerance) {
+bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, cpu::AddRow<T> add_row,
+           double tolerance) {
   BlockShape s{};
   s.batch = between(1, 2);
   s.height = between(1, 17);
@@ -114,6 +115,15 @@ bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, double tolerance) {
   const Weights<T> w(s);
   const T nan = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> y(s.batch * s.out_height() * s.out_width() * s.out_channels, nan);
+  const Machine machine = cpu::machine_for(isa, between(1, 4), sizeof(T), between(1, 512) << 10);
+  Plan plan = make_plan(s, machine);
+  if (between(0, 1)) {
+    const int64_t group = between(1, s.hidden_panels()) * kPanel;
+    plan = make_plan(s, machine, between(1, s.out_height()), between(1, s.out_width()), group,
+                     between(1, ceil_div(s.hidden_channels, group)));
+  }
+  std::vector<T> scratch(plan.scratch_bytes / sizeof(T));
+  std::vector<T> partial(plan.partial_bytes / sizeof(T), nan);
   const BlockArgs<T> args{s,
                           x.data(),
                           image,
@@ -125,27 +135,25 @@ bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, double tolerance) {
                           w.b_depthwise.data(),
                           w.w_project.data(),
                           w.b_project.data(),
-                          y.data()};
-  const Machine machine = cpu::machine_for(isa, 1, sizeof(T), between(1, 512) << 10);
-  const Plan plan =
-      between(0, 1) ? make_plan(s, machine)
-                    : make_plan(s, machine, between(1, s.out_height()), between(1, s.out_width()),
-                                between(1, s.hidden_panels()) * kPanel);
-  std::vector<T> scratch(plan.scratch_bytes / sizeof(T));
+                          y.data(),
+                          partial.data()};
   for (int64_t task = 0; task < plan.tasks; ++task) {
     std::fill(scratch.begin(), scratch.end(), nan);
     run_tile(args, plan, task, scratch.data());
   }
+  if (plan.splits > 1)
+    for (int64_t row = 0; row < s.batch * s.out_height(); ++row) add_row(args, plan, row);
   const std::vector<double> expected = plain_loops(args);
   for (size_t i = 0; i < y.size(); ++i) {
     if (std::fabs(double(y[i]) - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
     std::printf(
         "%s: y[%zu] = %g, expected %g; x [%lld, %lld, %lld, %lld] -> %lld -> %lld, stride "
-        "%lld, expand %d, residual %d, tile %lld x %lld, group %lld\n",
+        "%lld, expand %d, residual %d, tile %lld x %lld, group %lld, splits %lld\n",
         isa.name, i, double(y[i]), expected[i], (long long)s.batch, (long long)s.in_channels,
         (long long)s.height, (long long)s.width, (long long)s.hidden_channels,
         (long long)s.out_channels, (long long)s.stride, s.expand, s.residual,
-        (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group);
+        (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group,
+        (long long)plan.splits);
     return false;
   }
   return true;
@@ -161,8 +169,8 @@ int main(int argc, char** argv) {
     if (!isa.supported()) continue;
     int passed = 0;
     for (int i = 0; i < cases; ++i) {
-      passed += check<float>(isa, isa.run_f32, 2e-4);
-      passed += check<double>(isa, isa.run_f64, 1e-12);
+      passed += check<float>(isa, isa.run_f32, isa.add_f32, 2e-4);
+      passed += check<double>(isa, isa.run_f64, isa.add_f64, 1e-12);
     }
     std::printf("%s: %d of %d\n", isa.name, passed, 2 * cases);
     good = good && passed == 2 * cases;

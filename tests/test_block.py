@@ -110,10 +110,13 @@ def cases(draw):
     height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     forced = None
     if draw(st.booleans()):
+        panels = (spec.hidden_channels + 15) // 16
+        group = draw(st.integers(1, panels))
         forced = {
             "tile_rows": draw(st.integers(1, (height - 1) // spec.stride + 1)),
             "tile_cols": draw(st.integers(1, (width - 1) // spec.stride + 1)),
-            "group": 16 * draw(st.integers(1, (spec.hidden_channels + 15) // 16)),
+            "group": 16 * group,
+            "splits": draw(st.integers(1, -(-panels // group))),
         }
     return (
         spec,
@@ -206,17 +209,33 @@ def test_threads_do_not_change_a_bit(spec):
 
 
 @by_isa
+def test_groups_shared_out_over_threads_do_not_change_a_bit(isa):
+    """At 7x7 workers take channel groups instead of tiles; their sums are added in the order one worker would."""
+    spec = BlockSpec(160, 960, 160, residual=True)
+    weights, x = pack(random_weights(spec)), random_input(spec, 1, (7, 7))
+    with instruction_set(isa):
+        results, splits = [], []
+        for count in (1, 2, 3, 4):
+            with threads(count):
+                splits.append(plan(spec, x.shape).splits)
+                results += [run(x, weights, spec) for _ in range(5)]
+        assert splits[0] == 1 and max(splits) > 1
+        assert all(torch.equal(y, results[0]) for y in results)
+
+
+@by_isa
 @by_spec
 def test_tiles_do_not_change_a_bit(spec, isa):
-    """A group's terms are summed apart, so the group decides the last bits; the tile decides none."""
+    """A group's terms are summed apart, so the group decides the last bits; tiles and splits decide none."""
     weights, x = pack(random_weights(spec)), random_input(spec, 2, (17, 19))
     with instruction_set(isa):
         for group in range(16, spec.hidden_channels + 16, 16):
             results = []
             for rows in (1, 2, 3, 9):
                 for cols in (1, 4, 10):
-                    forced = plan(spec, x.shape, tile_rows=rows, tile_cols=cols, group=group)
-                    results.append(run(x, weights, spec, plan=forced))
+                    for splits in {1, -(-spec.hidden_channels // group)}:
+                        forced = plan(spec, x.shape, tile_rows=rows, tile_cols=cols, group=group, splits=splits)
+                        results.append(run(x, weights, spec, plan=forced))
             assert all(torch.equal(y, results[0]) for y in results), group
             within(results[0], x, random_weights(spec), spec)
 

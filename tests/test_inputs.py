@@ -337,14 +337,16 @@ def test_bad_spec(values, message):
 @pytest.mark.parametrize(
     ("forced", "message"),
     [
-        ([0, 1, 16], "tile_rows must be 1 to 9, got 0"),
-        ([10, 1, 16], "tile_rows must be 1 to 9, got 10"),
-        ([1, 10, 16], "tile_cols must be 1 to 9, got 10"),
-        ([1, 1, 17], "group must be a multiple of 16, got 17"),
-        ([1, 1, 64], "group must be 1 to 48, got 64"),
-        ([1, 1, 2**62], "group must be 1 to 48"),
+        ([0, 1, 16, 1], "tile_rows must be 1 to 9, got 0"),
+        ([10, 1, 16, 1], "tile_rows must be 1 to 9, got 10"),
+        ([1, 10, 16, 1], "tile_cols must be 1 to 9, got 10"),
+        ([1, 1, 17, 1], "group must be a multiple of 16, got 17"),
+        ([1, 1, 64, 1], "group must be 1 to 48, got 64"),
+        ([1, 1, 2**62, 1], "group must be 1 to 48"),
         ([1], "got 1 values"),
-        ([1, 2, 3, 4], "got 4 values"),
+        ([1, 1, 16, 0], "splits must be 1 to 3, got 0"),
+        ([1, 1, 16, 4], "splits must be 1 to 3, got 4"),
+        ([1, 2, 3], "got 3 values"),
     ],
     ids=str,
 )

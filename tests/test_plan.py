@@ -50,7 +50,13 @@ def test_every_plan_adds_up(call, dtype):
     assert p.group % 16 == 0
     assert 16 <= p.group <= (spec.hidden_channels + 15) // 16 * 16
     assert 1 <= p.strip_rows <= p.tile_rows
-    assert p.tasks == n * -(-out_h // p.tile_rows) * -(-out_w // p.tile_cols)
+    groups = -(-spec.hidden_channels // p.group)
+    assert 1 <= p.splits <= groups
+    assert p.tasks == n * -(-out_h // p.tile_rows) * -(-out_w // p.tile_cols) * p.splits
+    assert p.splits == 1 or p.tasks <= count
+    sums = groups * n * out_h * out_w * spec.out_channels * element
+    assert p.partial_bytes == (sums if p.splits > 1 else 0)
+    assert p.partial_bytes <= ops._C.l2_bytes()
     assert 1 <= p.workers <= count
     assert p.workers <= max(p.tasks, 1)
     window = ((p.tile_rows - 1) * s + 3) * ((p.tile_cols - 1) * s + 3)
@@ -98,7 +104,7 @@ def test_a_plan_prints():
     text = str(p)
     for part in ("tile 7x56", "group 48", "8 tasks", "1 workers", "KiB", "recompute", "MiB"):
         assert part in text
-    assert p.forced() == [7, 56, 48]
+    assert p.forced() == [7, 56, 48, 1]
     assert isinstance(p, Plan)
 
 
@@ -131,7 +137,7 @@ def test_huge_shapes_plan_quickly_and_do_not_overflow(spec, shape):
     n, _, height, width = shape
     s = spec.stride
     out_h, out_w = (height - 1) // s + 1, (width - 1) // s + 1
-    assert p.tasks == n * -(-out_h // p.tile_rows) * -(-out_w // p.tile_cols)
+    assert p.tasks == n * -(-out_h // p.tile_rows) * -(-out_w // p.tile_cols) * p.splits
     window = ((p.tile_rows - 1) * s + 3) * ((p.tile_cols - 1) * s + 3)
     assert p.scratch_bytes == p.group * (window + p.strip_rows * p.tile_cols) * 4
     assert p.recompute >= 1
@@ -159,6 +165,8 @@ RANGES = [
     ({"tile_cols": -1}, "tile_cols must be 1 to 5, got -1"),
     ({"group": 8}, "multiple of 16, got 8"),
     ({"group": 160}, "group must be 1 to 144, got 160"),
+    ({"group": 48, "splits": 4}, "splits must be 1 to 3, got 4"),
+    ({"splits": 0}, "splits must be 1 to"),
     ({"threads": 0}, "threads must be at least 1, got 0"),
 ]
 

@@ -106,6 +106,8 @@ const Isa kAvx512{
     },
     &avx512::run_tile<avx512::F32x16>,
     &avx512::run_tile<avx512::F64x8>,
+    &avx512::add_row<avx512::F32x16>,
+    &avx512::add_row<avx512::F64x8>,
     &avx512::multiply_add<avx512::F32x16>,
     2 * 16 * avx512::kChains,
 };

@@ -11,12 +11,18 @@ namespace mnv2_fused::cpu {
 template <class T>
 using RunTile = void (*)(const BlockArgs<T>&, const Plan&, int64_t task, T* scratch);
 
+// Adds up the groups' sums of one output row, counted over the batch, when the plan splits them.
+template <class T>
+using AddRow = void (*)(const BlockArgs<T>&, const Plan&, int64_t row);
+
 struct Isa {
   const char* name;
   int64_t vector_bytes;
   bool (*supported)();  // by this processor and operating system
   RunTile<float> run_f32;
   RunTile<double> run_f64;
+  AddRow<float> add_f32;
+  AddRow<double> add_f64;
   // Runs `rounds` x kPeakFlops float multiply-adds counted as two operations each; the return value
   // only keeps them alive. For the peak meter.
   float (*multiply_add)(int64_t rounds);

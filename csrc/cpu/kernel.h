@@ -117,7 +117,8 @@ struct ProjectTile {
   int64_t terms;       // expanded channels in this group
   T* y[12];            // output pixels, at the tile's first channel
   const T* x[12];      // what a residual adds to them
-  const T* bias;       // what y starts from; null after the first group, when y holds a sum
+  const T* bias;       // what the first group's sum starts from, else null
+  bool add_y;          // after a further group, y holds the sum of those before
   bool add_x;          // after the last group of a residual block
   int64_t lanes;       // valid lanes, when partial
   int64_t half;        // element offset inside the first panel
@@ -150,7 +151,7 @@ void project_tile(const ProjectTile<typename V::T>& t) {
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
       T* const p = t.y[i] + j * V::kLanes;
       V y = acc[i][j];
-      if (!t.bias) y = V::add(y, load(p));
+      if (t.add_y) y = V::add(y, load(p));
       if (t.add_x) y = V::add(y, load(t.x[i] + j * V::kLanes));
       if constexpr (kPartial)
         y.store_partial(p, t.lanes);
@@ -245,6 +246,8 @@ class Tile {
       : a_(args), s_(args.shape), plan_(plan), expanded_(scratch) {
     depthwise_ = scratch + plan.expanded_elements(s_);
     const int64_t across = plan.tiles_across(s_), down = plan.tiles_down(s_);
+    split_ = task % plan.splits;
+    task /= plan.splits;
     const int64_t image = task / (across * down);
     row_ = task / across % down * plan.tile_rows;
     col_ = task % across * plan.tile_cols;
@@ -259,14 +262,17 @@ class Tile {
     right_ = least(in_cols_, s_.width + 1 - col_ * s_.stride);
     x_ = args.x + image * args.x_image + (row_ * s_.stride - 1) * args.x_row +
          (col_ * s_.stride - 1) * args.x_col;
-    y_ = args.y + ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
+    y_offset_ = ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
     panel_ = in_rows_ * in_cols_ * kPanel;
   }
 
   void run() {
     clear_padding();
-    for (int64_t first = 0; first < s_.hidden_channels; first += plan_.group) {
+    const int64_t groups = plan_.groups(s_), splits = plan_.splits;
+    for (int64_t g = groups * split_ / splits; g < groups * (split_ + 1) / splits; ++g) {
+      const int64_t first = g * plan_.group;
       const int64_t channels = least(plan_.group, s_.hidden_channels - first);
+      y_ = y_offset_ + (splits > 1 ? a_.partial + g * s_.out_elements() : a_.y);
       s_.expand ? expand(first, channels) : copy(first, channels);
       for (int64_t row = 0; row < rows_; row += plan_.strip_rows) {
         const int64_t strip = least(plan_.strip_rows, rows_ - row);
@@ -372,7 +378,8 @@ class Tile {
     t.weights = a_.w_project + channel / kPanel * s_.hidden_channels * kPanel + first * kPanel;
     t.half = channel % kPanel;
     t.bias = first == 0 ? a_.b_project + channel : nullptr;
-    t.add_x = s_.residual && first + t.terms == s_.hidden_channels;
+    t.add_y = first != 0 && plan_.splits == 1;
+    t.add_x = s_.residual && plan_.splits == 1 && first + t.terms == s_.hidden_channels;
     int64_t r = row, c = 0;
     for_pieces(strip * cols_, most, [&](int64_t pixel, int rows) {
       t.depthwise = depthwise_ + pixel * kPanel;
@@ -424,14 +431,41 @@ class Tile {
   int64_t in_rows_, in_cols_;            // expanded pixels, padding included
   int64_t top_, left_, bottom_, right_;  // of those, the ones inside the image
   const T* x_;                           // input pixel of expanded pixel (0, 0)
-  T* y_;                                 // output pixel (0, 0)
-  int64_t panel_;                        // elements between panels of expanded_
+  T* y_;                                 // output pixel (0, 0) of this group's result
+  int64_t y_offset_;
+  int64_t split_;
+  int64_t panel_;  // elements between panels of expanded_
 };
 
 template <class V>
 void run_tile(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t task,
               typename V::T* scratch) {
   Tile<V>(args, plan, task, scratch).run();
+}
+
+// y = the groups' sums in order, then x: what one task adds when it runs all groups of a tile.
+template <class V>
+void add_row(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t row) {
+  using T = typename V::T;
+  const BlockShape& s = args.shape;
+  const int64_t groups = plan.groups(s), group_size = s.out_elements();
+  const int64_t first = row * s.out_width() * s.out_channels;
+  const T* x = args.x + row / s.out_height() * args.x_image + row % s.out_height() * args.x_row;
+  for (int64_t col = 0; col < s.out_width(); ++col) {
+    const int64_t pixel = first + col * s.out_channels;
+    for (int64_t c = 0; c < s.out_channels; c += V::kLanes) {
+      const int64_t lanes = s.out_channels - c;
+      const auto load = [&](const T* p) {
+        return lanes >= V::kLanes ? V::load(p) : V::load_partial(p, lanes);
+      };
+      V sum = load(args.partial + pixel + c);
+      for (int64_t g = 1; g < groups; ++g)
+        sum = V::add(load(args.partial + g * group_size + pixel + c), sum);
+      if (s.residual) sum = V::add(sum, load(x + col * args.x_col + c));
+      T* const y = args.y + pixel + c;
+      lanes >= V::kLanes ? sum.store(y) : sum.store_partial(y, lanes);
+    }
+  }
 }
 
 }  // namespace

@@ -63,6 +63,8 @@ const Isa kPortable{
     [] { return true; },
     &portable::run_tile<portable::Vector16<float>>,
     &portable::run_tile<portable::Vector16<double>>,
+    &portable::add_row<portable::Vector16<float>>,
+    &portable::add_row<portable::Vector16<double>>,
     &portable::multiply_add<portable::Vector16<float>>,
     2 * 4 * portable::kChains,
 };
