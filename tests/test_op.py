@@ -98,7 +98,7 @@ def test_opcheck_with_gradients(spec, dtype):
     x = torch.randn(2, spec.in_channels, 6, 5, dtype=dtype).to(memory_format=torch.channels_last)
     tolerance = {"atol": 1e-1, "rtol": 1e-1} if dtype == torch.bfloat16 else {}
     torch.library.opcheck(op.default, (x.requires_grad_(), *packed, spec.stride, spec.residual), **tolerance)
-    torch.library.opcheck(op.default, (x.detach(), *packed, spec.stride, spec.residual, [1, 2, 16]), **tolerance)
+    torch.library.opcheck(op.default, (x.detach(), *packed, spec.stride, spec.residual, [1, 2, 16, 1]), **tolerance)
 
 
 @pytest.mark.parametrize("expand_ratio", [1, 6])
