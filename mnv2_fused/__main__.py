@@ -76,7 +76,7 @@ def info(args: argparse.Namespace) -> int:
 
 def print_plans(args: argparse.Namespace) -> int:
     """Prints how each of MobileNetV2's 17 blocks is tiled on this machine, and the memory that saves."""
-    header = "block|spec|input|tile|group|workers|scratch KiB|recompute|MiB never written"
+    header = "block|spec|input|tile|group|splits|workers|scratch KiB|recompute|MiB never written"
     rows, total = [header.split("|")], 0
     for i, (spec, (height, width)) in enumerate(testing.mobilenet_v2_blocks(args.resolution), start=1):
         shape = (args.batch, spec.in_channels, height, width)
@@ -85,15 +85,16 @@ def print_plans(args: argparse.Namespace) -> int:
         rows.append(
             [
                 *(str(i), str(spec), f"{height}x{width}", f"{p.tile_rows}x{p.tile_cols}", str(p.group)),
-                *(str(p.workers), f"{p.scratch_bytes / 1024:.0f}", f"{p.recompute:.3f}"),
+                *(str(p.splits), str(p.workers)),
+                *(f"{(p.scratch_bytes * p.workers + p.partial_bytes) / 1024:.0f}", f"{p.recompute:.3f}"),
                 f"{p.bytes_never_written / 2**20:.2f}",
             ]
         )
-    rows.append(["total", *[""] * 7, f"{total / 2**20:.2f}"])
+    rows.append(["total", *[""] * 8, f"{total / 2**20:.2f}"])
     height, width = args.resolution
     threads = args.threads or torch.get_num_threads()
     print(f"MobileNetV2 1.0 at {height}x{width}, batch {args.batch}, {args.dtype}, {threads} thread(s), ", end="")
-    print(f"{ops._C.instruction_set()}; scratch is per worker\n")
+    print(f"{ops._C.instruction_set()}; scratch is that of all workers\n")
     print(aligned(rows))
     return 0
 

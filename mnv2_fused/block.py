@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .fold import PANEL, BlockWeights, PackedWeights, pack, unpack
@@ -155,6 +156,8 @@ def inverted_residual(
     check_input(x, spec.in_channels)
     if ops.resolve_backend(backend, x.device) == "eager":
         return inverted_residual_reference(x, weights, stride=stride, residual=residual)
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("the kernel has no forward-mode derivative; use backend='eager'")
     packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype)
     forced = ()
     if plan is not None:

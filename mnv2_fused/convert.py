@@ -294,7 +294,7 @@ def _unfused(block: FusedInvertedResidual) -> nn.Module:
 def _with_state_of(source: nn.Module, target: nn.Module) -> nn.Module:
     """``target`` with the train/eval flag and the very hook dictionaries of ``source``: handles still work."""
     target.training = source.training
-    vars(target).update({name: value for name, value in vars(source).items() if name.endswith("_hooks")})
+    vars(target).update({name: value for name, value in vars(source).items() if "_hook" in name})
     return target
 
 
@@ -305,8 +305,10 @@ def _block_report(
         return BlockReport(name, None, False, None, found, None)
     if isinstance(found, Match):
         return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
-    weight = block.conv[-2].weight
     reason = block.why_modules()
+    if not block._pairs:  # its layers were changed beyond recognition
+        return BlockReport(name, None, True, "eager", reason, None)
+    weight = block._pairs[-1][0].weight
     backend: str | None = "eager"
     if reason is None:
         try:
@@ -333,7 +335,7 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         for name, block, _ in _blocks(meta):
-            if isinstance(block, FusedInvertedResidual):
+            if isinstance(block, FusedInvertedResidual) and block._pairs:
                 block.forward = _recorder(block.spec, shapes.setdefault(name, []))
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         with torch.no_grad(), torch.device("meta"):

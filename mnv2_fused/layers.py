@@ -52,6 +52,8 @@ def objections(conv: nn.Module) -> Iterator[str]:
             yield "a weight is computed from others (pruning, weight norm): make it permanent first"
         if activation is not None and type(activation) is not nn.ReLU6:
             yield f"its activation is {_full_name(activation)}, the fused op computes ReLU6"
+        elif activation is not None and (activation.min_val, activation.max_val) != (0.0, 6.0):
+            yield f"its ReLU6 clips to {activation.min_val} ... {activation.max_val}"
         if (reason := unfoldable(norm)) is not None:
             yield reason
     yield from _geometry_objections([conv2d for conv2d, _, _ in stages])

@@ -32,11 +32,10 @@ class _PackedCache:
     def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
         """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
         tensors = [t for t in sources if t is not None]
-        try:
-            stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
-        except RuntimeError:
-            # Inference tensors count no versions, so a change in place could not be noticed.
+        if any(t.is_inference() or t.is_shared() for t in tensors):
+            # The first count no versions; the second are changed by other processes, which count their own.
             return _fold_and_pack(sources, eps, dtype)
+        stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
         # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
         stamp += [t.stride() for t in tensors if t.dim() == 4]
         stamp += [t.shape for t in tensors if t.dim() == 4]
@@ -58,8 +57,9 @@ def _fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.
 
 _version = operator.attrgetter("_version")
 _shape = operator.attrgetter("shape")
+_clip = operator.itemgetter("min_val", "max_val")
 _norm_state = operator.itemgetter("training", "eps")
-_conv_state = operator.itemgetter("stride", "padding", "dilation")
+_conv_state = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class _Ready:
@@ -68,32 +68,43 @@ class _Ready:
     Asked on every call, mostly with cold caches: it touches as few objects as will do, in loops that run in C.
     """
 
-    def __init__(self, block: FusedInvertedResidual, sources: list[Tensor | None], packed: PackedWeights) -> None:
+    def __init__(self, block: FusedInvertedResidual, sources: list[Tensor | None], next_hook: int) -> None:
         pairs = block._pairs
         stages = [m for m in block.conv._modules.values() if m._modules]
-        self.packed = packed
         self.sources = sources
         self.eps = [norm.eps for _, norm in pairs]
         self.dtype = sources[0].dtype
         self.stride = layers.stride_of(pairs[-2][0])
-        self.next_hook = RemovableHandle.next_id  # counts every hook ever registered on anything
-        self.attributes = [vars(m) for pair in pairs for m in pair]
+        self.next_hook = next_hook
+        self.convs = [vars(conv) for conv, _ in pairs]
+        self.norms = [vars(norm) for _, norm in pairs]
+        self.clips = [vars(activation) for _, _, activation in layers.stages_of(block.conv)[:-1]]
+        self.attributes = list(map(vars, block.conv.modules()))
         tensors = [d for conv, norm in pairs for d in (conv._parameters, norm._parameters, norm._buffers)]
         self.dicts = [block._modules, block.conv._modules, *(s._modules for s in stages), *tensors]
+        self.held = self.objects()  # kept alive, so that their ids stay theirs
         self.tensors = [t for t in sources if t is not None]
         self.weights = [t for t in self.tensors if t.dim() == 4]
-        self.seen: tuple[list[Any], ...] | None = None
+        # Inference tensors count no versions; other processes change shared ones without counting here.
+        self.lasting = not any(t.is_inference() or t.is_shared() for t in self.tensors)
+        self.seen = self.look() if self.lasting else None
+        self.packed: PackedWeights | None = None
+
+    def objects(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self.dicts)))
 
     def look(self) -> tuple[list[Any], ...]:
         return (
-            list(map(id, itertools.chain.from_iterable(map(dict.values, self.dicts)))),
+            list(map(id, self.objects())),
             list(map(_version, self.tensors)),
             list(map(Tensor.data_ptr, self.tensors)),
             # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
             list(map(_shape, self.weights)),
-            list(map(Tensor.stride, self.weights)),
-            list(map(_norm_state, self.attributes[1::2])),
-            [_conv_state(self.attributes[-4]), *map(len, self.attributes)],
+            list(map(Tensor.is_contiguous, self.weights)),
+            list(map(_norm_state, self.norms)),
+            list(map(_conv_state, self.convs)),
+            list(map(_clip, self.clips)),
+            list(map(len, self.attributes)),  # an instance's own forward is one attribute more
         )
 
     def holds(self) -> bool:
@@ -157,8 +168,12 @@ class _Recomputed(torch.autograd.Function):
         return ops.packed_inverted_residual(x, packed, stride, residual)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a fused block has no second derivative here (create_graph=True); run it with backend='eager' or "
+                "unfuse the model"
+            )
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
         leaves = [
             None if t is None else t.detach().requires_grad_(need)
@@ -181,7 +196,8 @@ class FusedInvertedResidual(nn.Module):
     block is one kernel on weights folded in float64; they are folded again whenever a parameter or statistic
     changes, in place or not (the exception: writes through ``tensor.data``, which torch does not count; call
     ``train()`` and ``eval()`` after those). With gradients on, backward recomputes the expanded tensor instead of
-    saving it.
+    saving it; a second derivative is refused. Under ``torch.func`` transforms and forward-mode differentiation the
+    ordinary modules run.
 
     ``x``: [N, inp, H, W], floating point, of the parameters' dtype unless under autocast -> [N, oup, H', W'].
     Raises ValueError for a stride other than 1 or 2 and for a ``norm_layer`` that cannot be folded.
@@ -223,6 +239,8 @@ class FusedInvertedResidual(nn.Module):
         return block
 
     def _adopt(self, conv: nn.Sequential, stride: int, residual: bool, backend: str) -> None:
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
         self.conv = conv
         self.stride = stride
         self.use_res_connect = residual
@@ -286,7 +304,7 @@ class FusedInvertedResidual(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.spec}, backend={self.backend}"
+        return f"{self._objection or self.spec}, backend={self.backend}"
 
     def _forget(self) -> None:
         self._ready = None
@@ -297,6 +315,8 @@ class FusedInvertedResidual(nn.Module):
             return self._forward_modules(x)
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
+        if ops.transformed():
+            return self._forward_modules(x)
         ready = self._ready
         if ready is None or x.dtype is not ready.dtype or not ready.holds():
             ready = self._prepare(x)
@@ -313,6 +333,7 @@ class FusedInvertedResidual(nn.Module):
 
     def _prepare(self, x: Tensor) -> _Ready | None:
         """Looks at everything and folds what changed; None when the inner modules must run."""
+        next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
         if (why := self.why_modules()) is not None:
             if not self._warned:
                 self._warned = True
@@ -321,11 +342,10 @@ class FusedInvertedResidual(nn.Module):
         if self._norms_train():
             return None
         sources, eps = self._sources()
-        packed = self._cache.get(sources, eps, self._compute_dtype(x, sources))
-        ready = _Ready(self, sources, packed)
-        # Not kept where only autocast allows x's dtype, nor for inference tensors, which count no versions.
-        if x.dtype == ready.dtype and not any(t.is_inference() for t in ready.tensors):
-            ready.seen = ready.look()
+        dtype = self._compute_dtype(x, sources)
+        ready = _Ready(self, sources, next_hook)
+        ready.packed = self._cache.get(sources, eps, dtype) if ready.lasting else _fold_and_pack(sources, eps, dtype)
+        if ready.lasting and x.dtype == ready.dtype:  # else autocast allows it, for now
             self._ready = ready
         return ready
 

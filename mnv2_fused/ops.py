@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .fold import PackedWeights, pack, unpack
 
@@ -56,6 +57,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     )
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is going on: the op knows neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def packed_inverted_residual(
     x: Tensor,  # [N, C_in, H, W]
     packed: PackedWeights,
@@ -64,11 +70,11 @@ def packed_inverted_residual(
     plan: Sequence[int] = (),
 ) -> Tensor:  # [N, C_out, H', W']
     """The op itself, skipping the Python part of autograd where nothing records."""
-    op = torch.ops.mnv2_fused.inverted_residual.default
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(x, *packed, stride, residual, plan)
+    arguments = (x, *packed, stride, residual, plan) if plan else (x, *packed, stride, residual)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return torch.ops.mnv2_fused.inverted_residual.default(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(x, *packed, stride, residual, plan)
+        return torch.ops.mnv2_fused.inverted_residual.default(*arguments)
 
 
 def _is_channels_last(x: Tensor) -> bool:

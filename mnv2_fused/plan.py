@@ -68,6 +68,8 @@ def plan(
     n, channels, height, width = input_shape
     if channels != spec.in_channels:
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
+    if any(abs(size) >= 2**63 for size in input_shape):
+        raise ValueError(f"sizes must be less than 2^63, got {tuple(input_shape)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
 

@@ -86,10 +86,10 @@ def test_plan(capsys, options, height, width, batch, itemsize):
     assert len(rows) == 17
     saved = 0
     for row, (spec, size) in zip(rows, testing.mobilenet_v2_blocks((height, width)), strict=True):
-        _, spec_text, size_text, tile, group, workers, scratch, recompute, never_written = row
+        _, spec_text, size_text, tile, group, splits, workers, scratch, recompute, never_written = row
         assert spec_text == str(spec) and size_text == "{}x{}".format(*size)
         assert all(int(side) >= 1 for side in tile.split("x")) and int(group) % 16 == 0
-        assert int(workers) >= 1 and float(scratch) > 0 and float(recompute) >= 1
+        assert int(splits) >= 1 and int(workers) >= 1 and float(scratch) > 0 and float(recompute) >= 1
         saved += float(never_written)
     assert float(total[-1]) == pytest.approx(saved, abs=0.1)
     # The last block's two expanded tensors: 960 channels each.

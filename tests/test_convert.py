@@ -644,3 +644,20 @@ def test_report_of_a_real_model_needs_a_fitting_shape():
     assert all(b.bytes_never_written > 0 for b in result.blocks)
     with pytest.raises(ValueError, match=r"one input of shape \[1, 4, 64, 64\].*without input_shape"):
         report(fused, (1, 4, 64, 64))
+
+
+def test_hooks_with_kwargs_survive_unfusing():
+    block = InvertedResidual(8, 8, 1, 6).eval()
+    fused = fuse(block)
+    seen = []
+    fused.register_forward_hook(lambda m, args, kwargs, y: seen.append(kwargs), with_kwargs=True)
+    unfuse(fused)(torch.randn(1, 8, 5, 5))
+    assert seen == [{}]
+
+
+def test_report_of_unrecognisable_layers():
+    fused = fuse(InvertedResidual(8, 8, 1, 6).eval())
+    fused.conv[0] = nn.Conv2d(8, 48, 1)
+    (found,) = report(fused).blocks
+    assert found.spec is None and found.backend == "eager" and "its layers are not" in found.reason
+    assert "its layers are not" in str(report(fused))

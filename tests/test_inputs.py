@@ -364,7 +364,7 @@ def test_plan_out_of_range_to_the_function():
 def test_unknown_backend():
     parts = ["backend must be one of auto, cpu", "got 'tpu'"]
     fails(ValueError, parts, inverted_residual, base(1, 8, 9, 9), random_weights(SPEC), backend="tpu")
-    fails(ValueError, parts, FusedInvertedResidual(8, 8, 1, 6, backend="tpu").eval(), base(1, 8, 9, 9))
+    fails(ValueError, parts, FusedInvertedResidual, 8, 8, 1, 6, backend="tpu")
 
 
 def test_backend_from_the_environment(monkeypatch):

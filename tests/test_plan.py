@@ -198,3 +198,8 @@ def test_without_the_library_it_says_so(monkeypatch):
     monkeypatch.setattr(ops, "_load_error", "no such file")
     with pytest.raises(RuntimeError, match=r"needs the compiled library.*no such file"):
         plan(SPEC, (1, 24, 9, 5))
+
+
+def test_sizes_beyond_integers():
+    with pytest.raises(ValueError, match=r"less than 2\^63, got"):
+        plan(SPEC, (1, 24, 2**63, 1))

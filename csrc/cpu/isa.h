@@ -23,7 +23,7 @@ struct Isa {
   RunTile<double> run_f64;
   AddRow<float> add_f32;
   AddRow<double> add_f64;
-  // Runs `rounds` x kPeakFlops float multiply-adds counted as two operations each; the return value
+  // Does rounds x flops_per_round floating-point operations, a multiply-add being two; the return value
   // only keeps them alive. For the peak meter.
   float (*multiply_add)(int64_t rounds);
   int64_t flops_per_round;
@@ -32,7 +32,7 @@ struct Isa {
 // Best first; the last one runs everywhere.
 const std::vector<Isa>& compiled();
 
-// The one in use: the best this machine has, or what MNV2_FUSED_ISA named at load time.
+// The one in use: the best this machine has, or what MNV2_FUSED_ISA names at first use.
 // Throws std::runtime_error when that name is unknown or cannot run here.
 const Isa& active();
 // Switches at run time (tests, sweeps); an empty name restores the default.

@@ -5,21 +5,21 @@
 // another.
 //
 // Stages, for each group of expanded channels:
-//   expand     x tile + halo  -> expanded   [group/16][in_rows][in_cols][16], zero outside the
-//   image depthwise  expanded       -> depthwise  [group/16][strip pixels][16] project    depthwise
-//   -> y, accumulated in place over the groups
+//   expand     x tile + halo -> expanded   [group/16][in_rows][in_cols][16], 0 outside the image
+//   depthwise  expanded      -> depthwise  [group/16][strip pixels][16]
+//   project    depthwise     -> y, the groups' sums added up in place or, when split, by add_row
 //
-// Every output element sums its terms in one fixed order (bias, x, then expanded channels
-// ascending; inside those, taps and input channels ascending), whatever the plan, so results are
-// identical bit for bit over tiles, groups and thread counts.
+// Every output element sums its terms in an order that depends on the group alone: bias and the
+// first group's channels ascending, then the sum of each further group (shorter sums round less than
+// one over all channels), and x last, since a large x would coarsen every rounding before it. Taps
+// and input channels ascend. So results are identical bit for bit over tiles, splits and threads.
 #pragma once
 
 #define MNV2_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
-// Rows x vectors of the 1x1 products' register tile: accumulators, one row of weights, one
-// broadcast.
+// Rows x vectors of the 1x1 products' register tile: accumulators, a row of weights, a broadcast.
 template <class V>
 constexpr int kMaxVectors = V::kRegisters >= 32 ? 4 : 2;
 template <class V>
