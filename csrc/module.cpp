@@ -12,8 +12,9 @@ namespace {
 BlockShape block_shape(int64_t batch, int64_t height, int64_t width, int64_t in_channels,
                        int64_t hidden_channels, int64_t out_channels, int64_t stride, bool expand,
                        bool residual) {
-  return {batch,        height, width,  in_channels, hidden_channels,
-          out_channels, stride, expand, residual};
+  return {batch,           height,       width,  in_channels,
+          hidden_channels, out_channels, stride, expand ? Expand::kPointwise : Expand::kNone,
+          residual};
 }
 
 py::dict to_dict(const Plan& p) {

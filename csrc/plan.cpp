@@ -48,16 +48,17 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.splits = splits;
   p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
-  p.scratch_bytes = (p.expanded_elements(s) + p.depthwise_elements()) * m.element_size;
+  p.scratch_bytes =
+      (p.expanded_elements(s) + p.depthwise_elements() + p.patch_elements(s)) * m.element_size;
 
   // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
   if (splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
   const double out_pixels = double(s.out_height()) * double(s.out_width());
   const double hidden = double(s.hidden_channels);
-  p.bytes_never_written =
-      int64_t(double(s.batch) * hidden * double(m.element_size) *
-              (out_pixels + (s.expand ? double(s.height) * double(s.width) : 0.0)));
+  p.bytes_never_written = int64_t(
+      double(s.batch) * hidden * double(m.element_size) *
+      (out_pixels + (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
 
   // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Only the
   // first window can start outside it and only the last can end outside it.
@@ -75,10 +76,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
                              double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
   const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
-  const double image =
-      in_pixels * vectors * ((s.expand ? double(s.in_channels) * wide : 0.0) + kExpandEpilogue) +
-      out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
-      out_pixels * out_vectors * (hidden + groups * kProjectEpilogue);
+  const double image = in_pixels * vectors * (double(s.expand_terms()) * wide + kExpandEpilogue) +
+                       out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
+                       out_pixels * out_vectors * (hidden + groups * kProjectEpilogue);
   const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
   const double rounds = double(ceil_div(p.tasks, p.workers));
   const double share = double(ceil_div(p.groups(s), splits)) / groups;
@@ -111,8 +111,12 @@ std::string unsupported(const BlockShape& s) {
   if (s.in_channels < 1) return text("in_channels", s.in_channels, "at least 1");
   if (s.hidden_channels < 1) return text("hidden_channels", s.hidden_channels, "at least 1");
   if (s.out_channels < 1) return text("out_channels", s.out_channels, "at least 1");
-  if (!s.expand && s.hidden_channels != s.in_channels)
+  if (s.expand == Expand::kNone && s.hidden_channels != s.in_channels)
     return text("hidden_channels", s.hidden_channels, "equal to in_channels without an expansion");
+  if (s.expand == Expand::kStem &&
+      (s.residual || s.height != (s.image_height - 1) / kStemStride + 1 ||
+       s.width != (s.image_width - 1) / kStemStride + 1))
+    return "a stem halves the image and has no residual";
   if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
     return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
            std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
@@ -137,7 +141,11 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
     const int64_t pixels = ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3);
     // The smallest tile of one panel is always allowed, however small the cache.
     const bool smallest = rows == 1 && cols == 1 && group == kPanel;
-    if (pixels * group * m.element_size > scratch_budget(m) && !smallest) return;  // leaves L2
+    const int64_t patch =
+        ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3) * kStemStride * kStemStride;
+    const int64_t elements =
+        pixels * group + (s.expand == Expand::kStem ? patch * s.in_channels : 0);
+    if (elements * m.element_size > scratch_budget(m) && !smallest) return;  // leaves L2
     // A whole map of every expanded channel would be the expanded tensor.
     if (rows == s.out_height() && cols == s.out_width() && group >= s.hidden_channels &&
         group > kPanel)

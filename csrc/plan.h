@@ -35,9 +35,16 @@ struct Plan {
   int64_t tiles_across(const BlockShape& s) const { return ceil_div(s.out_width(), tile_cols); }
   int64_t in_rows(const BlockShape& s) const { return (tile_rows - 1) * s.stride + 3; }
   int64_t in_cols(const BlockShape& s) const { return (tile_cols - 1) * s.stride + 3; }
-  // Elements of one worker's two scratch buffers.
+  // Elements of one worker's scratch buffers.
   int64_t expanded_elements(const BlockShape& s) const { return group * in_rows(s) * in_cols(s); }
   int64_t depthwise_elements() const { return group * strip_rows * tile_cols; }
+  // The part of the image under a stem's window, padding included, up to a full vector.
+  int64_t patch_elements(const BlockShape& s) const {
+    if (s.expand != Expand::kStem) return 0;
+    const int64_t rows = (in_rows(s) - 1) * kStemStride + 3;
+    const int64_t cols = (in_cols(s) - 1) * kStemStride + 3;
+    return round_up(rows * cols * s.in_channels, kPanel);
+  }
 };
 
 // The plan of least cost whose scratch fits the machine. Its group does not depend on batch and

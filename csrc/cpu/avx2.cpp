@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "isa.h"
@@ -79,10 +80,8 @@ const Isa kAvx2{
     "avx2",
     32,
     [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); },
-    &avx2::run_tile<avx2::F32x8>,
-    &avx2::run_tile<avx2::F64x4>,
-    &avx2::add_row<avx2::F32x8>,
-    &avx2::add_row<avx2::F64x4>,
+    {&avx2::run_tile<avx2::F32x8>, &avx2::add_row<avx2::F32x8>, &avx2::run_pointwise<avx2::F32x8>},
+    {&avx2::run_tile<avx2::F64x4>, &avx2::add_row<avx2::F64x4>, &avx2::run_pointwise<avx2::F64x4>},
     &avx2::multiply_add<avx2::F32x8>,
     2 * 8 * avx2::kChains,
 };

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "isa.h"
@@ -104,10 +105,10 @@ const Isa kAvx512{
       return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
     },
-    &avx512::run_tile<avx512::F32x16>,
-    &avx512::run_tile<avx512::F64x8>,
-    &avx512::add_row<avx512::F32x16>,
-    &avx512::add_row<avx512::F64x8>,
+    {&avx512::run_tile<avx512::F32x16>, &avx512::add_row<avx512::F32x16>,
+     &avx512::run_pointwise<avx512::F32x16>},
+    {&avx512::run_tile<avx512::F64x8>, &avx512::add_row<avx512::F64x8>,
+     &avx512::run_pointwise<avx512::F64x8>},
     &avx512::multiply_add<avx512::F32x16>,
     2 * 16 * avx512::kChains,
 };

@@ -15,19 +15,35 @@ using RunTile = void (*)(const BlockArgs<T>&, const Plan&, int64_t task, T* scra
 template <class T>
 using AddRow = void (*)(const BlockArgs<T>&, const Plan&, int64_t row);
 
+template <class T>
+using RunPointwise = void (*)(const PointwiseArgs<T>&, int64_t task);  // task: image x part
+
+template <class T>
+struct Kernels {
+  RunTile<T> run_tile;
+  AddRow<T> add_row;
+  RunPointwise<T> run_pointwise;
+};
+
 struct Isa {
   const char* name;
   int64_t vector_bytes;
   bool (*supported)();  // by this processor and operating system
-  RunTile<float> run_f32;
-  RunTile<double> run_f64;
-  AddRow<float> add_f32;
-  AddRow<double> add_f64;
+  Kernels<float> f32;
+  Kernels<double> f64;
   // Does rounds x flops_per_round floating-point operations, a multiply-add being two; the return value
   // only keeps them alive. For the peak meter.
   float (*multiply_add)(int64_t rounds);
   int64_t flops_per_round;
 };
+
+template <class T>
+const Kernels<T>& kernels(const Isa& isa) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return isa.f32;
+  else
+    return isa.f64;
+}
 
 // Best first; the last one runs everywhere.
 const std::vector<Isa>& compiled();

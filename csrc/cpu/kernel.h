@@ -6,6 +6,7 @@
 //
 // Stages, for each group of expanded channels:
 //   expand     x tile + halo -> expanded   [group/16][in_rows][in_cols][16], 0 outside the image
+//              (a stem reads x from a patch [rows][cols][C_in] with its padding, filled once a tile)
 //   depthwise  expanded      -> depthwise  [group/16][strip pixels][16]
 //   project    depthwise     -> y, the groups' sums added up in place or, when split, by add_row
 //
@@ -88,7 +89,8 @@ struct ExpandTile {
   int64_t vector;  // first vector of this tile
 };
 
-template <class V, int R, int N>
+// kSum: adds the pixels up into expanded[0] instead of storing each.
+template <class V, int R, int N, bool kSum>
 void expand_tile(const ExpandTile<typename V::T>& t) {
   using T = typename V::T;
   const T* w[N];
@@ -104,7 +106,51 @@ void expand_tile(const ExpandTile<typename V::T>& t) {
   multiply<V, R, N>(acc, value, w, t.in_channels);
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
-    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { relu6(acc[i][j]).store(t.expanded[i] + offset); });
+    V sum = relu6(acc[0][j]);
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+      if constexpr (!kSum)
+        relu6(acc[i][j]).store(t.expanded[i] + offset);
+      else if constexpr (i > 0)
+        sum = V::add(sum, relu6(acc[i][j]));
+    });
+    if constexpr (kSum) sum.store(t.expanded[0] + offset);
+  });
+}
+
+template <class T>
+struct StemTile {
+  const T* patch;     // first value under the first pixel, [rows][cols][C_in]
+  int64_t patch_row;  // elements
+  int64_t step;       // elements from one pixel to the next
+  T* expanded;        // where the first pixel's first vector goes; the others follow it
+  int64_t panel;      // elements between panels of `expanded`
+  const T* weights;   // [group/16][9 * C_in][16]
+  const T* bias;      // [group]
+  int64_t in_channels;
+  int64_t vector;  // first vector of this tile
+};
+
+// kStep: the step, when known beforehand: then no pixel needs a pointer of its own.
+template <class V, int R, int N, int kStep>
+void stem_tile(const StemTile<typename V::T>& t) {
+  using T = typename V::T;
+  const T* w[N];
+  V acc[R][N];
+  const int64_t run = 3 * t.in_channels, step = kStep ? kStep : t.step;
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+    w[j] = t.weights + vector_offset<V>(t.vector + j, 3 * run * kPanel);
+    const V bias = V::load(t.bias + (t.vector + j) * V::kLanes);
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
+  });
+  const T* patch = t.patch;
+  const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return patch[i * step + k]; };
+  for (int ky = 0; ky < 3; ++ky, patch += t.patch_row) {
+    multiply<V, R, N>(acc, value, w, run);
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += run * kPanel; });
+  }
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+    T* const out = t.expanded + vector_offset<V>(t.vector + j, t.panel);
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { relu6(acc[i][j]).store(out + i * kPanel); });
   });
 }
 
@@ -211,9 +257,16 @@ void depthwise_row(const typename V::T* expanded, int64_t row, const typename V:
 }
 
 // Function tables over the number of rows: entry r - 1 handles r pixels.
-template <class V, int N, int... R>
+template <class V, int N, bool kSum, int... R>
 auto expand_table(std::integer_sequence<int, R...>) {
-  static constexpr decltype(&expand_tile<V, 1, N>) kTable[] = {&expand_tile<V, R + 1, N>...};
+  static constexpr decltype(&expand_tile<V, 1, N, kSum>) kTable[] = {
+      &expand_tile<V, R + 1, N, kSum>...};
+  return kTable;
+}
+template <class V, int N, int kStep, int... R>
+auto stem_table(std::integer_sequence<int, R...>) {
+  static constexpr decltype(&stem_tile<V, 1, N, kStep>) kTable[] = {
+      &stem_tile<V, R + 1, N, kStep>...};
   return kTable;
 }
 template <class V, int N, bool kPartial, int... R>
@@ -245,6 +298,7 @@ class Tile {
   Tile(const BlockArgs<T>& args, const Plan& plan, int64_t task, T* scratch)
       : a_(args), s_(args.shape), plan_(plan), expanded_(scratch) {
     depthwise_ = scratch + plan.expanded_elements(s_);
+    patch_ = depthwise_ + plan.depthwise_elements();
     const int64_t across = plan.tiles_across(s_), down = plan.tiles_down(s_);
     split_ = task % plan.splits;
     task /= plan.splits;
@@ -260,8 +314,11 @@ class Tile {
     left_ = greatest(0, 1 - col_ * s_.stride);
     bottom_ = least(in_rows_, s_.height + 1 - row_ * s_.stride);
     right_ = least(in_cols_, s_.width + 1 - col_ * s_.stride);
-    x_ = args.x + image * args.x_image + (row_ * s_.stride - 1) * args.x_row +
-         (col_ * s_.stride - 1) * args.x_col;
+    x_ = args.x + image * args.x_image;
+    if (s_.expand == Expand::kStem)
+      fill_patch();
+    else
+      x_ += (row_ * s_.stride - 1) * args.x_row + (col_ * s_.stride - 1) * args.x_col;
     y_offset_ = ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
     panel_ = in_rows_ * in_cols_ * kPanel;
   }
@@ -273,7 +330,16 @@ class Tile {
       const int64_t first = g * plan_.group;
       const int64_t channels = least(plan_.group, s_.hidden_channels - first);
       y_ = y_offset_ + (splits > 1 ? a_.partial + g * s_.out_elements() : a_.y);
-      s_.expand ? expand(first, channels) : copy(first, channels);
+      switch (s_.expand) {
+        case Expand::kNone:
+          copy(first, channels);
+          break;
+        case Expand::kPointwise:
+          expand(first, channels);
+          break;
+        case Expand::kStem:
+          expand_stem(first, channels);
+      }
       for (int64_t row = 0; row < rows_; row += plan_.strip_rows) {
         const int64_t strip = least(plan_.strip_rows, rows_ - row);
         depthwise(first, channels, row, strip);
@@ -330,12 +396,74 @@ class Tile {
     for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
       t.vector = vector;
       with_vectors<V>(n, [&](auto N) {
-        const auto table = expand_table<V, N>(Rows<V, N>{});
+        const auto table = expand_table<V, N, false>(Rows<V, N>{});
         Cursor at{top_, left_};
         for_pieces(pixels, max_rows<V>(N), [&](int64_t, int rows) {
           next_pixels(at, rows, t);
           table[rows - 1](t);
         });
+      });
+    });
+  }
+
+  // The image under the window's part inside the expanded tensor: what the stem's taps reach.
+  void fill_patch() {
+    const int64_t channels = s_.in_channels;
+    const int64_t rows = (bottom_ - top_ - 1) * kStemStride + 3;
+    const int64_t cols = (right_ - left_ - 1) * kStemStride + 3;
+    const int64_t first_row = (row_ * s_.stride - 1 + top_) * kStemStride - 1;
+    const int64_t first_col = (col_ * s_.stride - 1 + left_) * kStemStride - 1;
+    const int64_t begin = greatest(0, -first_col), end = least(cols, s_.image_width - first_col);
+    patch_row_ = cols * channels;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* out = patch_ + r * patch_row_;
+      const int64_t row = first_row + r;
+      if (row < 0 || row >= s_.image_height) {
+        std::memset(out, 0, size_t(patch_row_) * sizeof(T));
+        continue;
+      }
+      std::memset(out, 0, size_t(begin * channels) * sizeof(T));
+      std::memset(out + end * channels, 0, size_t((cols - end) * channels) * sizeof(T));
+      const T* x = x_ + row * a_.x_row + (first_col + begin) * a_.x_col;
+      out += begin * channels;
+      if (a_.x_channel == 1 && a_.x_col == channels)
+        std::memcpy(out, x, size_t((end - begin) * channels) * sizeof(T));
+      else if (channels == 3 && a_.x_col == 1)
+        interleave3(x, x + a_.x_channel, x + 2 * a_.x_channel, end - begin, out);
+      else
+        for (int64_t col = begin; col < end; ++col, x += a_.x_col)
+          for (int64_t c = 0; c < channels; ++c) *out++ = x[c * a_.x_channel];
+    }
+  }
+  static void interleave3(const T* a, const T* b, const T* c, int64_t count, T* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      out[3 * i] = a[i];
+      out[3 * i + 1] = b[i];
+      out[3 * i + 2] = c[i];
+    }
+  }
+
+  void expand_stem(int64_t first, int64_t channels) {
+    StemTile<T> t;
+    t.patch_row = patch_row_;
+    t.step = kStemStride * s_.in_channels;
+    t.panel = panel_;
+    t.weights = a_.w_expand + first * s_.expand_terms();
+    t.bias = a_.b_expand + first;
+    t.in_channels = s_.in_channels;
+    constexpr int kRgb = kStemStride * 3;
+    const int64_t vectors = ceil_div(channels, kPanel) * (kPanel / V::kLanes);
+    for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
+      t.vector = vector;
+      with_vectors<V>(n, [&](auto N) {
+        const auto table = t.step == kRgb ? stem_table<V, N, kRgb>(Rows<V, N>{})
+                                          : stem_table<V, N, 0>(Rows<V, N>{});
+        for (int64_t row = top_; row < bottom_; ++row)
+          for_pieces(right_ - left_, max_rows<V>(N), [&](int64_t col, int count) {
+            t.patch = patch_ + (row - top_) * kStemStride * patch_row_ + col * t.step;
+            t.expanded = expanded_ + (row * in_cols_ + left_ + col) * kPanel;
+            table[count - 1](t);
+          });
       });
     });
   }
@@ -427,6 +555,8 @@ class Tile {
   const Plan& plan_;
   T* expanded_;
   T* depthwise_;
+  T* patch_;
+  int64_t patch_row_ = 0;                // elements
   int64_t row_, col_, rows_, cols_;      // output pixels
   int64_t in_rows_, in_cols_;            // expanded pixels, padding included
   int64_t top_, left_, bottom_, right_;  // of those, the ones inside the image
@@ -465,6 +595,78 @@ void add_row(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t row
       T* const y = args.y + pixel + c;
       lanes >= V::kLanes ? sum.store(y) : sum.store_partial(y, lanes);
     }
+  }
+}
+
+// A 1x1 convolution with ReLU6 for one image's share of the output channels: all its pixels, so that
+// a mean over them is summed in the same order however many tasks there are.
+template <class V>
+void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
+  using T = typename V::T;
+  // Pixels whose inputs stay in L2 while every weight passes by.
+  constexpr int64_t kBlock = 256;
+  const PointwiseShape& s = a.shape;
+  const int64_t image = task / a.parts, part = task % a.parts, pixels = s.height * s.width;
+  constexpr int64_t kPerPanel = kPanel / V::kLanes;
+  const int64_t begin = s.panels() * part / a.parts * kPerPanel;
+  const int64_t end = s.panels() * (part + 1) / a.parts * kPerPanel;
+  T results[12 * kMaxVectors<V> * V::kLanes];  // pooled sums, or outputs that fill no vector
+  ExpandTile<T> t;
+  t.weights = a.weight;
+  t.bias = a.bias;
+  t.in_channels = s.in_channels;
+  const V scale = V::set1(T(1) / T(pixels));
+  for (int64_t block = 0; block < pixels; block += kBlock) {
+    const int64_t count = pixels - block < kBlock ? pixels - block : kBlock;
+    for_pieces(end - begin, kMaxVectors<V>, [&](int64_t piece, int n) {
+      t.vector = begin + piece;
+      const int64_t channel = t.vector * V::kLanes, channels = s.out_channels - channel;
+      if (channels <= 0) return;
+      const bool full = channels >= n * V::kLanes;
+      const bool aside = s.pool || !full;
+      T* const y = a.y + (s.pool ? image : image * pixels + block) * s.out_channels + channel;
+      with_vectors<V>(n, [&](auto N) {
+        const auto table = s.pool ? expand_table<V, N, true>(Rows<V, N>{})
+                                  : expand_table<V, N, false>(Rows<V, N>{});
+        V sums[N];
+        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
+        int64_t row = block / s.width, col = block % s.width;
+        for_pieces(count, max_rows<V>(N), [&](int64_t pixel, int rows) {
+          for (int i = 0; i < rows; ++i) {
+            t.x[i] = a.x + image * a.x_image + row * a.x_row + col * a.x_col;
+            // The kernel adds the vector's own offset.
+            t.expanded[i] =
+                (aside ? results + i * N * V::kLanes : y + (pixel + i) * s.out_channels) -
+                t.vector * V::kLanes;
+            if (++col == s.width) {
+              col = 0;
+              ++row;
+            }
+          }
+          t.panel = kPanel;
+          table[rows - 1](t);
+          if (s.pool)
+            unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+              sums[j] = V::add(sums[j], V::load(results + j * V::kLanes));
+            });
+          else if (!full)
+            for (int i = 0; i < rows; ++i)
+              std::memcpy(y + (pixel + i) * s.out_channels, results + i * N * V::kLanes,
+                          size_t(channels) * sizeof(T));
+        });
+        if (!s.pool) return;
+        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+          const int64_t lanes = channels - j * V::kLanes;
+          if (lanes <= 0) return;
+          T* const p = y + j * V::kLanes;
+          V sum = sums[j];
+          if (block > 0)
+            sum = V::add(sum, lanes >= V::kLanes ? V::load(p) : V::load_partial(p, lanes));
+          if (block + count == pixels) sum = V::fma(sum, scale, V::set1(0));
+          lanes >= V::kLanes ? sum.store(p) : sum.store_partial(p, lanes);
+        });
+      });
+    });
   }
 }
 

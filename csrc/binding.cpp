@@ -1,0 +1,248 @@
+#include "binding.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <unordered_map>
+
+namespace mnv2_fused {
+namespace {
+
+std::string to_string(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == int64_t(sizes.size()) && t.is_contiguous();
+  int64_t dim = 0;
+  for (const int64_t size : sizes) same = same && t.size(dim++) == size;
+  if (same) return;
+  std::ostringstream expected;
+  for (const int64_t size : sizes) expected << (expected.tellp() ? ", " : "") << size;
+  fail(name, " must be contiguous [", expected.str(), "], got ", to_string(t),
+       "; pack weights with mnv2_fused.pack");
+}
+
+// Elements of one worker's slice of the scratch, which starts on its own cache line.
+template <class T>
+int64_t slice_elements(const Plan& plan) {
+  return round_up(plan.scratch_bytes / int64_t{sizeof(T)}, 64);
+}
+
+template <class T>
+const T* data(const Tensor* t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+// Calls f(task, worker) for every task, each worker running one at a time.
+template <class F>
+void for_tasks(int64_t tasks, int64_t workers, F f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+        f(task, worker);
+  });
+}
+
+}  // namespace
+
+std::string to_string(const Sizes& s) {
+  std::ostringstream text;
+  text << '[' << s[0] << ", " << s[1] << ", " << s[2] << ", " << s[3] << ']';
+  return text.str();
+}
+
+Sizes sizes_of(const Tensor& x) {
+  if (x.dim() != 4)
+    fail("x must be [N, C_in, H, W], got ", to_string(x), "; add a batch with x[None]");
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+Activation activation_of(const Tensor& x) {
+  return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
+}
+
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
+                       bool residual) {
+  if (w.w_project->dim() != 3 || w.b_project->dim() != 1)
+    fail("w_project must be [C_out/16, E, 16] and b_project [C_out], got ", to_string(*w.w_project),
+         " and ", to_string(*w.b_project));
+  const bool stem = expand == Expand::kStem;
+  const int64_t taps = stem ? 9 : 1;
+  int64_t takes = w.w_project->size(1);
+  if (expand != Expand::kNone) {
+    if (w.w_expand->dim() != 3 || w.w_expand->size(1) % taps != 0)
+      fail("w_expand must be [E/16, ", stem ? "9 x C_in" : "C_in", ", 16], got ",
+           to_string(*w.w_expand));
+    takes = w.w_expand->size(1) / taps;
+  }
+  if (x[1] != takes) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
+  BlockShape s{x[0],   x[2],   x[3],    x[1], w.w_project->size(1), w.b_project->size(0),
+               stride, expand, residual};
+  if (stem) {
+    s.image_height = x[2];
+    s.image_width = x[3];
+    s.height = (x[2] - 1) / kStemStride + 1;
+    s.width = (x[3] - 1) / kStemStride + 1;
+  }
+  std::string why = unsupported(s);
+  if (stem && (x[2] < 1 || x[3] < 1)) why = "height and width must be at least 1";
+  if (!why.empty())
+    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
+  const int64_t panels = s.hidden_panels();
+  if (expand != Expand::kNone) {
+    check_sizes("w_expand", *w.w_expand, {panels, s.expand_terms(), kPanel});
+    check_sizes("b_expand", *w.b_expand, {panels * kPanel});
+  }
+  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
+  check_sizes("b_depthwise", *w.b_depthwise, {panels * kPanel});
+  check_sizes("w_project", *w.w_project,
+              {ceil_div(s.out_channels, kPanel), s.hidden_channels, kPanel});
+  check_sizes("b_project", *w.b_project, {s.out_channels});
+  return s;
+}
+
+PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
+                               bool pool) {
+  if (bias.dim() != 1) fail("bias must be [C_out], got ", to_string(bias));
+  const PointwiseShape s{x[0], x[2], x[3], x[1], bias.size(0), pool};
+  if (s.height < 1 || s.width < 1 || s.in_channels < 1 || s.out_channels < 1)
+    fail("sizes must be at least 1; x is ", to_string(x), " and bias ", to_string(bias));
+  check_sizes("weight", weight, {s.panels(), s.in_channels, kPanel});
+  return s;
+}
+
+bool is_channels_last(const Tensor& x) {
+  if (x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
+    least = size > 1 ? stride * size : stride;
+  }
+  return true;
+}
+
+ScalarType compute_type(ScalarType x) {
+  if (x == ScalarType::Float || x == ScalarType::Double) return x;
+  if (x == ScalarType::Half || x == ScalarType::BFloat16) return ScalarType::Float;
+  fail("x must be float32, float64, float16 or bfloat16 on the CPU; convert it with x.float()");
+}
+
+void check_weight(const Tensor& weight, ScalarType compute) {
+  if (!weight.is_cpu()) fail("x is on the CPU, so the packed weights must be too");
+  if (weight.scalar_type() != compute)
+    fail("packed weights must be ", compute == ScalarType::Float ? "float32" : "float64",
+         " for this x; pack them with mnv2_fused.pack(weights, x.dtype)");
+}
+
+Machine current_machine(ScalarType compute) {
+  return cpu::machine_for(cpu::active(), torch::stable::get_num_threads(),
+                          compute == ScalarType::Float ? 4 : 8, cpu::l2_bytes());
+}
+
+Plan cached_plan(const BlockShape& shape, const Machine& machine) {
+  struct Key {
+    BlockShape shape;
+    Machine machine;
+    bool operator==(const Key&) const = default;
+  };
+  struct Hash {
+    size_t operator()(const Key& k) const {
+      const BlockShape& s = k.shape;
+      size_t h = 0;
+      for (const int64_t v :
+           {s.batch, s.height, s.width, s.in_channels, s.hidden_channels, s.out_channels, s.stride,
+            int64_t(s.expand) * 2 + int64_t{s.residual}, s.image_height, s.image_width,
+            k.machine.threads, k.machine.lanes, k.machine.element_size})
+        h = (h ^ size_t(v)) * size_t{0x9E3779B97F4A7C15};
+      return h;
+    }
+  };
+  constexpr size_t kMost = 4096;  // shapes; past it a caller with endless shapes starts afresh
+  static std::mutex mutex;
+  static std::unordered_map<Key, Plan, Hash> plans;
+  const Key key{shape, machine};
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto it = plans.find(key); it != plans.end()) return it->second;
+  }
+  const Plan plan = make_plan(shape, machine);
+  const std::lock_guard lock(mutex);
+  if (plans.size() >= kMost) plans.clear();
+  plans.emplace(key, plan);
+  return plan;
+}
+
+template <class T>
+int64_t scratch_elements(const Plan& plan) {
+  return slice_elements<T>(plan) * plan.workers + plan.partial_bytes / int64_t{sizeof(T)};
+}
+
+template <class T>
+void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
+               const BlockTensors& w, T* y, T* scratch) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
+  const int64_t slice = slice_elements<T>(plan);
+  const BlockArgs<T> args{shape,
+                          static_cast<const T*>(x.data),
+                          x.strides[0],
+                          x.strides[2],
+                          x.strides[3],
+                          x.strides[1],
+                          data<T>(w.w_expand),
+                          data<T>(w.b_expand),
+                          data<T>(w.w_depthwise),
+                          data<T>(w.b_depthwise),
+                          data<T>(w.w_project),
+                          data<T>(w.b_project),
+                          y,
+                          scratch + slice * plan.workers};
+  for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
+    kernels.run_tile(args, plan, task, scratch + worker * slice);
+  });
+  if (plan.splits == 1) return;
+  const int64_t rows = shape.batch * shape.out_height();
+  torch::stable::parallel_for(0, rows, ceil_div(rows, plan.workers), [&](int64_t row, int64_t end) {
+    for (; row < end; ++row) kernels.add_row(args, plan, row);
+  });
+}
+
+template <class T>
+void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
+                   const Tensor& bias, T* y) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
+  const int64_t threads = torch::stable::get_num_threads();
+  // Whole images where there are enough of them, else each image's channels shared out.
+  const int64_t parts = shape.batch % threads == 0 ? 1 : std::min<int64_t>(threads, shape.panels());
+  const PointwiseArgs<T> args{shape,
+                              parts,
+                              static_cast<const T*>(x.data),
+                              x.strides[0],
+                              x.strides[2],
+                              x.strides[3],
+                              data<T>(&weight),
+                              data<T>(&bias),
+                              y};
+  const int64_t tasks = shape.batch * parts;
+  for_tasks(tasks, std::min(threads, tasks),
+            [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
+}
+
+template int64_t scratch_elements<float>(const Plan&);
+template int64_t scratch_elements<double>(const Plan&);
+template void run_block<float>(const BlockShape&, const Plan&, const Activation&,
+                               const BlockTensors&, float*, float*);
+template void run_block<double>(const BlockShape&, const Plan&, const Activation&,
+                                const BlockTensors&, double*, double*);
+template void run_pointwise<float>(const PointwiseShape&, const Activation&, const Tensor&,
+                                   const Tensor&, float*);
+template void run_pointwise<double>(const PointwiseShape&, const Activation&, const Tensor&,
+                                    const Tensor&, double*);
+
+}  // namespace mnv2_fused

@@ -1,0 +1,78 @@
+// One layer at a time, from torch tensors to the CPU kernels: checks, plans, calls.
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <array>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/isa.h"
+
+namespace mnv2_fused {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
+Sizes sizes_of(const Tensor& x);       // fails unless x has four dimensions
+std::string to_string(const Sizes& sizes);
+
+// What lies between two layers: sizes, and element strides in the order of the sizes.
+struct Activation {
+  Sizes sizes, strides;
+  const void* data;
+};
+Activation activation_of(const Tensor& x);
+
+// Packed weights of one block; see fold.py for their layout.
+struct BlockTensors {
+  const Tensor *w_expand, *b_expand;  // null without an expansion
+  const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
+};
+
+// The geometry, carried by the packed weights. Fails, naming value and limit, where they disagree
+// with each other or with x.
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
+                       bool residual);
+PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias, bool pool);
+
+// The strides test behind torch's suggest_memory_format, which the stable ABI lacks: channels_last
+// when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.
+bool is_channels_last(const Tensor& x);
+
+// What the products are computed in for activations of this type; fails for types no kernel takes.
+ScalarType compute_type(ScalarType x);
+void check_weight(const Tensor& weight, ScalarType compute);
+
+// The machine that plans are made for: the instruction set in use and torch's threads.
+Machine current_machine(ScalarType compute);
+// make_plan, searched once per shape and machine.
+Plan cached_plan(const BlockShape& shape, const Machine& machine);
+
+// Elements of scratch that all workers of a plan need together.
+template <class T>
+int64_t scratch_elements(const Plan& plan);
+
+template <class T>
+void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
+               const BlockTensors& w, T* y, T* scratch);
+template <class T>
+void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
+                   const Tensor& bias, T* y);
+
+}  // namespace mnv2_fused
