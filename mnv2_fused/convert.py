@@ -21,6 +21,7 @@ from . import layers, ops
 from .block import BlockSpec
 from .module import FusedInvertedResidual
 from .plan import plan
+from .sequence import FusedSequential
 
 
 class Match(NamedTuple):
@@ -72,9 +73,12 @@ def fuse(
         raise ValueError(f"fuse(strict=True) would leave blocks unfused: {reasons or _NOT_FOUND}")
     if nothing_fused:
         warnings.warn(f"fuse() fused nothing: {reasons or _NOT_FOUND}", stacklevel=2)
-    if not matches:
+    if nothing_fused:
         return model
     model = _replace(model, {block: _fused(block, match, backend) for block, match in matches.items()})
+    for module in model.modules():
+        if type(module) is nn.Sequential and any(isinstance(m, FusedInvertedResidual) for m in module):
+            module.__class__ = FusedSequential
     # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
     return model._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
@@ -89,7 +93,12 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     blocks = [block for _, block, _ in _blocks(model) if isinstance(block, FusedInvertedResidual)]
-    return _replace(model, {block: _unfused(block) for block in blocks})
+    model = _replace(model, {block: _unfused(block) for block in blocks})
+    for module in model.modules():
+        if type(module) is FusedSequential:
+            vars(module).pop("_prepared", None)
+            module.__class__ = nn.Sequential
+    return model
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,19 @@ def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32) -> PackedWei
     )
 
 
+def pack_conv(weight: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """[C_out, C_in, k, k] and [C_out] -> [ceil(C_out/16), k * k * C_in, 16] and [16 ceil(C_out/16)].
+
+    A pixel's values under the kernel come row by row, each row's C_in channels together, as a channels_last image
+    holds them. Used for the stem (k = 3) and the head (k = 1).
+    """
+    dtype = packed_dtype(dtype, weight.device)
+    return (
+        _panels(weight.to(dtype).permute(0, 2, 3, 1).flatten(1)),
+        F.pad(bias.to(dtype), (0, -bias.shape[0] % PANEL)),
+    )
+
+
 def unpack(packed: PackedWeights) -> BlockWeights:
     """The inverse of :func:`pack`. Differentiable."""
     hidden, out_channels = packed.w_project.shape[1], packed.b_project.shape[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import warnings
 import weakref
 from collections.abc import Callable
@@ -16,118 +15,28 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
 from .block import BlockSpec, check_input
-from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
-
-
-class _PackedCache:
-    """Packed weights of one module, valid while the tensors they came from stay what they were."""
-
-    def __init__(self) -> None:
-        # (stamp, aliases, packed): one value, so that threads see it whole.
-        self._entry: tuple[list[Any], list[Tensor], PackedWeights] | None = None
-
-    def clear(self) -> None:
-        self._entry = None
-
-    def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
-        """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
-        tensors = [t for t in sources if t is not None]
-        if any(t.is_inference() or t.is_shared() for t in tensors):
-            # The first count no versions; the second are changed by other processes, which count their own.
-            return _fold_and_pack(sources, eps, dtype)
-        stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
-        # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-        stamp += [t.stride() for t in tensors if t.dim() == 4]
-        stamp += [t.shape for t in tensors if t.dim() == 4]
-        entry = self._entry
-        if entry is None or stamp != entry[0]:
-            with torch.no_grad():
-                packed = _fold_and_pack(sources, eps, dtype)
-            # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-            self._entry = entry = stamp, [t.detach() for t in tensors], packed
-        return entry[2]
-
-
-def _fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
-    folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
-    for i, e in enumerate(eps):
-        folded += fold_conv_bn(*sources[6 * i : 6 * i + 6], e)
-    return pack(BlockWeights(*folded), dtype)
-
-
-_version = operator.attrgetter("_version")
-_shape = operator.attrgetter("shape")
-_clip = operator.itemgetter("min_val", "max_val")
-_norm_state = operator.itemgetter("training", "eps")
-_conv_state = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+from .fold import PackedWeights
+from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
 
 
 class _Ready:
-    """A block found fit to run fused on ``packed``, and whether that still holds.
-
-    Asked on every call, mostly with cold caches: it touches as few objects as will do, in loops that run in C.
-    """
+    """A block found fit to run fused on ``packed``, while its ``watch`` holds."""
 
     def __init__(self, block: FusedInvertedResidual, sources: list[Tensor | None], next_hook: int) -> None:
-        pairs = block._pairs
-        stages = [m for m in block.conv._modules.values() if m._modules]
         self.sources = sources
-        self.eps = [norm.eps for _, norm in pairs]
-        self.dtype = sources[0].dtype
-        self.stride = layers.stride_of(pairs[-2][0])
-        self.next_hook = next_hook
-        self.convs = [vars(conv) for conv, _ in pairs]
-        self.norms = [vars(norm) for _, norm in pairs]
-        self.clips = [vars(activation) for _, _, activation in layers.stages_of(block.conv)[:-1]]
-        self.attributes = list(map(vars, block.conv.modules()))
-        tensors = [d for conv, norm in pairs for d in (conv._parameters, norm._parameters, norm._buffers)]
-        self.dicts = [block._modules, block.conv._modules, *(s._modules for s in stages), *tensors]
-        self.held = self.objects()  # kept alive, so that their ids stay theirs
         self.tensors = [t for t in sources if t is not None]
-        self.weights = [t for t in self.tensors if t.dim() == 4]
-        # Inference tensors count no versions; other processes change shared ones without counting here.
-        self.lasting = not any(t.is_inference() or t.is_shared() for t in self.tensors)
-        self.seen = self.look() if self.lasting else None
+        self.eps = [norm.eps for _, norm in block._pairs]
+        self.dtype = sources[0].dtype
+        self.stride = layers.stride_of(block._pairs[-2][0])
+        self.lasting = lasting(self.tensors)
+        self.watch = Watch([block], next_hook) if self.lasting else None
         self.packed: PackedWeights | None = None
-
-    def objects(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self.dicts)))
-
-    def look(self) -> tuple[list[Any], ...]:
-        return (
-            list(map(id, self.objects())),
-            list(map(_version, self.tensors)),
-            list(map(Tensor.data_ptr, self.tensors)),
-            # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-            list(map(_shape, self.weights)),
-            list(map(Tensor.is_contiguous, self.weights)),
-            list(map(_norm_state, self.norms)),
-            list(map(_conv_state, self.convs)),
-            list(map(_clip, self.clips)),
-            list(map(len, self.attributes)),  # an instance's own forward is one attribute more
-        )
-
-    def holds(self) -> bool:
-        return RemovableHandle.next_id == self.next_hook and self.look() == self.seen
 
 
 # Caches by number, for the op that a compiled graph calls: a graph can hold a number but not an object.
-_caches: weakref.WeakValueDictionary[int, _PackedCache] = weakref.WeakValueDictionary()
+_caches: weakref.WeakValueDictionary[int, PackedCache] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
 _blocks: weakref.WeakValueDictionary[int, FusedInvertedResidual] = weakref.WeakValueDictionary()
-
-
-def _parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
-    # Straight from the dictionaries: nn.Module.__getattr__ costs more than the rest of the check.
-    of_norm = norm._buffers if "weight" in norm._buffers else norm._parameters
-    return [
-        conv._parameters["weight"],
-        conv._parameters["bias"],
-        of_norm["weight"],
-        of_norm["bias"],
-        norm._buffers["running_mean"],
-        norm._buffers["running_var"],
-    ]
 
 
 def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], stride: int, residual: bool) -> Tensor:
@@ -248,6 +157,7 @@ class FusedInvertedResidual(nn.Module):
         self._is_cn = stride > 1
         self._original: tuple[nn.Module, ...] = ()  # the block that fuse() replaced; a tuple, so no submodule
         self._warned = False
+        self._forgotten = 0
         self._look_inside()
         if self._objection is not None:
             raise ValueError(f"{self._objection}; leave this block unfused")
@@ -267,7 +177,7 @@ class FusedInvertedResidual(nn.Module):
 
     def _reset_cache(self) -> None:
         self._ready: _Ready | None = None
-        self._cache = _PackedCache()
+        self._cache = PackedCache()
         self._token = next(_tokens)
         _caches[self._token] = self._cache
         _blocks[self._token] = self
@@ -307,6 +217,7 @@ class FusedInvertedResidual(nn.Module):
         return f"{self._objection or self.spec}, backend={self.backend}"
 
     def _forget(self) -> None:
+        self._forgotten += 1  # seen by a sequence that runs this block
         self._ready = None
         self._cache.clear()
 
@@ -318,7 +229,7 @@ class FusedInvertedResidual(nn.Module):
         if ops.transformed():
             return self._forward_modules(x)
         ready = self._ready
-        if ready is None or x.dtype is not ready.dtype or not ready.holds():
+        if ready is None or x.dtype is not ready.dtype or not ready.watch.holds():
             ready = self._prepare(x)
             if ready is None:
                 return self._forward_modules(x)
@@ -342,12 +253,20 @@ class FusedInvertedResidual(nn.Module):
         if self._norms_train():
             return None
         sources, eps = self._sources()
-        dtype = self._compute_dtype(x, sources)
         ready = _Ready(self, sources, next_hook)
-        ready.packed = self._cache.get(sources, eps, dtype) if ready.lasting else _fold_and_pack(sources, eps, dtype)
+        ready.packed = self._cache.get(sources, eps, self._compute_dtype(x, sources))
         if ready.lasting and x.dtype == ready.dtype:  # else autocast allows it, for now
             self._ready = ready
         return ready
+
+    def packed_for_sequence(self) -> PackedWeights | None:
+        """Weights with which a sequence may run this block in eval, as long as it watches it; None if it may not."""
+        if self.training or self.why_modules() is not None or self._norms_train():
+            return None
+        sources, eps = self._sources()
+        if not lasting(t for t in sources if t is not None):
+            return None
+        return self._cache.get(sources, eps, sources[0].dtype)
 
     def _norms_train(self) -> bool:
         return any(norm.training for _, norm in self._pairs if norm._parameters)  # FrozenBatchNorm2d has none
@@ -355,7 +274,7 @@ class FusedInvertedResidual(nn.Module):
     def _sources(self) -> tuple[list[Tensor | None], list[float]]:
         sources: list[Tensor | None] = []
         for pair in self._pairs:
-            sources += _parameters_of(*pair)
+            sources += parameters_of(*pair)
         return sources, [norm.eps for _, norm in self._pairs]
 
     def _compute_dtype(self, x: Tensor, sources: list[Tensor | None]) -> torch.dtype:
@@ -376,7 +295,7 @@ class FusedInvertedResidual(nn.Module):
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
         if recording or torch.compiler.is_exporting():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
-            return ops.packed_inverted_residual(x, _fold_and_pack(sources, eps, dtype), stride, residual)
+            return ops.packed_inverted_residual(x, fold_and_pack(sources, eps, dtype), stride, residual)
         return torch.ops.mnv2_fused.cached_inverted_residual(x, sources, eps, stride, residual, self._token)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
@@ -393,7 +312,7 @@ _library.define(
 
 
 def _cached_inverted_residual(x, sources, eps, stride, residual, cache):
-    found = _caches.get(cache) or _PackedCache()
+    found = _caches.get(cache) or PackedCache()
     packed = found.get(sources, eps, x.dtype)
     return ops.packed_inverted_residual(x, packed, stride, residual)
 

@@ -77,6 +77,14 @@ def packed_inverted_residual(
         return torch.ops.mnv2_fused.inverted_residual.default(*arguments)
 
 
+def sequence(x: Tensor, weights: list[Tensor], geometry: list[int]) -> Tensor:
+    """``mnv2_fused::sequence`` where nothing records: it has no derivative (see :mod:`mnv2_fused.sequence`)."""
+    if torch.is_inference_mode_enabled():
+        return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
+
+
 def _is_channels_last(x: Tensor) -> bool:
     """Torch's own strides test (ambiguous shapes count as contiguous); csrc/ops.cpp has its twin."""
     if x.stride(1) == 0:

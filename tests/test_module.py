@@ -447,7 +447,7 @@ def test_ordinary_parameters_changed_under_inference_mode():
 
 
 def test_weights_are_packed_once(monkeypatch):
-    module = sys.modules[FusedInvertedResidual.__module__]
+    module = sys.modules["mnv2_fused.watch"]
     packings, original = [], module.pack
     monkeypatch.setattr(module, "pack", lambda *args: packings.append(1) or original(*args))
     _, ours = blocks(8, 8, 1, 6)

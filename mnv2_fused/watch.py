@@ -1,0 +1,121 @@
+"""Folded weights that follow the modules they came from: what a fused call relies on, and whether it still holds."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import layers
+from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
+
+
+def fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
+    """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
+    folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
+    for i, e in enumerate(eps):
+        folded += fold_conv_bn(*sources[6 * i : 6 * i + 6], e)
+    return pack(BlockWeights(*folded), dtype)
+
+
+def parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
+    # Straight from the dictionaries: nn.Module.__getattr__ costs more than the rest of the check.
+    of_norm = norm._buffers if "weight" in norm._buffers else norm._parameters
+    return [
+        conv._parameters["weight"],
+        conv._parameters["bias"],
+        of_norm["weight"],
+        of_norm["bias"],
+        norm._buffers["running_mean"],
+        norm._buffers["running_var"],
+    ]
+
+
+def lasting(tensors: Iterable[Tensor]) -> bool:
+    """Whether changes of these tensors can be seen at all.
+
+    Inference tensors count no versions; other processes change shared ones without counting here.
+    """
+    return not any(t.is_inference() or t.is_shared() for t in tensors)
+
+
+class PackedCache:
+    """Packed weights of one module, valid while the tensors they came from stay what they were."""
+
+    def __init__(self) -> None:
+        # (stamp, aliases, packed): one value, so that threads see it whole.
+        self._entry: tuple[list[Any], list[Tensor], PackedWeights] | None = None
+
+    def clear(self) -> None:
+        self._entry = None
+
+    def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
+        """Arguments as those of :func:`fold_and_pack`, which runs when any of them changed."""
+        tensors = [t for t in sources if t is not None]
+        if not lasting(tensors):
+            return fold_and_pack(sources, eps, dtype)
+        stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
+        # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
+        stamp += [t.stride() for t in tensors if t.dim() == 4]
+        stamp += [t.shape for t in tensors if t.dim() == 4]
+        entry = self._entry
+        if entry is None or stamp != entry[0]:
+            with torch.no_grad():
+                packed = fold_and_pack(sources, eps, dtype)
+            # Aliases keep the storages alive, so that no other tensor can appear at the same address.
+            self._entry = entry = stamp, [t.detach() for t in tensors], packed
+        return entry[2]
+
+
+_version = operator.attrgetter("_version")
+_shape = operator.attrgetter("shape")
+
+
+class Watch:
+    """Everything inside some modules that a fused call does not look at again, and whether it is unchanged.
+
+    Asked on every call, mostly with cold caches: it touches as few objects as will do, in loops that run in C.
+    Hold ``RemovableHandle.next_id`` from before the modules were examined, so that a hook added meanwhile counts.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], next_hook: int, parent: nn.Module | None = None) -> None:
+        """``parent``: a module whose list of children counts too, but not those of its children outside ``roots``."""
+        modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
+        self.next_hook = next_hook
+        self.attributes = list(map(vars, modules))
+        self.dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self.dicts += [] if parent is None else [parent._modules]
+        self.held = list(itertools.chain.from_iterable(map(dict.values, self.dicts)))
+        tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
+        self.tensors = [t for t in tensors if t is not None and t.is_floating_point()]
+        self.weights = [t for t in self.tensors if t.dim() > 1]
+        states: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for m in modules:
+            if names := layers.watched_attributes(m):
+                states.setdefault(names, []).append(vars(m))
+        self.states = [(operator.itemgetter(*names), found) for names, found in states.items()]
+        self.sizes, self.seen = list(map(len, self.dicts)), self._look()
+
+    def _look(self) -> list[list[Any]]:
+        return [
+            list(map(_version, self.tensors)),
+            list(map(Tensor.data_ptr, self.tensors)),
+            # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
+            list(map(_shape, self.weights)),
+            list(map(Tensor.is_contiguous, self.weights)),
+            list(map(len, self.attributes)),  # an instance's own forward is one attribute more
+            *[list(map(getter, found)) for getter, found in self.states],
+        ]
+
+    def holds(self) -> bool:
+        return (
+            RemovableHandle.next_id == self.next_hook
+            and list(map(len, self.dicts)) == self.sizes
+            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.dicts)), self.held))
+            and self._look() == self.seen
+        )
