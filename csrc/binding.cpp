@@ -108,12 +108,13 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int
 }
 
 PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
-                               bool pool) {
-  if (bias.dim() != 1) fail("bias must be [C_out], got ", to_string(bias));
-  const PointwiseShape s{x[0], x[2], x[3], x[1], bias.size(0), pool};
-  if (s.height < 1 || s.width < 1 || s.in_channels < 1 || s.out_channels < 1)
-    fail("sizes must be at least 1; x is ", to_string(x), " and bias ", to_string(bias));
+                               int64_t out_channels, bool relu6, bool pool) {
+  const PointwiseShape s{x[0], x[2], x[3], x[1], out_channels, relu6, pool};
+  if (s.height < 1 || s.width < 1 || s.in_channels < 1)
+    fail("sizes must be at least 1, got x ", to_string(x));
+  if (out_channels < 1) fail("out_channels must be at least 1, got ", out_channels);
   check_sizes("weight", weight, {s.panels(), s.in_channels, kPanel});
+  check_sizes("bias", bias, {s.panels() * kPanel});
   return s;
 }
 

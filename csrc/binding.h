@@ -49,7 +49,8 @@ struct BlockTensors {
 // with each other or with x.
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
                        bool residual);
-PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias, bool pool);
+PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
+                               int64_t out_channels, bool relu6, bool pool);
 
 // The strides test behind torch's suggest_memory_format, which the stable ABI lacks: channels_last
 // when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.

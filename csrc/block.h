@@ -53,11 +53,12 @@ struct BlockArgs {
   T* partial;                     // [groups, N, H', W', C_out], when the plan splits the groups
 };
 
-// 1x1 convolution -> ReLU6 (-> mean over the pixels when pool): the head of the network.
+// 1x1 convolution -> ReLU6 (-> mean over the pixels when pool): the head of the network. Without
+// the ReLU6, over images as pixels: its classifier.
 struct PointwiseShape {
   int64_t batch, height, width;
   int64_t in_channels, out_channels;
-  bool pool;
+  bool relu6, pool;
 
   int64_t panels() const { return ceil_div(out_channels, kPanel); }
 };

@@ -1,8 +1,9 @@
-// Python's window on the build: instruction sets, the planner, the peak meter.
+// Python's window on the build: instruction sets, the planner, the peak meter, watched objects.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace mnv2_fused;
@@ -15,6 +16,12 @@ BlockShape block_shape(int64_t batch, int64_t height, int64_t width, int64_t in_
   return {batch,           height,       width,  in_channels,
           hidden_channels, out_channels, stride, expand ? Expand::kPointwise : Expand::kNone,
           residual};
+}
+
+// Whether the collector may look inside: it can come between a Python object's allocation and its
+// constructor.
+bool constructed(PyObject* self) {
+  return reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().holder_constructed();
 }
 
 py::dict to_dict(const Plan& p) {
@@ -41,6 +48,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return std::string(cpu::active().name); });
   m.def("set_instruction_set", &cpu::set_active);
   m.def("l2_bytes", &cpu::l2_bytes);
+  py::class_<Watch>(
+      m, "Watch", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+        PyTypeObject* const type = &heap_type->ht_type;
+        type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+        type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+          Py_VISIT(Py_TYPE(self));
+          return constructed(self) ? py::cast<Watch&>(py::handle(self)).traverse(visit, arg) : 0;
+        };
+        type->tp_clear = [](PyObject* self) {
+          if (constructed(self)) py::cast<Watch&>(py::handle(self)).clear();
+          return 0;
+        };
+      }))
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
+                    const py::list&>())
+      .def("holds", &Watch::holds);
 
   m.def(
       "plan",

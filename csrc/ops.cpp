@@ -78,8 +78,15 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
 }
 
 // What `layers` of a sequence names (LayerKind in sequence.py), and how many weights each takes.
-enum LayerKind : int64_t { kBlock, kBlockWithoutExpand, kStemAndBlock, kPointwise, kPooled };
-constexpr int64_t kWeights[] = {6, 4, 6, 2, 2};
+enum LayerKind : int64_t {
+  kBlock,
+  kBlockWithoutExpand,
+  kStemAndBlock,
+  kPointwise,
+  kPooled,
+  kLinear
+};
+constexpr int64_t kWeights[] = {6, 4, 6, 2, 2, 2};
 
 struct Layer {
   LayerKind kind;
@@ -93,7 +100,8 @@ struct Layer {
   int64_t y_elements() const { return y[0] * y[1] * y[2] * y[3]; }
 };
 
-Layer make_layer(LayerKind kind, int64_t stride, bool residual, const Sizes& x, const Tensor* w,
+// size: the stride of a block, the output channels of other layers.
+Layer make_layer(LayerKind kind, int64_t size, bool residual, const Sizes& x, const Tensor* w,
                  const Machine& machine) {
   Layer l{};
   l.kind = kind;
@@ -105,26 +113,36 @@ Layer make_layer(LayerKind kind, int64_t stride, bool residual, const Sizes& x, 
     const Expand expand = none             ? Expand::kNone
                           : kind == kBlock ? Expand::kPointwise
                                            : Expand::kStem;
-    l.block = block_shape(x, l.block_weights, expand, stride, residual);
+    l.block = block_shape(x, l.block_weights, expand, size, residual);
     l.plan = cached_plan(l.block, machine);
     l.y = {x[0], l.block.out_channels, l.block.out_height(), l.block.out_width()};
   } else {
-    l.pointwise = pointwise_shape(x, w[0], w[1], kind == kPooled);
-    l.y = {x[0], l.pointwise.out_channels, kind == kPooled ? 1 : x[2], kind == kPooled ? 1 : x[3]};
+    if (kind == kLinear && (x[2] != 1 || x[3] != 1))
+      fail("a linear layer takes one pixel an image, got ", to_string(x));
+    l.pointwise = pointwise_shape(x, w[0], w[1], size, kind != kLinear, kind == kPooled);
+    // The images of a linear layer are the pixels of one.
+    if (kind == kLinear) std::swap(l.pointwise.batch, l.pointwise.height);
+    l.y = {x[0], size, kind == kPooled ? 1 : x[2], kind == kPooled ? 1 : x[3]};
   }
   return l;
 }
 
+// One-pixel images as the pixels of one image.
+Activation as_pixels(const Activation& x) {
+  return {{1, x.sizes[1], x.sizes[0], 1}, {0, x.strides[1], x.strides[0], 0}, x.data};
+}
+
 // Layers in a row, by the kernels that each would run alone, in one buffer for what lies between.
-Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
-                    std::vector<Tensor> weights,  // of all layers, one after the other
-                    IntHeaderOnlyArrayRef layers  // kind, stride, residual of each
+Tensor sequence_cpu(
+    const Tensor& x,              // [N, C, H, W]
+    std::vector<Tensor> weights,  // of all layers, one after the other
+    IntHeaderOnlyArrayRef layers  // kind, stride or output channels, residual of each
 ) {
   const ScalarType type = x.scalar_type();
   return dispatch("sequence", type, [&]<class T>(T) {
     if (layers.empty() || layers.size() % 3 != 0)
-      fail("layers must hold kind, stride and residual of each layer, got ", layers.size(),
-           " values");
+      fail("layers must hold kind, stride or output channels, and residual of each layer, got ",
+           layers.size(), " values");
     const ScalarType compute = compute_type(type);
     const Machine machine = current_machine(compute);
     for (const Tensor& w : weights) check_weight(w, compute);
@@ -133,7 +151,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     size_t used = 0;
     for (size_t i = 0; i < layers.size(); i += 3) {
       const int64_t kind = layers[i];
-      if (kind < 0 || kind > kPooled) fail("layer kind must be 0 to 4, got ", kind);
+      if (kind < 0 || kind > kLinear) fail("layer kind must be 0 to 5, got ", kind);
       if (used + size_t(kWeights[kind]) > weights.size())
         fail("layer ", i / 3, " needs ", kWeights[kind], " weights, ", weights.size() - used,
              " are left of ", weights.size());
@@ -169,7 +187,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
       if (l.is_block())
         run_block(l.block, l.plan, in, l.block_weights, y, first + between);
       else
-        run_pointwise(l.pointwise, in, w[0], w[1], y);
+        run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, w[0], w[1], y);
       in = {l.y, {l.y[1] * l.y[2] * l.y[3], 1, l.y[3] * l.y[1], l.y[1]}, y};
       w += kWeights[l.kind];
     }

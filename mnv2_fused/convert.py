@@ -8,6 +8,7 @@ unfused, or None for a module of another family. To support a family, write its 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from . import layers, ops
 from .block import BlockSpec
 from .module import FusedInvertedResidual
 from .plan import plan
-from .sequence import FusedSequential
+from .sequence import FusedSequential, RunsFused
 
 
 class Match(NamedTuple):
@@ -76,9 +77,7 @@ def fuse(
     if nothing_fused:
         return model
     model = _replace(model, {block: _fused(block, match, backend) for block, match in matches.items()})
-    for module in model.modules():
-        if type(module) is nn.Sequential and any(isinstance(m, FusedInvertedResidual) for m in module):
-            module.__class__ = FusedSequential
+    _run_whole_sequences(model)
     # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
     return model._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
@@ -95,9 +94,9 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     blocks = [block for _, block, _ in _blocks(model) if isinstance(block, FusedInvertedResidual)]
     model = _replace(model, {block: _unfused(block) for block in blocks})
     for module in model.modules():
-        if type(module) is FusedSequential:
+        if isinstance(module, RunsFused):
             vars(module).pop("_prepared", None)
-            module.__class__ = nn.Sequential
+            module.__class__ = next(c for c in type(module).__mro__ if not c.__module__.startswith(f"{__package__}."))
     return model
 
 
@@ -271,6 +270,22 @@ def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
             if child in swaps:
                 parent._modules[key] = swaps[child]
     return swaps.get(model, model)
+
+
+def _run_whole_sequences(model: nn.Module) -> None:
+    """Lets each Sequential that holds fused blocks, and torchvision's whole model, run them in one call.
+
+    The instances stay, with all that refers to them; they become instances of a subclass of what they were.
+    """
+    for module in model.modules():
+        if type(module) is nn.Sequential and any(isinstance(m, FusedInvertedResidual) for m in module):
+            module.__class__ = FusedSequential
+    torchvision_models = [m for m in model.modules() if type(m).__name__ == "MobileNetV2"]
+    if torchvision_models and "torchvision" in sys.modules:
+        from . import torchvision_model
+
+        for module in filter(torchvision_model.takes, torchvision_models):
+            module.__class__ = torchvision_model.MobileNetV2
 
 
 def _fused(block: nn.Module, match: Match, backend: str) -> FusedInvertedResidual:

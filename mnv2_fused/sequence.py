@@ -1,4 +1,4 @@
-"""Layers in a row as one call: the stem, inverted residuals and the head of a network inside one ``nn.Sequential``."""
+"""Layers in a row as one call: stem, inverted residuals, head, pooling and classifier of a network."""
 
 from __future__ import annotations
 
@@ -27,66 +27,102 @@ class LayerKind(enum.IntEnum):
     STEM_AND_BLOCK = 2
     POINTWISE = 3
     POOLED = 4
+    LINEAR = 5
+
+
+Child = tuple[str, nn.Module]  # with its name
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What runs as one kernel: one or two children of a sequence, in their order."""
+    """What runs as one kernel: neighbouring children of a sequence."""
 
     kind: LayerKind
-    names: tuple[str, ...]
-    modules: tuple[nn.Module, ...]
+    children: tuple[Child, ...]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [module for _, module in self.children]
 
     @property
     def geometry(self) -> list[int]:
-        """Kind, stride, residual: this layer's part of the op's ``layers``."""
-        block = next((m for m in self.modules if isinstance(m, FusedInvertedResidual)), None)
-        if block is None:
-            return [self.kind, 1, 0]
-        return [self.kind, block.spec.stride, int(block.use_res_connect)]
+        """Kind, stride or output channels, residual: this layer's part of the op's ``layers``."""
+        for module in self.modules:
+            if isinstance(module, FusedInvertedResidual):
+                return [self.kind, module.spec.stride, int(module.use_res_connect)]
+            if isinstance(module, nn.Linear):
+                return [self.kind, module.out_features, 0]
+        return [self.kind, self.modules[0][0].out_channels, 0]
+
+    def packed(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weights in the order in which the op takes them."""
+        with torch.no_grad():
+            for module in self.modules:
+                if isinstance(module, FusedInvertedResidual):
+                    yield from (t for t in module.packed_for_sequence() if t is not None)
+                elif isinstance(module, nn.Linear):
+                    bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
+                    yield from pack_conv(module.weight[:, :, None, None], bias, dtype)
+                elif isinstance(module, nn.Sequential):
+                    conv, norm, _ = module
+                    yield from pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
 
 
-def layers_of(sequence: nn.Sequential) -> Iterator[Layer | str]:
-    """The children of ``sequence``: a :class:`Layer` where a kernel takes them, else the name of one child."""
-    children = list(sequence._modules.items())
+def layers_of(children: list[Child]) -> Iterator[Layer | Child]:
+    """``children`` in order: a :class:`Layer` where a kernel takes them, else the child itself."""
+    previous = None
     i = 0
     while i < len(children):
-        name, child = children[i]
-        after = children[i + 1][1] if i + 1 < len(children) else None
-        taken: tuple[LayerKind, int] | None = None
-        if isinstance(child, FusedInvertedResidual):
-            if _block_can_run(child):
-                taken = (LayerKind.BLOCK if child.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND), 1
-        elif _is_layer(child, "stem"):
-            if isinstance(after, FusedInvertedResidual) and _block_can_run(after) and not after.spec.expand:
-                fits = child[0].out_channels == after.spec.in_channels and not after.spec.residual
-                taken = (LayerKind.STEM_AND_BLOCK, 2) if fits else None
-        elif _is_layer(child, "head"):
-            taken = (LayerKind.POOLED, 2) if _is_mean(after) else (LayerKind.POINTWISE, 1)
-        if taken is None:
-            yield name
-            i += 1
+        kind, count = _layer_at([module for _, module in children[i : i + 3]], previous)
+        previous = kind
+        if kind is None:
+            yield children[i]
         else:
-            kind, count = taken
-            names, modules = zip(*children[i : i + count], strict=True)
-            yield Layer(kind, names, modules)
-            i += count
+            yield Layer(kind, tuple(children[i : i + count]))
+        i += count
 
 
-def _is_layer(child: nn.Module | None, name: str) -> bool:
-    if not isinstance(child, nn.Sequential) or next(layers.conv_objections(child, name), None) is not None:
+def _layer_at(ahead: list[nn.Module], previous: LayerKind | None) -> tuple[LayerKind | None, int]:
+    """The kind of the layer that the next modules begin with, or None, and how many of them it takes."""
+    first, *rest = ahead
+    second = rest[0] if rest else None
+    if isinstance(first, FusedInvertedResidual):
+        if _block_can_run(first):
+            return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
+    elif _is_conv(first, "stem"):
+        if isinstance(second, FusedInvertedResidual) and _block_can_run(second):
+            spec = second.spec
+            if not spec.expand and not spec.residual and spec.in_channels == first[0].out_channels:
+                return LayerKind.STEM_AND_BLOCK, 2
+    elif _is_conv(first, "head"):
+        if _is_plain(second, nn.AdaptiveAvgPool2d) and second.output_size in (1, (1, 1)):
+            return LayerKind.POOLED, 2
+        return LayerKind.POINTWISE, 1
+    elif previous is LayerKind.POOLED and _is_plain(first, nn.Flatten) and (first.start_dim, first.end_dim) == (1, -1):
+        dropouts = 1 if _is_plain(second, nn.Dropout) and not second.training else 0
+        linear = rest[dropouts] if len(rest) > dropouts else None
+        if _is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias):
+            return LayerKind.LINEAR, 2 + dropouts
+    return None, 1
+
+
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether it is just that: no subclass, nothing hooked, no weight that is computed from others."""
+    if type(module) is not kind or "forward" in vars(module) or layers.has_hooks(module):
         return False
-    conv, norm, _ = child
-    tensors = [t for t in parameters_of(conv, norm) if t is not None]
-    if norm.training and norm._parameters:
-        return False
-    return lasting(tensors) and len({(t.dtype, t.device) for t in tensors}) == 1
+    return kind is not nn.Linear or ("weight" in module._parameters and not layers.is_compiled(module))
 
 
-def _is_mean(child: nn.Module | None) -> bool:
-    if type(child) is not nn.AdaptiveAvgPool2d or "forward" in vars(child) or layers.has_hooks(child):
+def _is_lasting(*tensors: Tensor | None) -> bool:
+    found = [t for t in tensors if t is not None]
+    return lasting(found) and len({(t.dtype, t.device) for t in found}) == 1
+
+
+def _is_conv(module: nn.Module, name: str) -> bool:
+    if not isinstance(module, nn.Sequential) or next(layers.conv_objections(module, name), None) is not None:
         return False
-    return child.output_size in (1, (1, 1))
+    conv, norm, _ = module
+    return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
 
 
 def _block_can_run(block: FusedInvertedResidual) -> bool:
@@ -100,28 +136,21 @@ class _Run:
 
     def __init__(self, found: list[Layer], dtype: torch.dtype) -> None:
         self.geometry = [value for layer in found for value in layer.geometry]
-        self.weights: list[Tensor] = []
-        for layer in found:
-            for module in layer.modules:
-                if isinstance(module, FusedInvertedResidual):
-                    self.weights += [t for t in module.packed_for_sequence() if t is not None]
-                elif isinstance(module, nn.Sequential):
-                    self.weights += _packed_conv(module, dtype)
+        self.weights = [tensor for layer in found for tensor in layer.packed(dtype)]
+        self.flat = found[-1].kind is LayerKind.LINEAR
 
-
-def _packed_conv(layer: nn.Sequential, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    conv, norm, _ = layer
-    with torch.no_grad():
-        return pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        y = ops.sequence(x, self.weights, self.geometry)
+        return y.flatten(1) if self.flat else y
 
 
 class _Prepared:
-    """A sequence cut into runs and single modules, valid while its ``watch`` holds."""
+    """Children cut into runs and single modules, valid while ``watch`` holds."""
 
-    def __init__(self, sequence: nn.Sequential, next_hook: int) -> None:
-        found = list(layers_of(sequence))
-        fused = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
-        self.watch = Watch(fused, next_hook, parent=sequence)
+    def __init__(self, children: list[Child], parents: list[nn.Module], next_hook: int) -> None:
+        found = list(layers_of(children))
+        in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
+        self.watch = Watch(in_runs, next_hook, parents)
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
         # Global hooks would miss the modules inside.
@@ -129,47 +158,50 @@ class _Prepared:
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
             return
-        for is_layer, group in itertools.groupby(found, lambda layer: isinstance(layer, Layer)):
-            if is_layer:
-                self.steps.append(_Run(list(group), self.dtype))
-            else:
-                self.steps += [sequence._modules[name] for name in group]
+        for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
+            entries = list(group)
+            self.steps += [_Run(entries, self.dtype)] if is_run else [module for _, module in entries]
 
 
-class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` that runs neighbouring fused blocks as one call, with a stem or head beside them.
+class RunsFused:
+    """What a module that calls its children one after the other inherits from to run them fused where it can.
 
-    :func:`mnv2_fused.fuse` turns each Sequential that holds fused blocks into one. In eval on the CPU, where nothing
-    records gradients: the blocks' outputs share one buffer; a stem (3x3, stride 2, norm, ReLU6) runs in the kernel of
-    the block behind it, if that has no expansion, so that its output is never written; a head (1x1, norm, ReLU6) runs
-    on the blocks' kernel, and the tensor before an ``AdaptiveAvgPool2d(1)`` behind it is never written. Anything else
-    in the sequence, and everything in any other mode, runs child by child as in ``nn.Sequential``. What comes out is
-    in channels_last.
+    In eval on the CPU, where nothing records gradients, neighbouring fused blocks and what lies beside them are one
+    call: the blocks' outputs share one buffer; a stem (3x3, stride 2, norm, ReLU6) runs in the kernel of the block
+    behind it, if that has no expansion, so that its output is never written; a head (1x1, norm, ReLU6) runs on the
+    blocks' kernel, and the tensor before an ``AdaptiveAvgPool2d(1)`` is never written; a ``Linear`` behind that
+    joins in. Anything else among the children, and everything in any other mode, runs module by module.
     """
 
     _prepared: _Prepared | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
+        """The modules that forward calls in a row, and those whose lists of children they come from."""
+        raise NotImplementedError
+
+    def run_fused(self, x: Tensor) -> Tensor | None:
+        """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
         if torch.compiler.is_compiling() or self.training or type(x) is not Tensor or not x.is_cpu:
-            return super().forward(x)
+            return None
         if ops.resolve_backend("auto", x.device) == "eager" or torch.is_autocast_enabled("cpu") or ops.transformed():
-            return super().forward(x)
+            return None
         prepared = self._prepared
         if prepared is None or not prepared.watch.holds():
-            self._prepared = prepared = _Prepared(self, RemovableHandle.next_id)
+            next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
+            self._prepared = prepared = _Prepared(*self.fusable_children(), next_hook)
         if not prepared.runs or x.dtype is not prepared.dtype:
-            return super().forward(x)
+            return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
-            return super().forward(x)
+            return None
         for step in prepared.steps:
-            x = ops.sequence(x, step.weights, step.geometry) if type(step) is _Run else step(x)
+            x = step(x)
         return x
 
-    def train(self, mode: bool = True) -> FusedSequential:
+    def train(self, mode: bool = True) -> nn.Module:
         self.__dict__.pop("_prepared", None)
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> FusedSequential:
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.__dict__.pop("_prepared", None)
         return super()._apply(*args, **kwargs)
 
@@ -177,3 +209,14 @@ class FusedSequential(nn.Sequential):
         state = self.__dict__.copy()
         state.pop("_prepared", None)
         return state
+
+
+class FusedSequential(RunsFused, nn.Sequential):
+    """What :func:`mnv2_fused.fuse` makes of each ``nn.Sequential`` that holds fused blocks."""
+
+    def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
+        return list(self._modules.items()), [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run_fused(x)
+        return super().forward(x) if y is None else y

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import layers
+from . import layers, ops
 from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
 
 
@@ -72,50 +71,26 @@ class PackedCache:
         return entry[2]
 
 
-_version = operator.attrgetter("_version")
-_shape = operator.attrgetter("shape")
-
-
 class Watch:
     """Everything inside some modules that a fused call does not look at again, and whether it is unchanged.
 
-    Asked on every call, mostly with cold caches: it touches as few objects as will do, in loops that run in C.
-    Hold ``RemovableHandle.next_id`` from before the modules were examined, so that a hook added meanwhile counts.
+    Hand over ``RemovableHandle.next_id`` from before the modules were examined, so that a hook added meanwhile counts.
     """
 
-    def __init__(self, roots: Iterable[nn.Module], next_hook: int, parent: nn.Module | None = None) -> None:
-        """``parent``: a module whose list of children counts too, but not those of its children outside ``roots``."""
+    def __init__(self, roots: Iterable[nn.Module], next_hook: int, parents: Iterable[nn.Module] = ()) -> None:
+        """``parents``: modules whose lists of children count too, but nothing in children outside ``roots``."""
         modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
         self.next_hook = next_hook
-        self.attributes = list(map(vars, modules))
-        self.dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
-        self.dicts += [] if parent is None else [parent._modules]
-        self.held = list(itertools.chain.from_iterable(map(dict.values, self.dicts)))
         tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
         self.tensors = [t for t in tensors if t is not None and t.is_floating_point()]
-        self.weights = [t for t in self.tensors if t.dim() > 1]
-        states: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for m in modules:
-            if names := layers.watched_attributes(m):
-                states.setdefault(names, []).append(vars(m))
-        self.states = [(operator.itemgetter(*names), found) for names, found in states.items()]
-        self.sizes, self.seen = list(map(len, self.dicts)), self._look()
-
-    def _look(self) -> list[list[Any]]:
-        return [
-            list(map(_version, self.tensors)),
-            list(map(Tensor.data_ptr, self.tensors)),
+        self._native = ops._C.Watch(
+            [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d] + [p._modules for p in parents],
+            [vars(m) for m in modules],  # an instance's own forward is one attribute more
+            [(vars(m), name) for m in modules for name in layers.watched_attributes(m)],
+            self.tensors,
             # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-            list(map(_shape, self.weights)),
-            list(map(Tensor.is_contiguous, self.weights)),
-            list(map(len, self.attributes)),  # an instance's own forward is one attribute more
-            *[list(map(getter, found)) for getter, found in self.states],
-        ]
+            [t for t in self.tensors if t.dim() > 1],
+        )
 
     def holds(self) -> bool:
-        return (
-            RemovableHandle.next_id == self.next_hook
-            and list(map(len, self.dicts)) == self.sizes
-            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.dicts)), self.held))
-            and self._look() == self.seen
-        )
+        return RemovableHandle.next_id == self.next_hook and self._native.holds()

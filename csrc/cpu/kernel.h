@@ -31,10 +31,14 @@ constexpr int max_rows(int vectors) {
 // Output columns per depthwise pass: MobileNetV2's widths at 224 are multiples of 7.
 constexpr int kDepthwiseCols = 7;
 
+// x86 max/min return the second operand when either is NaN, so NaN passes through as in torch.
+template <class V>
+MNV2_INLINE V clamp(V v, V low, V high) {
+  return V::min(high, V::max(low, v));
+}
 template <class V>
 MNV2_INLINE V relu6(V v) {
-  // x86 max/min return the second operand when either is NaN, so NaN passes through as in torch.
-  return V::min(V::set1(6), V::max(V::set1(0), v));
+  return clamp(v, V::set1(0), V::set1(6));
 }
 
 // Calls f(begin, count) over [0, total) in near-equal pieces of at most `most`.
@@ -86,7 +90,8 @@ struct ExpandTile {
   const T* weights;  // [group/16][C_in][16]
   const T* bias;     // [group]
   int64_t in_channels;
-  int64_t vector;  // first vector of this tile
+  int64_t vector;       // first vector of this tile
+  T low = 0, high = 6;  // of the activation
 };
 
 // kSum: adds the pixels up into expanded[0] instead of storing each.
@@ -106,12 +111,13 @@ void expand_tile(const ExpandTile<typename V::T>& t) {
   multiply<V, R, N>(acc, value, w, t.in_channels);
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
-    V sum = relu6(acc[0][j]);
+    const V low = V::set1(t.low), high = V::set1(t.high);
+    V sum = clamp(acc[0][j], low, high);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       if constexpr (!kSum)
-        relu6(acc[i][j]).store(t.expanded[i] + offset);
+        clamp(acc[i][j], low, high).store(t.expanded[i] + offset);
       else if constexpr (i > 0)
-        sum = V::add(sum, relu6(acc[i][j]));
+        sum = V::add(sum, clamp(acc[i][j], low, high));
     });
     if constexpr (kSum) sum.store(t.expanded[0] + offset);
   });
@@ -598,7 +604,7 @@ void add_row(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t row
   }
 }
 
-// A 1x1 convolution with ReLU6 for one image's share of the output channels: all its pixels, so that
+// A 1x1 convolution for one image's share of the output channels: all its pixels, so that
 // a mean over them is summed in the same order however many tasks there are.
 template <class V>
 void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
@@ -615,6 +621,10 @@ void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
   t.weights = a.weight;
   t.bias = a.bias;
   t.in_channels = s.in_channels;
+  if (!s.relu6) {
+    t.low = -std::numeric_limits<T>::infinity();
+    t.high = std::numeric_limits<T>::infinity();
+  }
   const V scale = V::set1(T(1) / T(pixels));
   for (int64_t block = 0; block < pixels; block += kBlock) {
     const int64_t count = pixels - block < kBlock ? pixels - block : kBlock;

@@ -2,6 +2,7 @@
 // GCC or Clang lowers them to.
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "isa.h"

@@ -1,0 +1,128 @@
+#include "watch.h"
+
+namespace mnv2_fused {
+namespace {
+
+namespace py = pybind11;
+
+long long integer(PyObject* owned) {
+  if (!owned) throw py::error_already_set();
+  const long long value = PyLong_AsLongLong(owned);
+  Py_DECREF(owned);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// Data pointers fit: user space lies below 2^63.
+long long pointer_of(const py::object& method, const py::object& tensor) {
+  return integer(PyObject_CallOneArg(method.ptr(), tensor.ptr()));
+}
+
+bool truth(PyObject* owned) {
+  if (!owned) throw py::error_already_set();
+  const bool value = owned == Py_True;
+  Py_DECREF(owned);
+  return value;
+}
+
+bool equal(PyObject* a, PyObject* b) {
+  const int same = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (same < 0) throw py::error_already_set();
+  return same == 1;
+}
+
+}  // namespace
+
+Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entries,
+             const py::list& tensors, const py::list& shaped) {
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  version_name_ = py::str("_version");
+  shape_name_ = py::str("shape");
+  data_ptr_ = type.attr("data_ptr");
+  is_contiguous_ = type.attr("is_contiguous");
+  for (const auto dict : values) {
+    Held held{py::reinterpret_borrow<py::object>(dict), {}};
+    for (const auto item : py::reinterpret_borrow<py::dict>(dict))
+      held.values.push_back(py::reinterpret_borrow<py::object>(item.second));
+    held_.push_back(std::move(held));
+  }
+  for (const auto dict : sizes)
+    sized_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(dict.ptr())});
+  for (const auto entry : entries) {
+    const py::tuple pair = py::reinterpret_borrow<py::tuple>(entry);
+    const py::dict dict = pair[0];
+    entries_.push_back({dict, pair[1], dict[pair[1]]});
+  }
+  for (const auto tensor : tensors) {
+    const auto t = py::reinterpret_borrow<py::object>(tensor);
+    states_.push_back(
+        {t, integer(PyObject_GetAttr(t.ptr(), version_name_.ptr())), pointer_of(data_ptr_, t)});
+  }
+  for (const auto tensor : shaped) {
+    const auto t = py::reinterpret_borrow<py::object>(tensor);
+    shapes_.push_back(
+        {t, t.attr(shape_name_), truth(PyObject_CallOneArg(is_contiguous_.ptr(), t.ptr()))});
+  }
+}
+
+int Watch::traverse(visitproc visit, void* arg) const {
+  for (const Held& held : held_) {
+    Py_VISIT(held.dict.ptr());
+    for (const py::object& value : held.values) Py_VISIT(value.ptr());
+  }
+  for (const Sized& sized : sized_) Py_VISIT(sized.dict.ptr());
+  for (const Entry& entry : entries_) {
+    Py_VISIT(entry.dict.ptr());
+    Py_VISIT(entry.value.ptr());
+  }
+  for (const State& state : states_) Py_VISIT(state.tensor.ptr());
+  for (const Shape& shape : shapes_) Py_VISIT(shape.tensor.ptr());
+  return 0;
+}
+
+void Watch::clear() {
+  // Swapped out first: what is released may call back.
+  std::vector<Held> held;
+  std::vector<Sized> sized;
+  std::vector<Entry> entries;
+  std::vector<State> states;
+  std::vector<Shape> shapes;
+  held.swap(held_);
+  sized.swap(sized_);
+  entries.swap(entries_);
+  states.swap(states_);
+  shapes.swap(shapes_);
+}
+
+bool Watch::holds() const {
+  for (const Held& held : held_) {
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    size_t i = 0;
+    while (PyDict_Next(held.dict.ptr(), &position, &key, &value))
+      if (i == held.values.size() || value != held.values[i++].ptr()) return false;
+    if (i != held.values.size()) return false;
+  }
+  for (const Sized& sized : sized_)
+    if (PyDict_Size(sized.dict.ptr()) != sized.size) return false;
+  for (const Entry& entry : entries_) {
+    PyObject* const value = PyDict_GetItemWithError(entry.dict.ptr(), entry.key.ptr());
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    if (!value || (value != entry.value.ptr() && !equal(value, entry.value.ptr()))) return false;
+  }
+  for (const State& s : states_)
+    if (integer(PyObject_GetAttr(s.tensor.ptr(), version_name_.ptr())) != s.version ||
+        pointer_of(data_ptr_, s.tensor) != s.pointer)
+      return false;
+  for (const Shape& s : shapes_) {
+    const py::object shape =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(s.tensor.ptr(), shape_name_.ptr()));
+    if (!shape) throw py::error_already_set();
+    if (!equal(shape.ptr(), s.shape.ptr())) return false;
+    if (truth(PyObject_CallOneArg(is_contiguous_.ptr(), s.tensor.ptr())) != s.contiguous)
+      return false;
+  }
+  return true;
+}
+
+}  // namespace mnv2_fused

@@ -1,0 +1,55 @@
+// Whether Python objects are still what they were when a call was prepared. Asked before every fused
+// call, mostly with cold caches, so it walks what CPython and torch hold without making new objects
+// where it can.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace mnv2_fused {
+
+class Watch {
+ public:
+  // values: dictionaries whose values must stay the very same objects.
+  // sizes: dictionaries that must keep their number of entries.
+  // entries: (dictionary, key) pairs whose values must stay equal.
+  // tensors: their data pointers and version counters; of `shaped` ones also shape and contiguity.
+  Watch(const pybind11::list& values, const pybind11::list& sizes, const pybind11::list& entries,
+        const pybind11::list& tensors, const pybind11::list& shaped);
+  bool holds() const;
+
+  // For Python's collector: what is watched holds the watch, too.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+ private:
+  struct Held {
+    pybind11::object dict;
+    std::vector<pybind11::object> values;
+  };
+  struct Sized {
+    pybind11::object dict;
+    Py_ssize_t size;
+  };
+  struct Entry {
+    pybind11::object dict, key, value;
+  };
+  struct State {
+    pybind11::object tensor;
+    long long version, pointer;
+  };
+  struct Shape {
+    pybind11::object tensor, shape;
+    bool contiguous;
+  };
+
+  pybind11::object version_name_, shape_name_, data_ptr_, is_contiguous_;
+  std::vector<Held> held_;
+  std::vector<Sized> sized_;
+  std::vector<Entry> entries_;
+  std::vector<State> states_;
+  std::vector<Shape> shapes_;
+};
+
+}  // namespace mnv2_fused
