@@ -187,7 +187,7 @@ int64_t scratch_elements(const Plan& plan) {
 
 template <class T>
 void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
-               const BlockTensors& w, T* y, T* scratch) {
+               const BlockTensors& w, T* y, T* scratch, Next next) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
   const int64_t slice = slice_elements<T>(plan);
   const BlockArgs<T> args{shape,
@@ -203,7 +203,9 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
                           data<T>(w.w_project),
                           data<T>(w.b_project),
                           y,
-                          scratch + slice * plan.workers};
+                          scratch + slice * plan.workers,
+                          next.data,
+                          next.bytes};
   for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
     kernels.run_tile(args, plan, task, scratch + worker * slice);
   });
@@ -216,7 +218,7 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
 
 template <class T>
 void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
-                   const Tensor& bias, T* y) {
+                   const Tensor& bias, T* y, Next next) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
   const int64_t threads = torch::stable::get_num_threads();
   // Whole images where there are enough of them, else each image's channels shared out.
@@ -229,7 +231,9 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tenso
                               x.strides[3],
                               data<T>(&weight),
                               data<T>(&bias),
-                              y};
+                              y,
+                              next.data,
+                              next.bytes};
   const int64_t tasks = shape.batch * parts;
   for_tasks(tasks, std::min(threads, tasks),
             [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
@@ -238,12 +242,12 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tenso
 template int64_t scratch_elements<float>(const Plan&);
 template int64_t scratch_elements<double>(const Plan&);
 template void run_block<float>(const BlockShape&, const Plan&, const Activation&,
-                               const BlockTensors&, float*, float*);
+                               const BlockTensors&, float*, float*, Next);
 template void run_block<double>(const BlockShape&, const Plan&, const Activation&,
-                                const BlockTensors&, double*, double*);
+                                const BlockTensors&, double*, double*, Next);
 template void run_pointwise<float>(const PointwiseShape&, const Activation&, const Tensor&,
-                                   const Tensor&, float*);
+                                   const Tensor&, float*, Next);
 template void run_pointwise<double>(const PointwiseShape&, const Activation&, const Tensor&,
-                                    const Tensor&, double*);
+                                    const Tensor&, double*, Next);
 
 }  // namespace mnv2_fused

@@ -69,11 +69,17 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine);
 template <class T>
 int64_t scratch_elements(const Plan& plan);
 
+// Memory that the layer after this one reads first: fetched into L2 meanwhile.
+struct Next {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
+
 template <class T>
 void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
-               const BlockTensors& w, T* y, T* scratch);
+               const BlockTensors& w, T* y, T* scratch, Next next = {});
 template <class T>
 void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
-                   const Tensor& bias, T* y);
+                   const Tensor& bias, T* y, Next next = {});
 
 }  // namespace mnv2_fused

@@ -51,6 +51,8 @@ struct BlockArgs {
   const T* b_project;             // [C_out]
   T* y;                           // [N, H', W', C_out], dense
   T* partial;                     // [groups, N, H', W', C_out], when the plan splits the groups
+  const void* next = nullptr;     // weights that the next layer reads first, to fetch meanwhile
+  int64_t next_bytes = 0;
 };
 
 // 1x1 convolution -> ReLU6 (-> mean over the pixels when pool): the head of the network. Without
@@ -72,6 +74,8 @@ struct PointwiseArgs {
   const T* weight;                // [C_out/16][C_in][16]
   const T* bias;                  // [C_out/16 * 16]
   T* y;                           // [N, H, W, C_out], dense; [N, C_out] when pooled
+  const void* next = nullptr;     // weights that the next layer reads first, to fetch meanwhile
+  int64_t next_bytes = 0;
 };
 
 }  // namespace mnv2_fused

@@ -27,7 +27,7 @@ bool constructed(PyObject* self) {
 py::dict to_dict(const Plan& p) {
   using namespace py::literals;
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
-                  "strip_rows"_a = p.strip_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
+                  "band_rows"_a = p.band_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
                   "workers"_a = p.workers, "scratch_bytes"_a = p.scratch_bytes,
                   "partial_bytes"_a = p.partial_bytes, "recompute"_a = p.recompute,
                   "bytes_never_written"_a = p.bytes_never_written, "cost"_a = p.cost);

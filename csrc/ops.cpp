@@ -90,6 +90,7 @@ constexpr int64_t kWeights[] = {6, 4, 6, 2, 2, 2};
 
 struct Layer {
   LayerKind kind;
+  const Tensor* weights;
   BlockTensors block_weights;
   BlockShape block;
   Plan plan;
@@ -98,6 +99,13 @@ struct Layer {
 
   bool is_block() const { return kind < kPointwise; }
   int64_t y_elements() const { return y[0] * y[1] * y[2] * y[3]; }
+  // The first group's expansion, or the first few panels of a 1x1.
+  Next first_weights() const {
+    const Tensor& w = weights[0];
+    const int64_t panels = is_block() ? ceil_div(plan.group, kPanel) : 4;
+    const int64_t bytes = w.size(1) * kPanel * (w.scalar_type() == ScalarType::Float ? 4 : 8);
+    return {w.const_data_ptr(), std::min(panels, w.size(0)) * bytes};
+  }
 };
 
 // size: the stride of a block, the output channels of other layers.
@@ -105,6 +113,7 @@ Layer make_layer(LayerKind kind, int64_t size, bool residual, const Sizes& x, co
                  const Machine& machine) {
   Layer l{};
   l.kind = kind;
+  l.weights = w;
   if (l.is_block()) {
     const bool none = kind == kBlockWithoutExpand;
     const Tensor* const rest = none ? w : w + 2;
@@ -179,17 +188,17 @@ Tensor sequence_cpu(
       source = torch::stable::contiguous(source, MemoryFormat::ChannelsLast);
     const Tensor result = empty(sizes, compute, true);
     Activation in = activation_of(source);
-    const Tensor* w = weights.data();
     for (size_t i = 0; i < all.size(); ++i) {
       const Layer& l = all[i];
       T* y = i % 2 ? first + between - padded(l) : first;
       if (i + 1 == all.size()) y = static_cast<T*>(result.mutable_data_ptr());
+      const Next next = i + 1 < all.size() ? all[i + 1].first_weights() : Next{};
       if (l.is_block())
-        run_block(l.block, l.plan, in, l.block_weights, y, first + between);
+        run_block(l.block, l.plan, in, l.block_weights, y, first + between, next);
       else
-        run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, w[0], w[1], y);
+        run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, l.weights[0],
+                      l.weights[1], y, next);
       in = {l.y, {l.y[1] * l.y[2] * l.y[3], 1, l.y[3] * l.y[1], l.y[1]}, y};
-      w += kWeights[l.kind];
     }
     if (type == compute) return result;
     Tensor y = empty(sizes, type, true);

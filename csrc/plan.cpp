@@ -17,11 +17,13 @@ constexpr double kDepthwiseEpilogue = 6.0;
 constexpr double kTaskStart = 2000.0;
 // A second parallel loop.
 constexpr double kBarrier = 10000.0;
-// An odd number of groups does not share out over two workers: such a plan costs this much more.
-constexpr double kOddGroups = 1.02;
-// Pixels between depthwise and project: enough to reuse the project weights in L1, few enough that
-// the depthwise result of one group stays there.
-constexpr int64_t kStripPixels = 96;
+// A vector read once more, from L2 and from beyond; most of it hides behind multiply-adds.
+constexpr double kFromL2 = 0.3, kFromBeyond = 2.0;
+// Output pixels of a band: enough to reuse the weights in L1, few enough that what is between the
+// stages stays near.
+constexpr int64_t kBandPixels = 112;
+// What the group is chosen for, once and for all: its best plans on these numbers of threads.
+constexpr int64_t kThreads[] = {1, 4};
 
 // Vector operations one multiply-add costs in a register tile of 1 ... 4 vectors of channels:
 // narrow tiles need more rows, whose input pointers no longer fit the integer registers. Two vectors
@@ -44,7 +46,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.tile_rows = tile_rows;
   p.tile_cols = tile_cols;
   p.group = group;
-  p.strip_rows = std::clamp<int64_t>(kStripPixels / tile_cols, 1, tile_rows);
+  // Bands of equal height.
+  const int64_t most = std::clamp<int64_t>(kBandPixels / tile_cols, 1, tile_rows);
+  p.band_rows = ceil_div(tile_rows, ceil_div(tile_rows, most));
   p.splits = splits;
   p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
@@ -76,10 +80,23 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
                              double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
   const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
+  const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
+  const double lanes = double(m.lanes), element = double(m.element_size), l2 = double(m.l2_bytes);
+  // Read again: a group's weights by every band, a tile's x and y by every group.
+  const double terms = double(s.expand_terms() + 9 + s.out_channels);
+  const double weights = hidden * terms / lanes * tiles * double(ceil_div(tile_rows, p.band_rows));
+  const double x = in_pixels * double(s.in_channels) / lanes * groups;
+  const double y = out_pixels * out_vectors * (groups - 1) * 2;
+  const auto from = [&](double bytes, double room) {
+    return bytes <= room ? kFromL2 : kFromBeyond;
+  };
+  const double again =
+      weights * from(double(p.scratch_bytes) + double(group) * terms * element, l2 * 0.9) +
+      x * from(x / groups / tiles * lanes * element, l2 / 4) +
+      y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
   const double image = in_pixels * vectors * (double(s.expand_terms()) * wide + kExpandEpilogue) +
                        out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
-                       out_pixels * out_vectors * (hidden + groups * kProjectEpilogue);
-  const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
+                       out_pixels * out_vectors * (hidden + groups * kProjectEpilogue) + again;
   const double rounds = double(ceil_div(p.tasks, p.workers));
   const double share = double(ceil_div(p.groups(s), splits)) / groups;
   p.cost = rounds * (image / tiles * share + kTaskStart);
@@ -96,6 +113,40 @@ void for_parts(int64_t size, F f) {
   for (int64_t parts = 1; parts < size; parts += std::max<int64_t>(1, parts / 8))
     if (const int64_t part = ceil_div(size, parts); part != last) f(last = part);
   if (last != 1) f(1);
+}
+
+// The plan of least cost with this group whose scratch fits the machine; the smallest there is when
+// none does.
+Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
+  std::vector<Plan> legal;
+  const auto consider = [&](int64_t rows, int64_t cols, int64_t splits) {
+    const Plan p = complete(s, m, rows, cols, group, splits);
+    if (p.scratch_bytes > scratch_budget(m)) return false;  // leaves L2
+    if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > scratch_budget(m))) return true;
+    // A whole map of every expanded channel would be the expanded tensor.
+    const bool whole = p.band_rows == s.out_height() && cols == s.out_width();
+    if (whole && group >= s.hidden_channels && group > kPanel) return true;
+    legal.push_back(p);
+    return true;
+  };
+  for_parts(s.out_width(), [&](int64_t cols) {
+    for_parts(s.out_height(), [&](int64_t rows) {
+      if (!consider(rows, cols, 1)) return;
+      const int64_t groups = ceil_div(s.hidden_channels, group);
+      for_parts(groups, [&](int64_t groups_of_split) {
+        if (const int64_t splits = ceil_div(groups, groups_of_split); splits > 1)
+          consider(rows, cols, splits);
+      });
+    });
+  });
+  if (legal.empty()) return complete(s, m, 1, 1, group, 1);
+  // Of the plans within 1 % of the cheapest, the one that needs the least scratch.
+  double least = legal.front().cost;
+  for (const Plan& p : legal) least = std::min(least, p.cost);
+  const Plan* best = nullptr;
+  for (const Plan& p : legal)
+    if (p.cost <= least * 1.01 && (!best || p.scratch_bytes < best->scratch_bytes)) best = &p;
+  return *best;
 }
 
 }  // namespace
@@ -136,51 +187,24 @@ std::string unsupported(const BlockShape& s) {
 
 Plan make_plan(const BlockShape& s, const Machine& m) {
   if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
-  std::vector<Plan> legal;
-  const auto consider = [&](int64_t rows, int64_t cols, int64_t group) {
-    const int64_t pixels = ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3);
-    // The smallest tile of one panel is always allowed, however small the cache.
-    const bool smallest = rows == 1 && cols == 1 && group == kPanel;
-    const int64_t patch =
-        ((rows - 1) * s.stride + 3) * ((cols - 1) * s.stride + 3) * kStemStride * kStemStride;
-    const int64_t elements =
-        pixels * group + (s.expand == Expand::kStem ? patch * s.in_channels : 0);
-    if (elements * m.element_size > scratch_budget(m) && !smallest) return;  // leaves L2
-    // A whole map of every expanded channel would be the expanded tensor.
-    if (rows == s.out_height() && cols == s.out_width() && group >= s.hidden_channels &&
-        group > kPanel)
-      return;
-    for_parts(ceil_div(s.hidden_channels, group), [&](int64_t groups_of_split) {
-      const int64_t splits = ceil_div(ceil_div(s.hidden_channels, group), groups_of_split);
-      Plan p = complete(s, m, rows, cols, group, splits);
-      if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > scratch_budget(m))) return;
-      if (p.groups(s) % 2 == 1 && p.groups(s) > 1) p.cost *= kOddGroups;
-      legal.push_back(p);
-    });
-  };
   // The group decides the order of summation, so it depends on neither batch nor threads: an
   // image's result is the same bit for bit alone, in a batch, and on any number of cores.
-  int64_t only_group = 0;
-  if (s.batch != 1 || m.threads != 1) {
-    BlockShape image = s;
-    Machine core = m;
-    image.batch = core.threads = 1;
-    only_group = make_plan(image, core).group;
-  }
+  BlockShape image = s;
+  image.batch = 1;
+  int64_t group = kPanel;
+  double least = -1;
   for_parts(s.hidden_panels(), [&](int64_t panels) {
-    if (only_group && panels * kPanel != only_group) return;
-    for_parts(s.out_width(), [&](int64_t cols) {
-      for_parts(s.out_height(), [&](int64_t rows) { consider(rows, cols, panels * kPanel); });
-    });
+    double cost = 0;
+    for (const int64_t threads : kThreads) {
+      Machine machine = m;
+      machine.threads = threads;
+      cost += double(threads) * best_plan(image, machine, panels * kPanel).cost;
+    }
+    if (least >= 0 && cost >= least) return;
+    least = cost;
+    group = panels * kPanel;
   });
-  if (legal.empty()) legal.push_back(complete(s, m, 1, 1, only_group, 1));
-  // Of the plans within 1 % of the cheapest, the one that needs the least scratch.
-  double least = legal.front().cost;
-  for (const Plan& p : legal) least = std::min(least, p.cost);
-  const Plan* best = nullptr;
-  for (const Plan& p : legal)
-    if (p.cost <= least * 1.01 && (!best || p.scratch_bytes < best->scratch_bytes)) best = &p;
-  return *best;
+  return best_plan(s, m, group);
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,

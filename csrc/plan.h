@@ -20,7 +20,7 @@ struct Machine {
 struct Plan {
   int64_t tile_rows, tile_cols;  // output pixels one task computes
   int64_t group;                 // expanded channels computed at a time, a multiple of kPanel
-  int64_t strip_rows;            // output rows between depthwise and project
+  int64_t band_rows;             // output rows that a task works through at a time
   int64_t splits;         // tasks that share a tile's groups; their sums are added up at the end
   int64_t tasks;          // images x tiles x splits
   int64_t workers;        // tasks that run at once, each with its own scratch
@@ -33,15 +33,15 @@ struct Plan {
   int64_t groups(const BlockShape& s) const { return ceil_div(s.hidden_channels, group); }
   int64_t tiles_down(const BlockShape& s) const { return ceil_div(s.out_height(), tile_rows); }
   int64_t tiles_across(const BlockShape& s) const { return ceil_div(s.out_width(), tile_cols); }
-  int64_t in_rows(const BlockShape& s) const { return (tile_rows - 1) * s.stride + 3; }
+  int64_t ring_rows(const BlockShape& s) const { return (band_rows - 1) * s.stride + 3; }
   int64_t in_cols(const BlockShape& s) const { return (tile_cols - 1) * s.stride + 3; }
   // Elements of one worker's scratch buffers.
-  int64_t expanded_elements(const BlockShape& s) const { return group * in_rows(s) * in_cols(s); }
-  int64_t depthwise_elements() const { return group * strip_rows * tile_cols; }
+  int64_t expanded_elements(const BlockShape& s) const { return group * ring_rows(s) * in_cols(s); }
+  int64_t depthwise_elements() const { return group * band_rows * tile_cols; }
   // The part of the image under a stem's window, padding included, up to a full vector.
   int64_t patch_elements(const BlockShape& s) const {
     if (s.expand != Expand::kStem) return 0;
-    const int64_t rows = (in_rows(s) - 1) * kStemStride + 3;
+    const int64_t rows = (ring_rows(s) - 1) * kStemStride + 3;
     const int64_t cols = (in_cols(s) - 1) * kStemStride + 3;
     return round_up(rows * cols * s.in_channels, kPanel);
   }

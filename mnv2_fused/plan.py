@@ -22,7 +22,7 @@ class Plan:
     tile_rows: int  # output rows of one task
     tile_cols: int  # output columns of one task
     group: int  # expanded channels computed at a time, a multiple of 16
-    strip_rows: int  # output rows between depthwise and project
+    band_rows: int  # output rows that a task works through at a time
     splits: int  # tasks that share a tile's groups, whose sums are then added up in order
     tasks: int  # images x tiles x splits
     workers: int  # tasks that run at once, each with its own scratch

@@ -5,9 +5,9 @@
 // another.
 //
 // Stages, for each group of expanded channels:
-//   expand     x tile + halo -> expanded   [group/16][in_rows][in_cols][16], 0 outside the image
-//              (a stem reads x from a patch [rows][cols][C_in] with its padding, filled once a tile)
-//   depthwise  expanded      -> depthwise  [group/16][strip pixels][16]
+//   expand     x tile + halo -> expanded   [group/16][ring rows][in_cols][16], 0 outside the image
+//              (a stem reads x from a patch [rows][cols][C_in] with its padding)
+//   depthwise  expanded      -> depthwise  [group/16][band pixels][16]
 //   project    depthwise     -> y, the groups' sums added up in place or, when split, by add_row
 //
 // Every output element sums its terms in an order that depends on the group alone: bias and the
@@ -60,12 +60,46 @@ MNV2_INLINE void unrolled(F f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
+// What a kernel fetches into L2 while it multiplies: `step` bytes on with every term.
+struct Fetch {
+  const char* from;
+  int64_t step;
+};
+
+// Memory to be read soon, handed out in equal shares to the kernels that run before. Weights come
+// from beyond L2, each once per group: waited for, they would cost more than the arithmetic hides.
+class Ahead {
+ public:
+  Ahead() = default;
+  // `total` bytes in runs of `run`, their beginnings `pitch` apart, over this many kernel calls.
+  Ahead(const void* from, int64_t total, int64_t run, int64_t pitch, int64_t calls)
+      : from_(static_cast<const char*>(from)),
+        left_(total),
+        run_(run),
+        pitch_(pitch),
+        share_(ceil_div(ceil_div(total, calls), 64) * 64) {}
+
+  Fetch next(int64_t terms) {
+    if (left_ <= 0) return {from_, 0};
+    const int64_t done = done_;
+    done_ += share_;
+    left_ -= share_;
+    return {from_ + done / run_ * pitch_ + done % run_, ceil_div(share_, terms)};
+  }
+
+ private:
+  const char* from_ = nullptr;
+  int64_t left_ = 0, done_ = 0, run_ = 1, pitch_ = 0, share_ = 0;
+};
+
 // acc[i][j] += sum over k of a(i, k) * w[j][16 k]
 template <class V, int R, int N, class A>
 MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const typename V::T* const (&w)[N],
-                          int64_t terms) {
+                          int64_t terms, Fetch& fetch) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < terms; ++k) {
+    __builtin_prefetch(fetch.from, 0, 2);
+    fetch.from += fetch.step;
     V row[N];
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { row[j] = V::load(w[j] + k * kPanel); });
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
@@ -92,6 +126,7 @@ struct ExpandTile {
   int64_t in_channels;
   int64_t vector;       // first vector of this tile
   T low = 0, high = 6;  // of the activation
+  Fetch fetch{};
 };
 
 // kSum: adds the pixels up into expanded[0] instead of storing each.
@@ -108,7 +143,8 @@ void expand_tile(const ExpandTile<typename V::T>& t) {
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
   });
   const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return x[i][k]; };
-  multiply<V, R, N>(acc, value, w, t.in_channels);
+  Fetch fetch = t.fetch;
+  multiply<V, R, N>(acc, value, w, t.in_channels, fetch);
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
     const V low = V::set1(t.low), high = V::set1(t.high);
@@ -149,9 +185,10 @@ void stem_tile(const StemTile<typename V::T>& t) {
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
   });
   const T* patch = t.patch;
+  Fetch fetch{};
   const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return patch[i * step + k]; };
   for (int ky = 0; ky < 3; ++ky, patch += t.patch_row) {
-    multiply<V, R, N>(acc, value, w, run);
+    multiply<V, R, N>(acc, value, w, run, fetch);
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += run * kPanel; });
   }
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
@@ -162,7 +199,7 @@ void stem_tile(const StemTile<typename V::T>& t) {
 
 template <class T>
 struct ProjectTile {
-  const T* depthwise;  // first pixel, [group/16][strip pixels][16]
+  const T* depthwise;  // first pixel, [group/16][band pixels][16]
   int64_t panel;       // elements between its panels
   const T* weights;    // this group's first row of the tile's first panel, [..][E][16]
   int64_t hidden;      // E
@@ -174,6 +211,7 @@ struct ProjectTile {
   bool add_x;          // after the last group of a residual block
   int64_t lanes;       // valid lanes, when partial
   int64_t half;        // element offset inside the first panel
+  Fetch fetch{};
 };
 
 template <class V, int R, int N, bool kPartial>
@@ -194,11 +232,12 @@ void project_tile(const ProjectTile<typename V::T>& t) {
   const auto value = [&](auto i, int64_t c)
                          MNV2_INLINE_LAMBDA { return depthwise[i * kPanel + c]; };
   int64_t left = t.terms;
+  Fetch fetch = t.fetch;
   for (; left >= kPanel; left -= kPanel, depthwise += t.panel) {
-    multiply<V, R, N>(acc, value, w, kPanel);
+    multiply<V, R, N>(acc, value, w, kPanel, fetch);
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kPanel * kPanel; });
   }
-  multiply<V, R, N>(acc, value, w, left);
+  multiply<V, R, N>(acc, value, w, left, fetch);
   unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
       T* const p = t.y[i] + j * V::kLanes;
@@ -215,7 +254,7 @@ void project_tile(const ProjectTile<typename V::T>& t) {
 
 // `cols` outputs of one depthwise row, one vector of channels: all taps from three expanded rows.
 template <class V, int S, int C>
-MNV2_INLINE void depthwise_cols(const typename V::T* expanded, int64_t row,
+MNV2_INLINE void depthwise_cols(const typename V::T* const (&rows)[3], int64_t col,
                                 const typename V::T* weights, V bias, typename V::T* out) {
   V acc[C];
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
@@ -223,40 +262,38 @@ MNV2_INLINE void depthwise_cols(const typename V::T* expanded, int64_t row,
     V tap[3];
     unrolled<3>([&](auto kx)
                     MNV2_INLINE_LAMBDA { tap[kx] = V::load(weights + (ky * 3 + kx) * kPanel); });
-    unrolled<(C - 1) * S + 3>([&](auto col) MNV2_INLINE_LAMBDA {
-      const V v = V::load(expanded + ky * row + col * kPanel);
+    unrolled<(C - 1) * S + 3>([&](auto i) MNV2_INLINE_LAMBDA {
+      const V v = V::load(rows[ky] + (col * S + i) * kPanel);
       unrolled<3>([&](auto kx) MNV2_INLINE_LAMBDA {
-        constexpr int kFirst = decltype(col)::value - decltype(kx)::value, kOut = kFirst / S;
+        constexpr int kFirst = decltype(i)::value - decltype(kx)::value, kOut = kFirst / S;
         if constexpr (kFirst >= 0 && kFirst % S == 0 && kOut < C)
           acc[kOut] = V::fma(v, tap[kx], acc[kOut]);
       });
     });
   });
-  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { relu6(acc[c]).store(out + c * kPanel); });
+  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { relu6(acc[c]).store(out + (col + c) * kPanel); });
 }
 
 template <class V, int S>
-void depthwise_row(const typename V::T* expanded, int64_t row, const typename V::T* weights,
+void depthwise_row(const typename V::T* const (&rows)[3], const typename V::T* weights,
                    const typename V::T* bias, typename V::T* out, int64_t cols) {
   const V b = V::load(bias);
-  for (; cols >= kDepthwiseCols; cols -= kDepthwiseCols) {
-    depthwise_cols<V, S, kDepthwiseCols>(expanded, row, weights, b, out);
-    expanded += kDepthwiseCols * S * kPanel;
-    out += kDepthwiseCols * kPanel;
-  }
-  switch (cols) {
+  int64_t col = 0;
+  for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
+    depthwise_cols<V, S, kDepthwiseCols>(rows, col, weights, b, out);
+  switch (cols - col) {
     case 6:
-      return depthwise_cols<V, S, 6>(expanded, row, weights, b, out);
+      return depthwise_cols<V, S, 6>(rows, col, weights, b, out);
     case 5:
-      return depthwise_cols<V, S, 5>(expanded, row, weights, b, out);
+      return depthwise_cols<V, S, 5>(rows, col, weights, b, out);
     case 4:
-      return depthwise_cols<V, S, 4>(expanded, row, weights, b, out);
+      return depthwise_cols<V, S, 4>(rows, col, weights, b, out);
     case 3:
-      return depthwise_cols<V, S, 3>(expanded, row, weights, b, out);
+      return depthwise_cols<V, S, 3>(rows, col, weights, b, out);
     case 2:
-      return depthwise_cols<V, S, 2>(expanded, row, weights, b, out);
+      return depthwise_cols<V, S, 2>(rows, col, weights, b, out);
     case 1:
-      return depthwise_cols<V, S, 1>(expanded, row, weights, b, out);
+      return depthwise_cols<V, S, 1>(rows, col, weights, b, out);
     default:
       return;
   }
@@ -296,6 +333,9 @@ MNV2_INLINE void with_vectors(int n, F f) {
 }
 
 // One tile of one image: where it lies and the scratch it works in.
+//
+// It works down the image in bands of output rows. The expanded rows of one band lie in a ring: those
+// that the next band needs, too, stay, and no row is computed twice.
 template <class V>
 class Tile {
   using T = typename V::T;
@@ -313,43 +353,33 @@ class Tile {
     col_ = task % across * plan.tile_cols;
     rows_ = least(plan.tile_rows, s_.out_height() - row_);
     cols_ = least(plan.tile_cols, s_.out_width() - col_);
-    in_rows_ = (rows_ - 1) * s_.stride + 3;
+    ring_ = plan.ring_rows(s_);
     in_cols_ = (cols_ - 1) * s_.stride + 3;
     // The window of expanded pixels that lie inside the image.
     top_ = greatest(0, 1 - row_ * s_.stride);
     left_ = greatest(0, 1 - col_ * s_.stride);
-    bottom_ = least(in_rows_, s_.height + 1 - row_ * s_.stride);
+    bottom_ = least((rows_ - 1) * s_.stride + 3, s_.height + 1 - row_ * s_.stride);
     right_ = least(in_cols_, s_.width + 1 - col_ * s_.stride);
     x_ = args.x + image * args.x_image;
-    if (s_.expand == Expand::kStem)
-      fill_patch();
-    else
+    if (s_.expand != Expand::kStem)
       x_ += (row_ * s_.stride - 1) * args.x_row + (col_ * s_.stride - 1) * args.x_col;
     y_offset_ = ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
-    panel_ = in_rows_ * in_cols_ * kPanel;
+    panel_ = ring_ * in_cols_ * kPanel;
   }
 
   void run() {
-    clear_padding();
+    clear_columns();
     const int64_t groups = plan_.groups(s_), splits = plan_.splits;
-    for (int64_t g = groups * split_ / splits; g < groups * (split_ + 1) / splits; ++g) {
+    const int64_t last_group = groups * (split_ + 1) / splits - 1;
+    for (int64_t g = groups * split_ / splits; g <= last_group; ++g) {
       const int64_t first = g * plan_.group;
       const int64_t channels = least(plan_.group, s_.hidden_channels - first);
       y_ = y_offset_ + (splits > 1 ? a_.partial + g * s_.out_elements() : a_.y);
-      switch (s_.expand) {
-        case Expand::kNone:
-          copy(first, channels);
-          break;
-        case Expand::kPointwise:
-          expand(first, channels);
-          break;
-        case Expand::kStem:
-          expand_stem(first, channels);
-      }
-      for (int64_t row = 0; row < rows_; row += plan_.strip_rows) {
-        const int64_t strip = least(plan_.strip_rows, rows_ - row);
-        depthwise(first, channels, row, strip);
-        project(first, channels, row, strip);
+      for (int64_t row = 0, done = 0; row < rows_; row += plan_.band_rows) {
+        const int64_t band = least(plan_.band_rows, rows_ - row);
+        const int64_t needed = (row + band - 1) * s_.stride + 3;
+        run_band(first, channels, row, band, done, needed, g == last_group);
+        done = needed;
       }
     }
   }
@@ -358,66 +388,127 @@ class Tile {
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // Expanded pixels outside the image are 0 for every group: the expansion never writes them.
-  void clear_padding() {
+  // Output rows [row, row + band), after expanding rows [from, to).
+  void run_band(int64_t first, int64_t channels, int64_t row, int64_t band, int64_t from,
+                int64_t to, bool last_group) {
+    clear_rows(channels, from, to);
+    from = greatest(from, top_);
+    to = least(to, bottom_);
+    if (s_.expand == Expand::kStem && from < to) fill_patch(from, to);
+    const int64_t vectors = ceil_div(channels, kPanel) * (kPanel / V::kLanes);
+    const int64_t panel_bytes = kPanel * int64_t{sizeof(T)};
+    ahead_ = {};
+    if (row == 0) {  // what this band's project stage reads first
+      const int64_t run = channels * panel_bytes;
+      ahead_ =
+          Ahead(a_.w_project + first * kPanel, ceil_div(s_.out_channels, kPanel) * run, run,
+                s_.hidden_channels * panel_bytes, calls(vectors, (to - from) * (right_ - left_)));
+    }
+    for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
+      if (from < to) expand_vectors(first, channels, vector, n, from, to);
+      // While these channels are in L1.
+      depthwise(first, vector, least(vector + n, ceil_div(channels, V::kLanes)), row, band);
+    });
+    ahead_ = {};
+    if (row + band == rows_) {  // what comes after it
+      const int64_t next = first + channels;
+      const int64_t bytes = last_group ? a_.next_bytes
+                                       : least(plan_.group, s_.hidden_panels() * kPanel - next) *
+                                             s_.expand_terms() * int64_t{sizeof(T)};
+      const void* from_next = last_group ? a_.next : a_.w_expand + next * s_.expand_terms();
+      if (bytes > 0)
+        ahead_ = Ahead(from_next, bytes, bytes, 0,
+                       calls(ceil_div(s_.out_channels, V::kLanes), band * cols_));
+    }
+    project(first, channels, row, band);
+  }
+
+  // About how many kernel calls it takes to multiply this many vectors of channels and pixels.
+  static int64_t calls(int64_t vectors, int64_t pixels) {
+    const int64_t pieces = ceil_div(vectors, kMaxVectors<V>);
+    return pieces * ceil_div(pixels, max_rows<V>(int(ceil_div(vectors, pieces))));
+  }
+
+  void expand_vectors(int64_t first, int64_t channels, int64_t vector, int n, int64_t from,
+                      int64_t to) {
+    switch (s_.expand) {
+      case Expand::kNone:
+        return copy(first, channels, vector, n, from, to);
+      case Expand::kPointwise:
+        return expand(first, vector, n, from, to);
+      case Expand::kStem:
+        return expand_stem(first, vector, n, from, to);
+    }
+  }
+
+  // Where row r of the window lies in a panel of the ring.
+  int64_t ring_offset(int64_t r) const { return r % ring_ * in_cols_ * kPanel; }
+
+  static void clear(T* p, int64_t pixels) {
+    for (int64_t i = 0; i < pixels * kPanel; i += V::kLanes) V::set1(0).store(p + i);
+  }
+  // Expanded pixels outside the image are 0: for every group, as the expansion never writes them, ...
+  void clear_columns() {
     const int64_t panels = least(plan_.group / kPanel, s_.hidden_panels());
-    const auto clear = [](T* p, int64_t pixels) {
-      for (int64_t i = 0; i < pixels * kPanel; i += V::kLanes) V::set1(0).store(p + i);
-    };
-    for (int64_t panel = 0; panel < panels; ++panel)
-      for (int64_t r = 0; r < in_rows_; ++r) {
-        T* row = expanded_ + panel * panel_ + r * in_cols_ * kPanel;
-        if (r < top_ || r >= bottom_) {
-          clear(row, in_cols_);
-        } else {
-          clear(row, left_);
-          clear(row + right_ * kPanel, in_cols_ - right_);
-        }
-      }
+    if (left_ == 0 && right_ == in_cols_) return;
+    for (int64_t i = 0; i < panels * ring_; ++i) {
+      T* const row = expanded_ + i * in_cols_ * kPanel;
+      clear(row, left_);
+      clear(row + right_ * kPanel, in_cols_ - right_);
+    }
+  }
+  // ... or until the ring comes round to this row.
+  void clear_rows(int64_t channels, int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; ++r)
+      if (r < top_ || r >= bottom_)
+        for (int64_t panel = 0; panel < ceil_div(channels, kPanel); ++panel)
+          clear(expanded_ + panel * panel_ + ring_offset(r), in_cols_);
   }
 
   // The next pixels of the window in row order, into t.x and t.expanded.
   struct Cursor {
     int64_t row, col;
+    const T* x;   // of this pixel
+    T* expanded;  // of this pixel
   };
+  Cursor cursor(int64_t row) const {
+    return {row, left_, x_ + row * a_.x_row + left_ * a_.x_col,
+            expanded_ + ring_offset(row) + left_ * kPanel};
+  }
   void next_pixels(Cursor& at, int count, ExpandTile<T>& t) const {
     for (int i = 0; i < count; ++i) {
-      t.x[i] = x_ + at.row * a_.x_row + at.col * a_.x_col;
-      t.expanded[i] = expanded_ + (at.row * in_cols_ + at.col) * kPanel;
-      if (++at.col == right_) {
-        at.col = left_;
-        ++at.row;
-      }
+      t.x[i] = at.x;
+      t.expanded[i] = at.expanded;
+      at.x += a_.x_col;
+      at.expanded += kPanel;
+      if (++at.col == right_) at = cursor(at.row + 1);
     }
   }
 
-  void expand(int64_t first, int64_t channels) {
+  void expand(int64_t first, int64_t vector, int n, int64_t from, int64_t to) {
     ExpandTile<T> t;
     t.panel = panel_;
     t.weights = a_.w_expand + first * s_.in_channels;
     t.bias = a_.b_expand + first;
     t.in_channels = s_.in_channels;
-    const int64_t pixels = (bottom_ - top_) * (right_ - left_);
-    const int64_t vectors = ceil_div(channels, kPanel) * (kPanel / V::kLanes);
-    for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
-      t.vector = vector;
-      with_vectors<V>(n, [&](auto N) {
-        const auto table = expand_table<V, N, false>(Rows<V, N>{});
-        Cursor at{top_, left_};
-        for_pieces(pixels, max_rows<V>(N), [&](int64_t, int rows) {
-          next_pixels(at, rows, t);
-          table[rows - 1](t);
-        });
+    t.vector = vector;
+    with_vectors<V>(n, [&](auto N) {
+      const auto table = expand_table<V, N, false>(Rows<V, N>{});
+      Cursor at = cursor(from);
+      for_pieces((to - from) * (right_ - left_), max_rows<V>(N), [&](int64_t, int rows) {
+        next_pixels(at, rows, t);
+        t.fetch = ahead_.next(t.in_channels);
+        table[rows - 1](t);
       });
     });
   }
 
-  // The image under the window's part inside the expanded tensor: what the stem's taps reach.
-  void fill_patch() {
+  // The image under rows [from, to) of the window: what the stem's taps reach.
+  void fill_patch(int64_t from, int64_t to) {
     const int64_t channels = s_.in_channels;
-    const int64_t rows = (bottom_ - top_ - 1) * kStemStride + 3;
+    const int64_t rows = (to - from - 1) * kStemStride + 3;
     const int64_t cols = (right_ - left_ - 1) * kStemStride + 3;
-    const int64_t first_row = (row_ * s_.stride - 1 + top_) * kStemStride - 1;
+    const int64_t first_row = (row_ * s_.stride - 1 + from) * kStemStride - 1;
     const int64_t first_col = (col_ * s_.stride - 1 + left_) * kStemStride - 1;
     const int64_t begin = greatest(0, -first_col), end = least(cols, s_.image_width - first_col);
     patch_row_ = cols * channels;
@@ -449,7 +540,7 @@ class Tile {
     }
   }
 
-  void expand_stem(int64_t first, int64_t channels) {
+  void expand_stem(int64_t first, int64_t vector, int n, int64_t from, int64_t to) {
     StemTile<T> t;
     t.patch_row = patch_row_;
     t.step = kStemStride * s_.in_channels;
@@ -457,57 +548,56 @@ class Tile {
     t.weights = a_.w_expand + first * s_.expand_terms();
     t.bias = a_.b_expand + first;
     t.in_channels = s_.in_channels;
+    t.vector = vector;
     constexpr int kRgb = kStemStride * 3;
-    const int64_t vectors = ceil_div(channels, kPanel) * (kPanel / V::kLanes);
-    for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
-      t.vector = vector;
-      with_vectors<V>(n, [&](auto N) {
-        const auto table = t.step == kRgb ? stem_table<V, N, kRgb>(Rows<V, N>{})
-                                          : stem_table<V, N, 0>(Rows<V, N>{});
-        for (int64_t row = top_; row < bottom_; ++row)
-          for_pieces(right_ - left_, max_rows<V>(N), [&](int64_t col, int count) {
-            t.patch = patch_ + (row - top_) * kStemStride * patch_row_ + col * t.step;
-            t.expanded = expanded_ + (row * in_cols_ + left_ + col) * kPanel;
-            table[count - 1](t);
-          });
-      });
+    with_vectors<V>(n, [&](auto N) {
+      const auto table =
+          t.step == kRgb ? stem_table<V, N, kRgb>(Rows<V, N>{}) : stem_table<V, N, 0>(Rows<V, N>{});
+      for (int64_t row = from; row < to; ++row)
+        for_pieces(right_ - left_, max_rows<V>(N), [&](int64_t col, int count) {
+          t.patch = patch_ + (row - from) * kStemStride * patch_row_ + col * t.step;
+          t.expanded = expanded_ + ring_offset(row) + (left_ + col) * kPanel;
+          table[count - 1](t);
+        });
     });
   }
 
   // No expansion: x itself, panel by panel, with zeros past the last channel.
-  void copy(int64_t first, int64_t channels) {
-    for (int64_t row = top_; row < bottom_; ++row)
-      for (int64_t c = 0; c < channels; c += V::kLanes) {
-        const int64_t lanes = channels - c;
+  void copy(int64_t first, int64_t channels, int64_t vector, int n, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row)
+      for (int64_t v = vector; v < vector + n; ++v) {
+        const int64_t c = v * V::kLanes, lanes = channels - c;
+        if (lanes <= 0) break;
         const T* x = x_ + row * a_.x_row + left_ * a_.x_col + first + c;
-        T* e =
-            expanded_ + vector_offset<V>(c / V::kLanes, panel_) + (row * in_cols_ + left_) * kPanel;
+        T* e = expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + left_ * kPanel;
         for (int64_t col = left_; col < right_; ++col, x += a_.x_col, e += kPanel)
           (lanes >= V::kLanes ? V::load(x) : V::load_partial(x, lanes)).store(e);
       }
   }
 
-  void depthwise(int64_t first, int64_t channels, int64_t row, int64_t strip) {
-    const int64_t vectors = ceil_div(channels, V::kLanes);
-    for (int64_t v = 0; v < vectors; ++v) {
+  // Vectors [begin, end) of the group, output rows [row, row + band).
+  void depthwise(int64_t first, int64_t begin, int64_t end, int64_t row, int64_t band) {
+    for (int64_t v = begin; v < end; ++v) {
       const T* weights = a_.w_depthwise + vector_offset<V>(first / V::kLanes + v, 9 * kPanel);
       const T* bias = a_.b_depthwise + first + v * V::kLanes;
       const T* in = expanded_ + vector_offset<V>(v, panel_);
-      T* out = depthwise_ + vector_offset<V>(v, strip * cols_ * kPanel);
-      for (int64_t r = 0; r < strip; ++r) {
-        const T* e = in + (row + r) * s_.stride * in_cols_ * kPanel;
+      T* out = depthwise_ + vector_offset<V>(v, band * cols_ * kPanel);
+      for (int64_t r = 0; r < band; ++r) {
+        const int64_t e = (row + r) * s_.stride;
+        const T* const rows[] = {in + ring_offset(e), in + ring_offset(e + 1),
+                                 in + ring_offset(e + 2)};
         T* d = out + r * cols_ * kPanel;
         if (s_.stride == 1)
-          depthwise_row<V, 1>(e, in_cols_ * kPanel, weights, bias, d, cols_);
+          depthwise_row<V, 1>(rows, weights, bias, d, cols_);
         else
-          depthwise_row<V, 2>(e, in_cols_ * kPanel, weights, bias, d, cols_);
+          depthwise_row<V, 2>(rows, weights, bias, d, cols_);
       }
     }
   }
 
-  // Output channels [channel, ...) of the strip in pieces of at most `most` pixels: f(t, rows).
+  // Output channels [channel, ...) of the band in pieces of at most `most` pixels: f(t, rows).
   template <class F>
-  void project_pixels(ProjectTile<T>& t, int64_t first, int64_t channel, int64_t row, int64_t strip,
+  void project_pixels(ProjectTile<T>& t, int64_t first, int64_t channel, int64_t row, int64_t band,
                       int most, F f) {
     t.weights = a_.w_project + channel / kPanel * s_.hidden_channels * kPanel + first * kPanel;
     t.half = channel % kPanel;
@@ -515,7 +605,7 @@ class Tile {
     t.add_y = first != 0 && plan_.splits == 1;
     t.add_x = s_.residual && plan_.splits == 1 && first + t.terms == s_.hidden_channels;
     int64_t r = row, c = 0;
-    for_pieces(strip * cols_, most, [&](int64_t pixel, int rows) {
+    for_pieces(band * cols_, most, [&](int64_t pixel, int rows) {
       t.depthwise = depthwise_ + pixel * kPanel;
       for (int i = 0; i < rows; ++i) {
         t.y[i] = y_ + (r * s_.out_width() + c) * s_.out_channels + channel;
@@ -525,20 +615,21 @@ class Tile {
           ++r;
         }
       }
+      t.fetch = ahead_.next(t.terms);
       f(rows);
     });
   }
 
-  void project(int64_t first, int64_t channels, int64_t row, int64_t strip) {
+  void project(int64_t first, int64_t channels, int64_t row, int64_t band) {
     ProjectTile<T> t;
-    t.panel = strip * cols_ * kPanel;
+    t.panel = band * cols_ * kPanel;
     t.hidden = s_.hidden_channels;
     t.terms = channels;
     const int64_t full = s_.out_channels / V::kLanes;
     for_pieces(full, kMaxVectors<V>, [&](int64_t vector, int n) {
       with_vectors<V>(n, [&](auto N) {
         const auto table = project_table<V, N, false>(Rows<V, N>{});
-        project_pixels(t, first, vector * V::kLanes, row, strip, max_rows<V>(N),
+        project_pixels(t, first, vector * V::kLanes, row, band, max_rows<V>(N),
                        [&](int rows) { table[rows - 1](t); });
       });
     });
@@ -549,7 +640,7 @@ class Tile {
       using H = typename V::Half;
       const auto tail = [&]<class U>(U) {
         const auto table = project_table<U, 1, true>(Rows<U, 1>{});
-        project_pixels(t, first, done, row, strip, max_rows<U>(1),
+        project_pixels(t, first, done, row, band, max_rows<U>(1),
                        [&](int rows) { table[rows - 1](t); });
       };
       t.lanes <= H::kLanes ? tail(H{}) : tail(V{});
@@ -564,13 +655,14 @@ class Tile {
   T* patch_;
   int64_t patch_row_ = 0;                // elements
   int64_t row_, col_, rows_, cols_;      // output pixels
-  int64_t in_rows_, in_cols_;            // expanded pixels, padding included
+  int64_t ring_, in_cols_;               // rows of the ring, columns of the window with padding
   int64_t top_, left_, bottom_, right_;  // of those, the ones inside the image
   const T* x_;                           // input pixel of expanded pixel (0, 0)
   T* y_;                                 // output pixel (0, 0) of this group's result
   int64_t y_offset_;
   int64_t split_;
   int64_t panel_;  // elements between panels of expanded_
+  Ahead ahead_;
 };
 
 template <class V>
@@ -641,6 +733,15 @@ void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
         V sums[N];
         unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
         int64_t row = block / s.width, col = block % s.width;
+        Ahead ahead;
+        const int64_t after = t.vector + N,
+                      panel_bytes = s.in_channels * kPanel * int64_t{sizeof(T)};
+        const int64_t calls = ceil_div(count, max_rows<V>(N));
+        if (block == 0 && after < end)
+          ahead = Ahead(reinterpret_cast<const char*>(a.weight) + after / kPerPanel * panel_bytes,
+                        ceil_div(N, kPerPanel) * panel_bytes, panel_bytes, panel_bytes, calls);
+        else if (block + count >= pixels && after >= end && a.next_bytes > 0)
+          ahead = Ahead(a.next, a.next_bytes, a.next_bytes, 0, calls);
         for_pieces(count, max_rows<V>(N), [&](int64_t pixel, int rows) {
           for (int i = 0; i < rows; ++i) {
             t.x[i] = a.x + image * a.x_image + row * a.x_row + col * a.x_col;
@@ -654,6 +755,7 @@ void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
             }
           }
           t.panel = kPanel;
+          t.fetch = ahead.next(s.in_channels);
           table[rows - 1](t);
           if (s.pool)
             unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
