@@ -41,10 +41,9 @@ Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entr
   data_ptr_ = type.attr("data_ptr");
   is_contiguous_ = type.attr("is_contiguous");
   for (const auto dict : values) {
-    Held held{py::reinterpret_borrow<py::object>(dict), {}};
     for (const auto item : py::reinterpret_borrow<py::dict>(dict))
-      held.values.push_back(py::reinterpret_borrow<py::object>(item.second));
-    held_.push_back(std::move(held));
+      values_.push_back(py::reinterpret_borrow<py::object>(item.second));
+    held_.push_back({py::reinterpret_borrow<py::object>(dict), values_.size()});
   }
   for (const auto dict : sizes)
     sized_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(dict.ptr())});
@@ -66,10 +65,8 @@ Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entr
 }
 
 int Watch::traverse(visitproc visit, void* arg) const {
-  for (const Held& held : held_) {
-    Py_VISIT(held.dict.ptr());
-    for (const py::object& value : held.values) Py_VISIT(value.ptr());
-  }
+  for (const Held& held : held_) Py_VISIT(held.dict.ptr());
+  for (const py::object& value : values_) Py_VISIT(value.ptr());
   for (const Sized& sized : sized_) Py_VISIT(sized.dict.ptr());
   for (const Entry& entry : entries_) {
     Py_VISIT(entry.dict.ptr());
@@ -83,11 +80,13 @@ int Watch::traverse(visitproc visit, void* arg) const {
 void Watch::clear() {
   // Swapped out first: what is released may call back.
   std::vector<Held> held;
+  std::vector<py::object> values;
   std::vector<Sized> sized;
   std::vector<Entry> entries;
   std::vector<State> states;
   std::vector<Shape> shapes;
   held.swap(held_);
+  values.swap(values_);
   sized.swap(sized_);
   entries.swap(entries_);
   states.swap(states_);
@@ -95,13 +94,13 @@ void Watch::clear() {
 }
 
 bool Watch::holds() const {
+  size_t i = 0;
   for (const Held& held : held_) {
     PyObject *key, *value;
     Py_ssize_t position = 0;
-    size_t i = 0;
     while (PyDict_Next(held.dict.ptr(), &position, &key, &value))
-      if (i == held.values.size() || value != held.values[i++].ptr()) return false;
-    if (i != held.values.size()) return false;
+      if (i == held.end || value != values_[i++].ptr()) return false;
+    if (i != held.end) return false;
   }
   for (const Sized& sized : sized_)
     if (PyDict_Size(sized.dict.ptr()) != sized.size) return false;

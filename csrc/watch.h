@@ -26,7 +26,7 @@ class Watch {
  private:
   struct Held {
     pybind11::object dict;
-    std::vector<pybind11::object> values;
+    size_t end;  // of its values in values_
   };
   struct Sized {
     pybind11::object dict;
@@ -46,6 +46,7 @@ class Watch {
 
   pybind11::object version_name_, shape_name_, data_ptr_, is_contiguous_;
   std::vector<Held> held_;
+  std::vector<pybind11::object> values_;
   std::vector<Sized> sized_;
   std::vector<Entry> entries_;
   std::vector<State> states_;

@@ -74,10 +74,10 @@ class Ahead {
   // `total` bytes in runs of `run`, their beginnings `pitch` apart, over this many kernel calls.
   Ahead(const void* from, int64_t total, int64_t run, int64_t pitch, int64_t calls)
       : from_(static_cast<const char*>(from)),
-        left_(total),
+        left_(calls > 0 ? total : 0),
         run_(run),
         pitch_(pitch),
-        share_(ceil_div(ceil_div(total, calls), 64) * 64) {}
+        share_(calls > 0 ? round_up(ceil_div(total, calls), 64) : 0) {}
 
   Fetch next(int64_t terms) {
     if (left_ <= 0) return {from_, 0};
@@ -170,6 +170,7 @@ struct StemTile {
   const T* bias;      // [group]
   int64_t in_channels;
   int64_t vector;  // first vector of this tile
+  Fetch fetch{};
 };
 
 // kStep: the step, when known beforehand: then no pixel needs a pointer of its own.
@@ -185,7 +186,7 @@ void stem_tile(const StemTile<typename V::T>& t) {
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
   });
   const T* patch = t.patch;
-  Fetch fetch{};
+  Fetch fetch = t.fetch;
   const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return patch[i * step + k]; };
   for (int ky = 0; ky < 3; ++ky, patch += t.patch_row) {
     multiply<V, R, N>(acc, value, w, run, fetch);
@@ -339,6 +340,7 @@ MNV2_INLINE void with_vectors(int n, F f) {
 template <class V>
 class Tile {
   using T = typename V::T;
+  static constexpr int64_t kBytes = sizeof(T);
 
  public:
   Tile(const BlockArgs<T>& args, const Plan& plan, int64_t task, T* scratch)
@@ -396,31 +398,51 @@ class Tile {
     to = least(to, bottom_);
     if (s_.expand == Expand::kStem && from < to) fill_patch(from, to);
     const int64_t vectors = ceil_div(channels, kPanel) * (kPanel / V::kLanes);
-    const int64_t panel_bytes = kPanel * int64_t{sizeof(T)};
-    ahead_ = {};
-    if (row == 0) {  // what this band's project stage reads first
-      const int64_t run = channels * panel_bytes;
-      ahead_ =
-          Ahead(a_.w_project + first * kPanel, ceil_div(s_.out_channels, kPanel) * run, run,
-                s_.hidden_channels * panel_bytes, calls(vectors, (to - from) * (right_ - left_)));
-    }
+    ahead_ = before_project(first, channels, row, band, calls(vectors, (to - from) * in_cols_));
     for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
       if (from < to) expand_vectors(first, channels, vector, n, from, to);
       // While these channels are in L1.
       depthwise(first, vector, least(vector + n, ceil_div(channels, V::kLanes)), row, band);
     });
-    ahead_ = {};
-    if (row + band == rows_) {  // what comes after it
-      const int64_t next = first + channels;
-      const int64_t bytes = last_group ? a_.next_bytes
-                                       : least(plan_.group, s_.hidden_panels() * kPanel - next) *
-                                             s_.expand_terms() * int64_t{sizeof(T)};
-      const void* from_next = last_group ? a_.next : a_.w_expand + next * s_.expand_terms();
-      if (bytes > 0)
-        ahead_ = Ahead(from_next, bytes, bytes, 0,
-                       calls(ceil_div(s_.out_channels, V::kLanes), band * cols_));
-    }
+    const int64_t out_vectors = ceil_div(s_.out_channels, V::kLanes);
+    ahead_ =
+        before_next(first + channels, row + band, to, last_group, calls(out_vectors, band * cols_));
     project(first, channels, row, band);
+  }
+
+  // What the project stage of this band reads first: its weights, or where they are known its outputs.
+  Ahead before_project(int64_t first, int64_t channels, int64_t row, int64_t band,
+                       int64_t calls) const {
+    if (row == 0) {
+      const int64_t run = channels * kPanel * kBytes;
+      return {a_.w_project + first * kPanel, ceil_div(s_.out_channels, kPanel) * run, run,
+              s_.hidden_channels * kPanel * kBytes, calls};
+    }
+    const int64_t y_row = s_.out_width() * s_.out_channels, run = cols_ * s_.out_channels * kBytes;
+    return {y_ + row * y_row, band * run, run, y_row * kBytes, calls};
+  }
+
+  // What the stage after a band's project stage reads first: x of the next band, whose window begins
+  // at row `from`, or the weights of the next group or layer.
+  Ahead before_next(int64_t channel, int64_t row, int64_t from, bool last_group,
+                    int64_t calls) const {
+    if (row < rows_) {
+      const int64_t to = least((least(row + plan_.band_rows, rows_) - 1) * s_.stride + 3, bottom_);
+      if (s_.expand != Expand::kStem) {
+        const int64_t run = (right_ - left_) * a_.x_col * kBytes;
+        return {x_ + from * a_.x_row + left_ * a_.x_col, (to - from) * run, run, a_.x_row * kBytes,
+                calls};
+      }
+      const int64_t first = (row_ * s_.stride - 1 + from) * kStemStride;
+      const int64_t rows = least((to - from) * kStemStride, s_.image_height - first);
+      const int64_t run = rows * a_.x_row * kBytes;
+      const int64_t planes = a_.x_channel == 1 ? 1 : s_.in_channels;
+      return {x_ + first * a_.x_row, planes * run, run, a_.x_channel * kBytes, calls};
+    }
+    if (last_group) return {a_.next, a_.next_bytes, a_.next_bytes, 0, calls};
+    const int64_t bytes =
+        least(plan_.group, s_.hidden_panels() * kPanel - channel) * s_.expand_terms() * kBytes;
+    return {a_.w_expand + channel * s_.expand_terms(), bytes, bytes, 0, calls};
   }
 
   // About how many kernel calls it takes to multiply this many vectors of channels and pixels.
@@ -557,6 +579,7 @@ class Tile {
         for_pieces(right_ - left_, max_rows<V>(N), [&](int64_t col, int count) {
           t.patch = patch_ + (row - from) * kStemStride * patch_row_ + col * t.step;
           t.expanded = expanded_ + ring_offset(row) + (left_ + col) * kPanel;
+          t.fetch = ahead_.next(s_.expand_terms());
           table[count - 1](t);
         });
     });
