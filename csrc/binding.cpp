@@ -112,6 +112,10 @@ PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tenso
   const PointwiseShape s{x[0], x[2], x[3], x[1], out_channels, relu6, pool};
   if (s.height < 1 || s.width < 1 || s.in_channels < 1)
     fail("sizes must be at least 1, got x ", to_string(x));
+  if (const std::string why =
+          too_large(s.batch, s.height, s.width, std::max(s.in_channels, out_channels));
+      !why.empty())
+    fail(why, ", got x ", to_string(x));
   if (out_channels < 1) fail("out_channels must be at least 1, got ", out_channels);
   check_sizes("weight", weight, {s.panels(), s.in_channels, kPanel});
   check_sizes("bias", bias, {s.panels() * kPanel});

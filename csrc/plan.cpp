@@ -22,6 +22,8 @@ constexpr double kFromL2 = 0.3, kFromBeyond = 2.0;
 // Output pixels of a band: enough to reuse the weights in L1, few enough that what is between the
 // stages stays near.
 constexpr int64_t kBandPixels = 112;
+// One accumulator sums the group: past so many terms, each is rounded to the size of a long sum.
+constexpr int64_t kMostPanels = 256 / kPanel;
 // What the group is chosen for, once and for all: its best plans on these numbers of threads.
 constexpr int64_t kThreads[] = {1, 4};
 
@@ -168,20 +170,27 @@ std::string unsupported(const BlockShape& s) {
       (s.residual || s.height != (s.image_height - 1) / kStemStride + 1 ||
        s.width != (s.image_width - 1) / kStemStride + 1))
     return "a stem halves the image and has no residual";
+  if (s.expand == Expand::kStem)
+    if (const std::string why = too_large(s.batch, s.image_height, s.image_width, 1); !why.empty())
+      return why;
   if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
     return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
            std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
            std::to_string(s.out_channels);
+  return too_large(s.batch, s.height, s.width,
+                   std::max({s.in_channels, s.hidden_channels, s.out_channels}));
+}
+
+std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels) {
   // Past all memory; below these no product here leaves 64 bits.
   constexpr int64_t kPixels = int64_t{1} << 36;
   int64_t pixels = 1;
-  for (const int64_t d : {std::max<int64_t>(s.batch, 1), s.height, s.width}) {
-    if (d > kPixels || pixels > kPixels / d) return "batch x height x width must be at most 2^36";
+  for (const int64_t d : {std::max<int64_t>(batch, 1), height, width}) {
+    if (d > kPixels || pixels > kPixels / std::max<int64_t>(d, 1))
+      return "batch x height x width must be at most 2^36";
     pixels *= d;
   }
-  constexpr int64_t kChannels = int64_t{1} << 18;
-  if (s.in_channels > kChannels || s.hidden_channels > kChannels || s.out_channels > kChannels)
-    return "channel counts must be at most 2^18";
+  if (channels > int64_t{1} << 18) return "channel counts must be at most 2^18";
   return "";
 }
 
@@ -194,6 +203,7 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
   int64_t group = kPanel;
   double least = -1;
   for_parts(s.hidden_panels(), [&](int64_t panels) {
+    if (panels > kMostPanels) return;
     double cost = 0;
     for (const int64_t threads : kThreads) {
       Machine machine = m;

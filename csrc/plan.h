@@ -58,5 +58,7 @@ Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_row
 
 // Why no kernel takes this shape, or an empty string.
 std::string unsupported(const BlockShape& shape);
+// The part of it that counts elements.
+std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels);
 
 }  // namespace mnv2_fused

@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <vector>
 
 namespace mnv2_fused {
@@ -14,6 +15,7 @@ class Watch {
   // values: dictionaries whose values must stay the very same objects.
   // sizes: dictionaries that must keep their number of entries.
   // entries: (dictionary, key) pairs whose values must stay equal.
+  // The environment's MNV2_FUSED_BACKEND counts as well.
   // tensors: their data pointers and version counters; of `shaped` ones also shape and contiguity.
   Watch(const pybind11::list& values, const pybind11::list& sizes, const pybind11::list& entries,
         const pybind11::list& tensors, const pybind11::list& shaped);
@@ -44,6 +46,7 @@ class Watch {
     bool contiguous;
   };
 
+  std::string backend_;
   pybind11::object version_name_, shape_name_, data_ptr_, is_contiguous_;
   std::vector<Held> held_;
   std::vector<pybind11::object> values_;

@@ -309,9 +309,9 @@ def _unfused(block: FusedInvertedResidual) -> nn.Module:
             ) from error
         original = InvertedResidual.__new__(InvertedResidual)
         nn.Module.__init__(original)
-        for name in ("stride", "use_res_connect", "out_channels", "_is_cn"):
+        for name in ("stride", "out_channels", "_is_cn"):
             setattr(original, name, getattr(block, name))
-    original.conv = block.conv
+    original.conv, original.use_res_connect = block.conv, block.use_res_connect
     return _with_state_of(block, original)
 
 

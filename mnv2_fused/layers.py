@@ -32,6 +32,12 @@ def watched_attributes(module: nn.Module) -> tuple[str, ...]:
         return "stride", "padding", "dilation", "groups", "padding_mode"
     if isinstance(module, nn.ReLU6):
         return "min_val", "max_val"
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return ("output_size",)
+    if isinstance(module, nn.Flatten):
+        return "start_dim", "end_dim"
+    if isinstance(module, nn.Dropout):
+        return ("training",)
     if "eps" in vars(module):  # a norm
         return "training", "eps"
     if "use_res_connect" in vars(module):  # a fused block

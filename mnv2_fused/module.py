@@ -222,14 +222,15 @@ class FusedInvertedResidual(nn.Module):
         self._cache.clear()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
-        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
-            return self._forward_modules(x)
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
+        ready = self._ready
         if ops.transformed():
             return self._forward_modules(x)
-        ready = self._ready
-        if ready is None or x.dtype is not ready.dtype or not ready.watch.holds():
+        if ready is None or x.dtype is not ready.dtype or not x.is_cpu or not ready.watch.holds():
+            # Mode and backend are looked at here only: while the watch holds, they are what they were.
+            if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+                return self._forward_modules(x)
             ready = self._prepare(x)
             if ready is None:
                 return self._forward_modules(x)
@@ -286,6 +287,8 @@ class FusedInvertedResidual(nn.Module):
         return x.dtype if x.dtype == torch.float64 else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
+        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+            return self._forward_modules(x)
         if _why_modules(self._token) is not None or self._norms_train():
             return self._forward_modules(x)
         sources, eps = self._sources()

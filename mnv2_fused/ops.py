@@ -6,6 +6,7 @@ kernel are registered from C++ (``csrc/ops.cpp``); everything here is what the C
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Sequence
 
@@ -83,6 +84,51 @@ def sequence(x: Tensor, weights: list[Tensor], geometry: list[int]) -> Tensor:
         return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
+
+
+class LayerKind(enum.IntEnum):
+    """What one entry of the op's ``layers`` names; csrc/ops.cpp has its twin."""
+
+    BLOCK = 0
+    BLOCK_WITHOUT_EXPAND = 1
+    STEM_AND_BLOCK = 2
+    POINTWISE = 3
+    POOLED = 4
+    LINEAR = 5
+
+    @property
+    def weights(self) -> int:
+        """How many packed tensors it takes."""
+        return (6, 4, 6, 2, 2, 2)[self]
+
+
+def _sequence_fake(x, weights, layers):
+    torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
+    for t in weights:
+        if t.device != x.device:
+            raise RuntimeError(f"x is on {x.device} but packed weights are on {t.device}; move one with .to()")
+    n, channels, height, width = x.shape
+    left = list(weights)
+    for first in range(0, len(layers), 3):
+        kind, size = LayerKind(layers[first]), layers[first + 1]
+        own, left = left[: kind.weights], left[kind.weights :]
+        if kind is LayerKind.STEM_AND_BLOCK:
+            height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+        if kind <= LayerKind.STEM_AND_BLOCK:
+            channels, height, width = own[-1].shape[0], (height - 1) // size + 1, (width - 1) // size + 1
+        else:
+            channels = size
+        if kind is LayerKind.POOLED:
+            height = width = 1
+    shape = n, channels, height, width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _sequence_backward(ctx, grad):
+    raise RuntimeError(
+        "mnv2_fused::sequence has no derivative, it is for calls where nothing records gradients: use torch.no_grad(), "
+        "or run the modules one by one"
+    )
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -195,5 +241,7 @@ def autocast_rule(op: torch._ops.OpOverload):
 if _C is not None:
     torch.library.register_fake("mnv2_fused::inverted_residual", _fake)
     torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
+    torch.library.register_fake("mnv2_fused::sequence", _sequence_fake)
+    torch.library.register_autograd("mnv2_fused::sequence", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,19 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from . import layers, ops
 from .fold import fold_conv_bn, pack_conv
 from .module import FusedInvertedResidual
+from .ops import LayerKind
 from .watch import Watch, lasting, parameters_of
-
-
-class LayerKind(enum.IntEnum):
-    """What one entry of the op's ``layers`` names; csrc/ops.cpp has its twin."""
-
-    BLOCK = 0
-    BLOCK_WITHOUT_EXPAND = 1
-    STEM_AND_BLOCK = 2
-    POINTWISE = 3
-    POOLED = 4
-    LINEAR = 5
-
 
 Child = tuple[str, nn.Module]  # with its name
 
@@ -51,7 +39,7 @@ class Layer:
             if isinstance(module, FusedInvertedResidual):
                 return [self.kind, module.spec.stride, int(module.use_res_connect)]
             if isinstance(module, nn.Linear):
-                return [self.kind, module.out_features, 0]
+                return [self.kind, module.weight.shape[0], 0]
         return [self.kind, self.modules[0][0].out_channels, 0]
 
     def packed(self, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -61,8 +49,9 @@ class Layer:
                 if isinstance(module, FusedInvertedResidual):
                     yield from (t for t in module.packed_for_sequence() if t is not None)
                 elif isinstance(module, nn.Linear):
-                    bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
-                    yield from pack_conv(module.weight[:, :, None, None], bias, dtype)
+                    weight = module.weight
+                    bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias
+                    yield from pack_conv(weight[:, :, None, None], bias, dtype)
                 elif isinstance(module, nn.Sequential):
                     conv, norm, _ = module
                     yield from pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
@@ -101,7 +90,7 @@ def _layer_at(ahead: list[nn.Module], previous: LayerKind | None) -> tuple[Layer
     elif previous is LayerKind.POOLED and _is_plain(first, nn.Flatten) and (first.start_dim, first.end_dim) == (1, -1):
         dropouts = 1 if _is_plain(second, nn.Dropout) and not second.training else 0
         linear = rest[dropouts] if len(rest) > dropouts else None
-        if _is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias):
+        if _is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear):
             return LayerKind.LINEAR, 2 + dropouts
     return None, 1
 
@@ -114,8 +103,14 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def _is_lasting(*tensors: Tensor | None) -> bool:
+    """Whether they are ordinary tensors of one kind whose changes can be seen."""
     found = [t for t in tensors if t is not None]
-    return lasting(found) and len({(t.dtype, t.device) for t in found}) == 1
+    ordinary = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in found)
+    return ordinary and lasting(found) and len({(t.dtype, t.device) for t in found}) == 1
+
+
+def _bias_fits(linear: nn.Linear) -> bool:
+    return linear.bias is None or linear.bias.shape == linear.weight.shape[:1]  # another shape is broadcast
 
 
 def _is_conv(module: nn.Module, name: str) -> bool:
@@ -135,11 +130,22 @@ class _Run:
     """Layers that one call of the op computes."""
 
     def __init__(self, found: list[Layer], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.modules = [module for layer in found for module in layer.modules]
         self.geometry = [value for layer in found for value in layer.geometry]
         self.weights = [tensor for layer in found for tensor in layer.packed(dtype)]
         self.flat = found[-1].kind is LayerKind.LINEAR
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether ``x`` is what the op takes, not recording gradients."""
+        ordinary = type(x) is Tensor and x.is_cpu and x.dtype is self.dtype
+        return ordinary and not (x.requires_grad and torch.is_grad_enabled())
+
     def __call__(self, x: Tensor) -> Tensor:
+        if not self.takes(x):  # made by a module between two runs
+            for module in self.modules:
+                x = module(x)
+            return x
         y = ops.sequence(x, self.weights, self.geometry)
         return y.flatten(1) if self.flat else y
 
@@ -150,11 +156,13 @@ class _Prepared:
     def __init__(self, children: list[Child], parents: list[nn.Module], next_hook: int) -> None:
         found = list(layers_of(children))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
-        self.watch = Watch(in_runs, next_hook, parents)
+        others = [entry[1] for entry in found if not isinstance(entry, Layer) and entry[1] is not None]
+        hooked = [*parents, *itertools.chain.from_iterable(m.modules() for m in others)]
+        self.watch = Watch(in_runs, next_hook, parents, hooked)
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
-        # Global hooks would miss the modules inside.
-        self.runs = len(kinds) == 1 and device.type == "cpu" and not torch_module._has_any_global_hook()
+        has_blocks = any(isinstance(m, FusedInvertedResidual) for m in in_runs)
+        self.runs = has_blocks and len(kinds) == 1 and device.type == "cpu"
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
             return
@@ -183,11 +191,14 @@ class RunsFused:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
         if torch.compiler.is_compiling() or self.training or type(x) is not Tensor or not x.is_cpu:
             return None
+        if ops._C is None or torch_module._has_any_global_hook():  # which would miss the modules inside
+            return None
         if ops.resolve_backend("auto", x.device) == "eager" or torch.is_autocast_enabled("cpu") or ops.transformed():
             return None
         prepared = self._prepared
         if prepared is None or not prepared.watch.holds():
             next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
+            self._prepared = None  # the watch counts attributes, this one too
             self._prepared = prepared = _Prepared(*self.fusable_children(), next_hook)
         if not prepared.runs or x.dtype is not prepared.dtype:
             return None
@@ -217,6 +228,6 @@ class FusedSequential(RunsFused, nn.Sequential):
     def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
         return list(self._modules.items()), [self]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run_fused(x)
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.run_fused(input)
+        return super().forward(input) if y is None else y

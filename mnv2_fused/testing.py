@@ -252,21 +252,24 @@ def peak_activation_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def multiply_add_peak(seconds: float = 0.05) -> float:
-    """Floating-point operations per second of one core in the kernel's instruction set: the best of five."""
-    rounds, best = 1000, 0.0
-    while True:
-        start = time.perf_counter()
-        operations = ops._C.multiply_add(rounds)
-        elapsed = time.perf_counter() - start
-        if elapsed >= seconds / 5:
-            break
-        rounds *= 4
-    for _ in range(5):
-        start = time.perf_counter()
-        operations = ops._C.multiply_add(rounds)
-        best = max(best, operations / (time.perf_counter() - start))
-    return best
+_PEAK_ROUNDS = 300_000  # about a millisecond
+
+
+def multiply_adds_at_peak() -> int:
+    """Runs the instruction set's multiply-add loop on one core; returns the floating-point operations done.
+
+    Time it beside a kernel (:func:`interleave`): a shared machine's clock wanders, their ratio does not.
+    """
+    return ops._C.multiply_add(_PEAK_ROUNDS)
+
+
+def of_peak(operations: float, timing: Timing, peak: Timing) -> float:
+    """``operations`` per call, over what :func:`multiply_adds_at_peak` did in the same time: median over rounds."""
+    per_call = multiply_adds_at_peak()
+    return statistics.median(
+        operations / seconds / (per_call / at_peak)
+        for seconds, at_peak in zip(timing.seconds, peak.seconds, strict=True)
+    )
 
 
 def multiply_adds(spec: BlockSpec, input_shape: Sequence[int]) -> int:

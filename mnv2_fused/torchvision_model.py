@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor, nn
 
 from . import layers
-from .sequence import Child, RunsFused
+from .sequence import Child, FusedSequential, RunsFused
 
 # What forward does between its two modules, as modules.
 _POOL, _FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
@@ -20,14 +20,15 @@ class MobileNetV2(RunsFused, torchvision.models.MobileNetV2):
     """
 
     def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
-        if any(type(m).forward is not nn.Sequential.forward and not isinstance(m, RunsFused) for m in self.children()):
-            return [], []
-        if any("forward" in vars(m) or layers.has_hooks(m) for m in self.children()):
-            return [], []
+        parents = [self, *self.children()]
+        if any(type(m).forward not in (nn.Sequential.forward, FusedSequential.forward) for m in parents[1:]):
+            return [], parents
+        if any("forward" in vars(m) or layers.has_hooks(m) for m in parents[1:]):
+            return [], parents
         children = [(f"features.{name}", m) for name, m in self.features._modules.items()]
         children += [("", _POOL), ("", _FLATTEN)]
         children += [(f"classifier.{name}", m) for name, m in self.classifier._modules.items()]
-        return children, [self, self.features, self.classifier]
+        return children, parents
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         y = self.run_fused(x)

@@ -77,15 +77,27 @@ class Watch:
     Hand over ``RemovableHandle.next_id`` from before the modules were examined, so that a hook added meanwhile counts.
     """
 
-    def __init__(self, roots: Iterable[nn.Module], next_hook: int, parents: Iterable[nn.Module] = ()) -> None:
-        """``parents``: modules whose lists of children count too, but nothing in children outside ``roots``."""
+    def __init__(
+        self,
+        roots: Iterable[nn.Module],
+        next_hook: int,
+        parents: Iterable[nn.Module] = (),
+        hooked: Iterable[nn.Module] = (),
+    ) -> None:
+        """``parents``: modules whose lists of children count too, but nothing in children outside ``roots``.
+
+        ``hooked``: modules that count as changed once they lose a hook they have now.
+        """
         modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
         self.next_hook = next_hook
         tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
         self.tensors = [t for t in tensors if t is not None and t.is_floating_point()]
+        # Aliases keep the storages alive, so that no other tensor can appear at the same address.
+        self._aliases = [t.detach() for t in self.tensors]
         self._native = ops._C.Watch(
             [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d] + [p._modules for p in parents],
-            [vars(m) for m in modules],  # an instance's own forward is one attribute more
+            # An instance's own forward is one attribute more.
+            [vars(m) for m in (*modules, *parents)] + [hooks for m in hooked for hooks in layers.hooks_of(m) if hooks],
             [(vars(m), name) for m in modules for name in layers.watched_attributes(m)],
             self.tensors,
             # A view through .data (channels cut, axes swapped) can have the address and version of the whole.

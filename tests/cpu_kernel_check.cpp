@@ -1,6 +1,7 @@
-// The CPU kernel against plain loops in double, without torch, so that it can run under sanitizers.
+// The CPU kernels against plain loops in double, without torch, so that it can run under sanitizers.
 // Every buffer is its own heap allocation of the exact size; y and the scratch start as NaN.
 //   cpu_kernel_check CASES SEED    prints one line per instruction set; exit status 1 on a mismatch
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -28,6 +29,42 @@ std::vector<T> uniform(int64_t count, double low, double high) {
   return v;
 }
 
+// Where the elements of x, [N, H, W, C], lie. Gaps lie between them, as in a window of a larger image.
+struct Strides {
+  int64_t image, row, col, channel, elements;
+
+  Strides(int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    channel = 1;
+    col = channels + between(0, 3);
+    row = col * (width + between(0, 2));
+    image = row * height;
+    count(batch, height, width, channels);
+  }
+  // Channels anywhere, as the stem takes them.
+  static Strides of_image(int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    Strides s(batch, height, width, channels);
+    if (between(0, 2) == 0) return s;
+    if (between(0, 1)) {  // planes
+      s.col = between(1, 2);
+      s.row = s.col * width + between(0, 3);
+      s.channel = s.row * height + between(0, 3);
+    } else {  // every second channel, or none left out and no gap
+      s.channel = between(1, 2);
+      s.col = s.channel * channels;
+      s.row = s.col * width;
+    }
+    s.image = std::max(s.channel * channels, s.row * height) + between(0, 3);
+    s.count(batch, height, width, channels);
+    return s;
+  }
+
+ private:
+  void count(int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    elements =
+        (batch - 1) * image + (height - 1) * row + (width - 1) * col + (channels - 1) * channel + 1;
+  }
+};
+
 double relu6(double v) { return std::fmin(std::fmax(v, 0.0), 6.0); }
 
 // Packed weights and biases; padding holds zeros, as mnv2_fused.fold writes them.
@@ -37,7 +74,7 @@ struct Weights {
 
   explicit Weights(const BlockShape& s) {
     const int64_t panels = s.hidden_panels(), out_panels = ceil_div(s.out_channels, kPanel);
-    w_expand = uniform<T>(panels * s.in_channels * kPanel, -1, 1);
+    w_expand = uniform<T>(panels * s.expand_terms() * kPanel, -1, 1);
     b_expand = uniform<T>(panels * kPanel, -2, 8);
     w_depthwise = uniform<T>(panels * 9 * kPanel, -1, 1);
     b_depthwise = uniform<T>(panels * kPanel, -2, 2);
@@ -45,6 +82,28 @@ struct Weights {
     b_project = uniform<T>(s.out_channels, -1, 1);
   }
 };
+
+// Channel c of the expanded pixel (h, w).
+template <class T>
+double expanded(const BlockArgs<T>& a, const T* x, int64_t h, int64_t w, int64_t c) {
+  const BlockShape& s = a.shape;
+  if (s.expand == Expand::kNone) return x[h * a.x_row + w * a.x_col + c];
+  const int64_t terms = s.expand_terms();
+  const T* weight = a.w_expand + c / kPanel * terms * kPanel + c % kPanel;
+  double sum = a.b_expand[c];
+  for (int64_t k = 0; k < terms; ++k, weight += kPanel) {
+    int64_t row = h, col = w;
+    if (s.expand == Expand::kStem) {
+      const int64_t tap = k / s.in_channels;
+      row = h * kStemStride + tap / 3 - 1;
+      col = w * kStemStride + tap % 3 - 1;
+      if (row < 0 || row >= s.image_height || col < 0 || col >= s.image_width) continue;
+    }
+    sum += double(x[row * a.x_row + col * a.x_col + k % s.in_channels * a.x_channel]) *
+           double(*weight);
+  }
+  return relu6(sum);
+}
 
 template <class T>
 std::vector<double> plain_loops(const BlockArgs<T>& a) {
@@ -57,17 +116,7 @@ std::vector<double> plain_loops(const BlockArgs<T>& a) {
     for (int64_t c = 0; c < s.hidden_channels; ++c) {
       const int64_t panel = c / kPanel, lane = c % kPanel;
       for (int64_t h = 0; h < s.height; ++h)
-        for (int64_t w = 0; w < s.width; ++w) {
-          const T* pixel = x + h * a.x_row + w * a.x_col;
-          double sum = s.expand ? double(a.b_expand[c]) : double(pixel[c]);
-          if (s.expand) {
-            for (int64_t i = 0; i < s.in_channels; ++i)
-              sum += double(pixel[i]) *
-                     double(a.w_expand[(panel * s.in_channels + i) * kPanel + lane]);
-            sum = relu6(sum);
-          }
-          e[h * s.width + w] = sum;
-        }
+        for (int64_t w = 0; w < s.width; ++w) e[h * s.width + w] = expanded(a, x, h, w, c);
       for (int64_t h = 0; h < oh; ++h)
         for (int64_t w = 0; w < ow; ++w) {
           double sum = a.b_depthwise[c];
@@ -94,24 +143,60 @@ std::vector<double> plain_loops(const BlockArgs<T>& a) {
 }
 
 template <class T>
-bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, cpu::AddRow<T> add_row,
-           double tolerance) {
+std::vector<double> plain_loops(const PointwiseArgs<T>& a) {
+  const PointwiseShape& s = a.shape;
+  const int64_t pixels = s.height * s.width;
+  std::vector<double> y(s.batch * (s.pool ? 1 : pixels) * s.out_channels);
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const T* x = a.x + n * a.x_image + pixel / s.width * a.x_row + pixel % s.width * a.x_col;
+      for (int64_t o = 0; o < s.out_channels; ++o) {
+        double sum = a.bias[o];
+        for (int64_t c = 0; c < s.in_channels; ++c)
+          sum += double(x[c]) *
+                 double(a.weight[(o / kPanel * s.in_channels + c) * kPanel + o % kPanel]);
+        if (s.relu6) sum = relu6(sum);
+        if (s.pool)
+          y[n * s.out_channels + o] += sum / double(pixels);
+        else
+          y[(n * pixels + pixel) * s.out_channels + o] = sum;
+      }
+    }
+  return y;
+}
+
+template <class T>
+bool same(const std::vector<T>& y, const std::vector<double>& expected, double tolerance) {
+  for (size_t i = 0; i < y.size(); ++i) {
+    if (std::fabs(double(y[i]) - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
+    std::printf("y[%zu] = %g, expected %g; ", i, double(y[i]), expected[i]);
+    return false;
+  }
+  return true;
+}
+
+template <class T>
+bool check_block(const cpu::Isa& isa, double tolerance) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>(isa);
   BlockShape s{};
   s.batch = between(1, 2);
   s.height = between(1, 17);
   s.width = between(1, 17);
   s.stride = between(1, 2);
-  s.in_channels = between(1, 40);
-  s.expand = between(0, 3) != 0;
-  s.hidden_channels = s.expand ? between(1, 100) : s.in_channels;
+  s.expand = Expand(between(0, 2));
+  const bool stem = s.expand == Expand::kStem;
+  s.in_channels = between(1, stem ? 5 : 40);
+  s.hidden_channels = s.expand == Expand::kNone ? s.in_channels : between(1, 100);
   s.out_channels = between(0, 1) ? s.in_channels : between(1, 90);
-  s.residual = s.stride == 1 && s.out_channels == s.in_channels && between(0, 1);
+  s.residual = !stem && s.stride == 1 && s.out_channels == s.in_channels && between(0, 1);
+  if (stem) {  // odd and even sizes that come to the expanded ones
+    s.image_height = s.height * kStemStride - between(0, 1);
+    s.image_width = s.width * kStemStride - between(0, 1);
+  }
 
-  // A window of a larger image, so that x has gaps between its pixels and rows.
-  const int64_t gap = between(0, 3), wider = between(0, 2);
-  const int64_t col = s.in_channels + gap, row = col * (s.width + wider), image = row * s.height;
-  const int64_t last = (s.batch - 1) * image + (s.height - 1) * row + (s.width - 1) * col;
-  const std::vector<T> x = uniform<T>(last + s.in_channels, -3, 3);
+  const Strides at = stem ? Strides::of_image(s.batch, s.image_height, s.image_width, s.in_channels)
+                          : Strides(s.batch, s.height, s.width, s.in_channels);
+  const std::vector<T> x = uniform<T>(at.elements, -3, 3);
   const Weights<T> w(s);
   const T nan = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> y(s.batch * s.out_height() * s.out_width() * s.out_channels, nan);
@@ -126,11 +211,12 @@ bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, cpu::AddRow<T> add_row
   std::vector<T> partial(plan.partial_bytes / sizeof(T), nan);
   const BlockArgs<T> args{s,
                           x.data(),
-                          image,
-                          row,
-                          col,
-                          s.expand ? w.w_expand.data() : nullptr,
-                          s.expand ? w.b_expand.data() : nullptr,
+                          at.image,
+                          at.row,
+                          at.col,
+                          at.channel,
+                          s.expand == Expand::kNone ? nullptr : w.w_expand.data(),
+                          s.expand == Expand::kNone ? nullptr : w.b_expand.data(),
                           w.w_depthwise.data(),
                           w.b_depthwise.data(),
                           w.w_project.data(),
@@ -139,24 +225,47 @@ bool check(const cpu::Isa& isa, cpu::RunTile<T> run_tile, cpu::AddRow<T> add_row
                           partial.data()};
   for (int64_t task = 0; task < plan.tasks; ++task) {
     std::fill(scratch.begin(), scratch.end(), nan);
-    run_tile(args, plan, task, scratch.data());
+    kernels.run_tile(args, plan, task, scratch.data());
   }
   if (plan.splits > 1)
-    for (int64_t row = 0; row < s.batch * s.out_height(); ++row) add_row(args, plan, row);
-  const std::vector<double> expected = plain_loops(args);
-  for (size_t i = 0; i < y.size(); ++i) {
-    if (std::fabs(double(y[i]) - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
-    std::printf(
-        "%s: y[%zu] = %g, expected %g; x [%lld, %lld, %lld, %lld] -> %lld -> %lld, stride "
-        "%lld, expand %d, residual %d, tile %lld x %lld, group %lld, splits %lld\n",
-        isa.name, i, double(y[i]), expected[i], (long long)s.batch, (long long)s.in_channels,
-        (long long)s.height, (long long)s.width, (long long)s.hidden_channels,
-        (long long)s.out_channels, (long long)s.stride, s.expand, s.residual,
-        (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group,
-        (long long)plan.splits);
-    return false;
-  }
-  return true;
+    for (int64_t row = 0; row < s.batch * s.out_height(); ++row) kernels.add_row(args, plan, row);
+  if (same(y, plain_loops(args), tolerance)) return true;
+  std::printf(
+      "%s: [%lld, %lld, %lld, %lld] of [%lld, %lld] -> %lld -> %lld, stride %lld, expand %d, "
+      "residual %d, tile %lld x %lld, group %lld, splits %lld\n",
+      isa.name, (long long)s.batch, (long long)s.in_channels, (long long)s.height,
+      (long long)s.width, (long long)s.image_height, (long long)s.image_width,
+      (long long)s.hidden_channels, (long long)s.out_channels, (long long)s.stride, int(s.expand),
+      s.residual, (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group,
+      (long long)plan.splits);
+  return false;
+}
+
+template <class T>
+bool check_pointwise(const cpu::Isa& isa, double tolerance) {
+  PointwiseShape s{};
+  s.batch = between(1, 3);
+  s.height = between(1, 24);
+  s.width = between(1, 24);
+  s.in_channels = between(1, 40);
+  s.out_channels = between(1, 150);
+  s.relu6 = between(0, 1);
+  s.pool = between(0, 1);
+  const Strides at(s.batch, s.height, s.width, s.in_channels);
+  const std::vector<T> x = uniform<T>(at.elements, -3, 3);
+  const std::vector<T> weight = uniform<T>(s.panels() * s.in_channels * kPanel, -1, 1);
+  const std::vector<T> bias = uniform<T>(s.panels() * kPanel, -2, 8);
+  std::vector<T> y(s.batch * (s.pool ? 1 : s.height * s.width) * s.out_channels,
+                   std::numeric_limits<T>::quiet_NaN());
+  const PointwiseArgs<T> args{s,      between(1, s.panels()), x.data(),    at.image, at.row,
+                              at.col, weight.data(),          bias.data(), y.data()};
+  for (int64_t task = 0; task < s.batch * args.parts; ++task)
+    cpu::kernels<T>(isa).run_pointwise(args, task);
+  if (same(y, plain_loops(args), tolerance)) return true;
+  std::printf("%s: [%lld, %lld, %lld, %lld] -> %lld, relu6 %d, pool %d, parts %lld\n", isa.name,
+              (long long)s.batch, (long long)s.in_channels, (long long)s.height, (long long)s.width,
+              (long long)s.out_channels, s.relu6, s.pool, (long long)args.parts);
+  return false;
 }
 
 }  // namespace
@@ -169,11 +278,13 @@ int main(int argc, char** argv) {
     if (!isa.supported()) continue;
     int passed = 0;
     for (int i = 0; i < cases; ++i) {
-      passed += check<float>(isa, isa.run_f32, isa.add_f32, 2e-4);
-      passed += check<double>(isa, isa.run_f64, isa.add_f64, 1e-12);
+      passed += check_block<float>(isa, 2e-4);
+      passed += check_block<double>(isa, 1e-12);
+      passed += check_pointwise<float>(isa, 2e-4);
+      passed += check_pointwise<double>(isa, 1e-12);
     }
-    std::printf("%s: %d of %d\n", isa.name, passed, 2 * cases);
-    good = good && passed == 2 * cases;
+    std::printf("%s: %d of %d\n", isa.name, passed, 4 * cases);
+    good = good && passed == 4 * cases;
   }
   return good ? 0 : 1;
 }

@@ -116,6 +116,10 @@ MNV2_INLINE int64_t vector_offset(int64_t vector, int64_t panel_stride) {
   return vector / kPerPanel * panel_stride + vector % kPerPanel * V::kLanes;
 }
 
+// The most terms that one accumulator sums: past it, every further term would be rounded to the size
+// of a long sum.
+constexpr int64_t kLongestSum = 160;
+
 template <class T>
 struct ExpandTile {
   const T* x[12];    // input pixels
@@ -128,6 +132,48 @@ struct ExpandTile {
   T low = 0, high = 6;  // of the activation
   Fetch fetch{};
 };
+
+// acc[i][j] += sum over k of x[i][k] * w[j][16 k], in chunks. By way of memory, where acc is no
+// array of registers, and in a function of its own: kernels without such sums must not pay for them.
+template <class V, int R, int N>
+__attribute__((noinline)) void chunk_sums(const ExpandTile<typename V::T>& t, typename V::T* sums) {
+  const typename V::T* w[N];
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+    w[j] = t.weights + vector_offset<V>(t.vector + j, t.in_channels * kPanel);
+  });
+  Fetch fetch = t.fetch;
+  for (int64_t k = 0; k < t.in_channels; k += kLongestSum) {
+    const int64_t left = t.in_channels - k;
+    V acc[R][N];
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { acc[i][j] = V::set1(0); });
+    });
+    const typename V::T* x[R];
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { x[i] = t.x[i] + k; });
+    const auto value = [&](auto i, int64_t c) MNV2_INLINE_LAMBDA { return x[i][c]; };
+    multiply<V, R, N>(acc, value, w, left < kLongestSum ? left : kLongestSum, fetch);
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+        typename V::T* const p = sums + (i * N + j) * V::kLanes;
+        V::add(V::load(p), acc[i][j]).store(p);
+      });
+    });
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kLongestSum * kPanel; });
+  }
+}
+template <class V, int R, int N>
+MNV2_INLINE void sum_in_chunks(const ExpandTile<typename V::T>& t, V (&acc)[R][N]) {
+  typename V::T sums[R * N * V::kLanes];
+  unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+    unrolled<N>([&](auto j)
+                    MNV2_INLINE_LAMBDA { acc[i][j].store(sums + (i * N + j) * V::kLanes); });
+  });
+  chunk_sums<V, R, N>(t, sums);
+  unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+    unrolled<N>([&](auto j)
+                    MNV2_INLINE_LAMBDA { acc[i][j] = V::load(sums + (i * N + j) * V::kLanes); });
+  });
+}
 
 // kSum: adds the pixels up into expanded[0] instead of storing each.
 template <class V, int R, int N, bool kSum>
@@ -144,7 +190,10 @@ void expand_tile(const ExpandTile<typename V::T>& t) {
   });
   const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return x[i][k]; };
   Fetch fetch = t.fetch;
-  multiply<V, R, N>(acc, value, w, t.in_channels, fetch);
+  if (t.in_channels <= kLongestSum)
+    multiply<V, R, N>(acc, value, w, t.in_channels, fetch);
+  else
+    sum_in_chunks<V, R, N>(t, acc);
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
     const V low = V::set1(t.low), high = V::set1(t.high);
@@ -759,13 +808,15 @@ void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
         Ahead ahead;
         const int64_t after = t.vector + N,
                       panel_bytes = s.in_channels * kPanel * int64_t{sizeof(T)};
-        const int64_t calls = ceil_div(count, max_rows<V>(N));
+        // One order of summation, however many vectors this piece happens to have.
+        const int most = max_rows<V>(s.pool ? kMaxVectors<V> : int(N));
+        const int64_t calls = ceil_div(count, most);
         if (block == 0 && after < end)
           ahead = Ahead(reinterpret_cast<const char*>(a.weight) + after / kPerPanel * panel_bytes,
                         ceil_div(N, kPerPanel) * panel_bytes, panel_bytes, panel_bytes, calls);
         else if (block + count >= pixels && after >= end && a.next_bytes > 0)
           ahead = Ahead(a.next, a.next_bytes, a.next_bytes, 0, calls);
-        for_pieces(count, max_rows<V>(N), [&](int64_t pixel, int rows) {
+        for_pieces(count, most, [&](int64_t pixel, int rows) {
           for (int i = 0; i < rows; ++i) {
             t.x[i] = a.x + image * a.x_image + row * a.x_row + col * a.x_col;
             // The kernel adds the vector's own offset.
