@@ -96,22 +96,17 @@ def test_all_blocks(benchmark, table, workload):
     if not check.ok:
         pytest.fail(f"wrong result, so no speed: {check}")
 
-    def on(threads, model):
-        def call():
-            with testing.threads(threads):
-                model(x)
-
-        return call
-
-    rounds = 12 if workload == "batch 1" else 4
     candidates = {
-        "eager": on(1, eager),
-        "fused": on(1, chain),
-        "fused 2 threads": on(2, chain),
+        "eager": lambda: eager(x),
+        "fused": lambda: chain(x),
+        "fused 2 threads": lambda: chain(x),
         "peak": testing.multiply_adds_at_peak,
     }
-    timings = testing.interleave(candidates, rounds=rounds, warmup=1)
-    benchmark.pedantic(candidates["fused"], rounds=3, warmup_rounds=1)
+    threads = {name: 2 if name.endswith("2 threads") else 1 for name in candidates}
+    rounds = 20 if workload == "batch 1" else 4
+    timings = testing.interleave(candidates, rounds=rounds, warmup=1, threads=threads)
+    with testing.threads(1):
+        benchmark.pedantic(candidates["fused"], rounds=3, warmup_rounds=1)
     work = 2 * sum(testing.multiply_adds(s, (batch, s.in_channels, *hw)) for s, hw in blocks)
     with testing.threads(1):
         memory = {name: testing.peak_activation_bytes(lambda m=m: m(x)) for name, m in (("e", eager), ("f", chain))}

@@ -8,6 +8,10 @@ namespace mnv2_fused {
 // Channels per packed weight panel (one AVX-512 vector of float, two AVX2 vectors, one mma tile).
 constexpr int64_t kPanel = 16;
 
+// The most expanded channels whose products one accumulator sums: past it, every further one would be
+// rounded to the size of a long sum.
+constexpr int64_t kLongestProject = 256;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -17,15 +17,14 @@ constexpr double kDepthwiseEpilogue = 6.0;
 constexpr double kTaskStart = 2000.0;
 // A second parallel loop.
 constexpr double kBarrier = 10000.0;
-// A vector read once more, from L2 and from beyond; most of it hides behind multiply-adds.
-constexpr double kFromL2 = 0.3, kFromBeyond = 2.0;
+// A vector read once more, from L2 and from beyond; most of it hides behind multiply-adds. And one
+// that another core wrote.
+constexpr double kFromL2 = 0.3, kFromBeyond = 2.0, kFromOtherCore = 4.0;
 // Output pixels of a band: enough to reuse the weights in L1, few enough that what is between the
 // stages stays near.
 constexpr int64_t kBandPixels = 112;
-// One accumulator sums the group: past so many terms, each is rounded to the size of a long sum.
-constexpr int64_t kMostPanels = 256 / kPanel;
 // What the group is chosen for, once and for all: its best plans on these numbers of threads.
-constexpr int64_t kThreads[] = {1, 4};
+constexpr int64_t kThreads[] = {1, 2};
 
 // Vector operations one multiply-add costs in a register tile of 1 ... 4 vectors of channels:
 // narrow tiles need more rows, whose input pointers no longer fit the integer registers. Two vectors
@@ -55,7 +54,8 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
   p.scratch_bytes =
-      (p.expanded_elements(s) + p.depthwise_elements() + p.patch_elements(s)) * m.element_size;
+      (p.expanded_elements(s) + p.depthwise_elements() + p.sum_elements(s) + p.patch_elements(s)) *
+      m.element_size;
 
   // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
@@ -88,7 +88,8 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double terms = double(s.expand_terms() + 9 + s.out_channels);
   const double weights = hidden * terms / lanes * tiles * double(ceil_div(tile_rows, p.band_rows));
   const double x = in_pixels * double(s.in_channels) / lanes * groups;
-  const double y = out_pixels * out_vectors * (groups - 1) * 2;
+  const double sums = groups * double(ceil_div(group, kLongestProject));
+  const double y = out_pixels * out_vectors * (sums - 1) * 2;
   const auto from = [&](double bytes, double room) {
     return bytes <= room ? kFromL2 : kFromBeyond;
   };
@@ -98,12 +99,13 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
       y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
   const double image = in_pixels * vectors * (double(s.expand_terms()) * wide + kExpandEpilogue) +
                        out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
-                       out_pixels * out_vectors * (hidden + groups * kProjectEpilogue) + again;
+                       out_pixels * out_vectors * (hidden + sums * kProjectEpilogue) + again;
   const double rounds = double(ceil_div(p.tasks, p.workers));
   const double share = double(ceil_div(p.groups(s), splits)) / groups;
   p.cost = rounds * (image / tiles * share + kTaskStart);
   if (splits > 1)
-    p.cost += kBarrier + double(s.batch) * out_pixels * out_vectors * groups / double(p.workers);
+    p.cost += kBarrier + double(s.batch) * out_pixels * out_vectors * groups * kFromOtherCore /
+                             double(p.workers);
   return p;
 }
 
@@ -203,7 +205,6 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
   int64_t group = kPanel;
   double least = -1;
   for_parts(s.hidden_panels(), [&](int64_t panels) {
-    if (panels > kMostPanels) return;
     double cost = 0;
     for (const int64_t threads : kThreads) {
       Machine machine = m;

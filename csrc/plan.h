@@ -38,6 +38,11 @@ struct Plan {
   // Elements of one worker's scratch buffers.
   int64_t expanded_elements(const BlockShape& s) const { return group * ring_rows(s) * in_cols(s); }
   int64_t depthwise_elements() const { return group * band_rows * tile_cols; }
+  // One band's sum over a group, when it has to be complete before it is added to the groups before.
+  int64_t sum_elements(const BlockShape& s) const {
+    const bool needed = group > kLongestProject && splits == 1 && groups(s) > 1;
+    return needed ? round_up(band_rows * tile_cols * s.out_channels, kPanel) : 0;
+  }
   // The part of the image under a stem's window, padding included, up to a full vector.
   int64_t patch_elements(const BlockShape& s) const {
     if (s.expand != Expand::kStem) return 0;

@@ -203,25 +203,32 @@ def interleave(
     rounds: int = 20,
     warmup: int = 2,
     calls: dict[str, int] | None = None,
+    threads: dict[str, int] | None = None,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Times candidates in turn, round by round, so that a noisy machine is equally unfair to all of them.
 
-    ``calls`` runs a quick candidate several times per measurement. Compare medians, or better the ratios of one
-    round (:func:`ratio`).
+    ``calls`` runs a quick candidate several times per measurement. ``threads`` gives a candidate its own number of
+    torch's threads; it then runs once more, not timed, for the pool that the change starts. Compare medians, or
+    better the ratios of one round (:func:`ratio`).
     """
     timings = {name: Timing() for name in candidates}
+    threads_before = torch.get_num_threads()
     for candidate in candidates.values():
         for _ in range(warmup):
             candidate()
     for _ in range(rounds):
         for name, candidate in candidates.items():
             count = (calls or {}).get(name, 1)
+            if threads is not None:
+                torch.set_num_threads(threads[name])
+                candidate()
             start = time.perf_counter()
             for _ in range(count):
                 candidate()
             timings[name].seconds.append((time.perf_counter() - start) / count)
         on_round()
+    torch.set_num_threads(threads_before)
     return timings
 
 

@@ -11,8 +11,8 @@
 //   project    depthwise     -> y, the groups' sums added up in place or, when split, by add_row
 //
 // Every output element sums its terms in an order that depends on the group alone: bias and the
-// first group's channels ascending, then the sum of each further group (shorter sums round less than
-// one over all channels), and x last, since a large x would coarsen every rounding before it. Taps
+// first channels ascending, then the sum of each further run of channels (shorter sums round less
+// than one over all channels), those of a group before those of the next, and x last, since a large x would coarsen every rounding before it. Taps
 // and input channels ascend. So results are identical bit for bit over tiles, splits and threads.
 #pragma once
 
@@ -249,7 +249,8 @@ void stem_tile(const StemTile<typename V::T>& t) {
 
 template <class T>
 struct ProjectTile {
-  const T* depthwise;  // first pixel, [group/16][band pixels][16]
+  const T* panels;     // [terms/16][band pixels][16]
+  const T* depthwise;  // of them, the first pixel
   int64_t panel;       // elements between its panels
   const T* weights;    // this group's first row of the tile's first panel, [..][E][16]
   int64_t hidden;      // E
@@ -395,7 +396,8 @@ class Tile {
   Tile(const BlockArgs<T>& args, const Plan& plan, int64_t task, T* scratch)
       : a_(args), s_(args.shape), plan_(plan), expanded_(scratch) {
     depthwise_ = scratch + plan.expanded_elements(s_);
-    patch_ = depthwise_ + plan.depthwise_elements();
+    sum_ = depthwise_ + plan.depthwise_elements();
+    patch_ = sum_ + plan.sum_elements(s_);
     const int64_t across = plan.tiles_across(s_), down = plan.tiles_down(s_);
     split_ = task % plan.splits;
     task /= plan.splits;
@@ -670,17 +672,18 @@ class Tile {
   // Output channels [channel, ...) of the band in pieces of at most `most` pixels: f(t, rows).
   template <class F>
   void project_pixels(ProjectTile<T>& t, int64_t first, int64_t channel, int64_t row, int64_t band,
-                      int most, F f) {
+                      bool aside, int most, F f) {
     t.weights = a_.w_project + channel / kPanel * s_.hidden_channels * kPanel + first * kPanel;
     t.half = channel % kPanel;
     t.bias = first == 0 ? a_.b_project + channel : nullptr;
-    t.add_y = first != 0 && plan_.splits == 1;
-    t.add_x = s_.residual && plan_.splits == 1 && first + t.terms == s_.hidden_channels;
+    t.add_x = s_.residual && plan_.splits == 1 && !aside && first + t.terms == s_.hidden_channels;
     int64_t r = row, c = 0;
     for_pieces(band * cols_, most, [&](int64_t pixel, int rows) {
-      t.depthwise = depthwise_ + pixel * kPanel;
+      t.depthwise = t.panels + pixel * kPanel;
       for (int i = 0; i < rows; ++i) {
-        t.y[i] = y_ + (r * s_.out_width() + c) * s_.out_channels + channel;
+        t.y[i] = (aside ? sum_ + (pixel + i) * s_.out_channels
+                        : y_ + (r * s_.out_width() + c) * s_.out_channels) +
+                 channel;
         t.x[i] = x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel;
         if (++c == cols_) {
           c = 0;
@@ -696,12 +699,46 @@ class Tile {
     ProjectTile<T> t;
     t.panel = band * cols_ * kPanel;
     t.hidden = s_.hidden_channels;
-    t.terms = channels;
+    // A large group's channels in runs of a length that rounds well, whose sums are added up before
+    // the groups' sums are: in y, where there is nothing else yet.
+    const bool aside = channels > kLongestProject && first != 0 && plan_.splits == 1;
+    for_pieces(ceil_div(channels, kPanel), kLongestProject / kPanel,
+               [&](int64_t panel, int panels) {
+                 const int64_t begin = panel * kPanel;
+                 t.panels = depthwise_ + panel * t.panel;
+                 t.terms = least(panels * kPanel, channels - begin);
+                 t.add_y = begin != 0 || (first != 0 && plan_.splits == 1 && !aside);
+                 project_terms(t, first + begin, row, band, aside);
+               });
+    if (aside) add_sum(row, band, s_.residual && first + channels == s_.hidden_channels);
+  }
+
+  // y += the group's sum (+ x).
+  void add_sum(int64_t row, int64_t band, bool add_x) {
+    const int64_t out_channels = s_.out_channels;
+    for (int64_t r = row; r < row + band; ++r)
+      for (int64_t col = 0; col < cols_; ++col) {
+        T* const y = y_ + (r * s_.out_width() + col) * out_channels;
+        const T* const sum = sum_ + ((r - row) * cols_ + col) * out_channels;
+        const T* const x = x_ + (r + 1) * a_.x_row + (col + 1) * a_.x_col;
+        for (int64_t c = 0; c < out_channels; c += V::kLanes) {
+          const int64_t lanes = out_channels - c;
+          const auto load = [&](const T* p) {
+            return lanes >= V::kLanes ? V::load(p) : V::load_partial(p, lanes);
+          };
+          V total = V::add(load(sum + c), load(y + c));
+          if (add_x) total = V::add(total, load(x + c));
+          lanes >= V::kLanes ? total.store(y + c) : total.store_partial(y + c, lanes);
+        }
+      }
+  }
+
+  void project_terms(ProjectTile<T>& t, int64_t first, int64_t row, int64_t band, bool aside) {
     const int64_t full = s_.out_channels / V::kLanes;
     for_pieces(full, kMaxVectors<V>, [&](int64_t vector, int n) {
       with_vectors<V>(n, [&](auto N) {
         const auto table = project_table<V, N, false>(Rows<V, N>{});
-        project_pixels(t, first, vector * V::kLanes, row, band, max_rows<V>(N),
+        project_pixels(t, first, vector * V::kLanes, row, band, aside, max_rows<V>(N),
                        [&](int rows) { table[rows - 1](t); });
       });
     });
@@ -712,7 +749,7 @@ class Tile {
       using H = typename V::Half;
       const auto tail = [&]<class U>(U) {
         const auto table = project_table<U, 1, true>(Rows<U, 1>{});
-        project_pixels(t, first, done, row, band, max_rows<U>(1),
+        project_pixels(t, first, done, row, band, aside, max_rows<U>(1),
                        [&](int rows) { table[rows - 1](t); });
       };
       t.lanes <= H::kLanes ? tail(H{}) : tail(V{});
@@ -724,6 +761,7 @@ class Tile {
   const Plan& plan_;
   T* expanded_;
   T* depthwise_;
+  T* sum_;  // [band pixels][C_out], of a group of several runs
   T* patch_;
   int64_t patch_row_ = 0;                // elements
   int64_t row_, col_, rows_, cols_;      // output pixels
