@@ -81,7 +81,9 @@ def test_model(benchmark, table, workload, threads):
             with torch.inference_mode(False):
                 compiled = frozen(found["channels_last"], x_last)
             calls["compiled"] = lambda: compiled(x_last)
-        timings = testing.interleave(calls, rounds=rounds)
+        # Three in a row: a model that is served finds its weights where it left them, not behind four others'.
+        times = dict.fromkeys(calls, 3 if workload == "224" else 1)
+        timings = testing.interleave(calls, rounds=rounds, calls=times)
         benchmark.pedantic(calls["fused"], rounds=3, warmup_rounds=1)
         peaks = {name: testing.peak_activation_bytes(calls[name]) for name in ("channels_last", "fused")}
     fused = timings["fused"]
