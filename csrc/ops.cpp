@@ -77,7 +77,7 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
   });
 }
 
-// What `layers` of a sequence names (LayerKind in sequence.py), and how many weights each takes.
+// What `layers` of a sequence names (LayerKind in ops.py), and how many weights each takes.
 enum LayerKind : int64_t {
   kBlock,
   kBlockWithoutExpand,

@@ -26,13 +26,6 @@ const char* backend_override() {
   return name ? name : "";
 }
 
-bool truth(PyObject* owned) {
-  if (!owned) throw py::error_already_set();
-  const bool value = owned == Py_True;
-  Py_DECREF(owned);
-  return value;
-}
-
 bool equal(PyObject* a, PyObject* b) {
   const int same = PyObject_RichCompareBool(a, b, Py_EQ);
   if (same < 0) throw py::error_already_set();
@@ -48,7 +41,7 @@ Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entr
   version_name_ = py::str("_version");
   shape_name_ = py::str("shape");
   data_ptr_ = type.attr("data_ptr");
-  is_contiguous_ = type.attr("is_contiguous");
+  stride_ = type.attr("stride");
   for (const auto dict : values) {
     for (const auto item : py::reinterpret_borrow<py::dict>(dict))
       values_.push_back(py::reinterpret_borrow<py::object>(item.second));
@@ -68,8 +61,7 @@ Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entr
   }
   for (const auto tensor : shaped) {
     const auto t = py::reinterpret_borrow<py::object>(tensor);
-    shapes_.push_back(
-        {t, t.attr(shape_name_), truth(PyObject_CallOneArg(is_contiguous_.ptr(), t.ptr()))});
+    shapes_.push_back({t, t.attr(shape_name_), stride_(t)});
   }
 }
 
@@ -87,6 +79,7 @@ int Watch::traverse(visitproc visit, void* arg) const {
 }
 
 void Watch::clear() {
+  cleared_ = true;
   // Swapped out first: what is released may call back.
   std::vector<Held> held;
   std::vector<py::object> values;
@@ -103,7 +96,7 @@ void Watch::clear() {
 }
 
 bool Watch::holds() const {
-  if (backend_ != backend_override()) return false;
+  if (cleared_ || backend_ != backend_override()) return false;
   size_t i = 0;
   for (const Held& held : held_) {
     PyObject *key, *value;
@@ -117,7 +110,10 @@ bool Watch::holds() const {
   for (const Entry& entry : entries_) {
     PyObject* const value = PyDict_GetItemWithError(entry.dict.ptr(), entry.key.ptr());
     if (!value && PyErr_Occurred()) throw py::error_already_set();
-    if (!value || (value != entry.value.ptr() && !equal(value, entry.value.ptr()))) return false;
+    if (!value) return false;
+    if (value == entry.value.ptr()) continue;
+    const auto held = py::reinterpret_borrow<py::object>(value);  // comparing may run anything
+    if (!equal(held.ptr(), entry.value.ptr())) return false;
   }
   for (const State& s : states_)
     if (integer(PyObject_GetAttr(s.tensor.ptr(), version_name_.ptr())) != s.version ||
@@ -128,8 +124,10 @@ bool Watch::holds() const {
         py::reinterpret_steal<py::object>(PyObject_GetAttr(s.tensor.ptr(), shape_name_.ptr()));
     if (!shape) throw py::error_already_set();
     if (!equal(shape.ptr(), s.shape.ptr())) return false;
-    if (truth(PyObject_CallOneArg(is_contiguous_.ptr(), s.tensor.ptr())) != s.contiguous)
-      return false;
+    const py::object strides =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(stride_.ptr(), s.tensor.ptr()));
+    if (!strides) throw py::error_already_set();
+    if (!equal(strides.ptr(), s.strides.ptr())) return false;
   }
   return true;
 }

@@ -16,7 +16,7 @@ class Watch {
   // sizes: dictionaries that must keep their number of entries.
   // entries: (dictionary, key) pairs whose values must stay equal.
   // The environment's MNV2_FUSED_BACKEND counts as well.
-  // tensors: their data pointers and version counters; of `shaped` ones also shape and contiguity.
+  // tensors: their data pointers and version counters; of `shaped` ones also shape and strides.
   Watch(const pybind11::list& values, const pybind11::list& sizes, const pybind11::list& entries,
         const pybind11::list& tensors, const pybind11::list& shaped);
   bool holds() const;
@@ -42,12 +42,12 @@ class Watch {
     long long version, pointer;
   };
   struct Shape {
-    pybind11::object tensor, shape;
-    bool contiguous;
+    pybind11::object tensor, shape, strides;
   };
 
+  bool cleared_ = false;
   std::string backend_;
-  pybind11::object version_name_, shape_name_, data_ptr_, is_contiguous_;
+  pybind11::object version_name_, shape_name_, data_ptr_, stride_;
   std::vector<Held> held_;
   std::vector<pybind11::object> values_;
   std::vector<Sized> sized_;

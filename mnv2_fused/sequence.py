@@ -21,6 +21,10 @@ from .watch import Watch, lasting, parameters_of
 Child = tuple[str, nn.Module]  # with its name
 
 
+class _ChangedMeanwhile(Exception):
+    """Another thread changed a block while it was being prepared."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """What runs as one kernel: neighbouring children of a sequence."""
@@ -47,7 +51,10 @@ class Layer:
         with torch.no_grad():
             for module in self.modules:
                 if isinstance(module, FusedInvertedResidual):
-                    yield from (t for t in module.packed_for_sequence() if t is not None)
+                    packed = module.packed_for_sequence()
+                    if packed is None:
+                        raise _ChangedMeanwhile
+                    yield from (t for t in packed if t is not None)
                 elif isinstance(module, nn.Linear):
                     weight = module.weight
                     bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias
@@ -199,7 +206,10 @@ class RunsFused:
         if prepared is None or not prepared.watch.holds():
             next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
             self._prepared = None  # the watch counts attributes, this one too
-            self._prepared = prepared = _Prepared(*self.fusable_children(), next_hook)
+            try:
+                self._prepared = prepared = _Prepared(*self.fusable_children(), next_hook)
+            except _ChangedMeanwhile:
+                return None
         if not prepared.runs or x.dtype is not prepared.dtype:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
