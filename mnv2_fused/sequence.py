@@ -18,8 +18,6 @@ from .module import FusedInvertedResidual
 from .ops import LayerKind
 from .watch import Watch, lasting, parameters_of
 
-Child = tuple[str, nn.Module]  # with its name
-
 
 class _ChangedMeanwhile(Exception):
     """Another thread changed a block while it was being prepared."""
@@ -30,11 +28,7 @@ class Layer:
     """What runs as one kernel: neighbouring children of a sequence."""
 
     kind: LayerKind
-    children: tuple[Child, ...]
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [module for _, module in self.children]
+    modules: list[nn.Module]
 
     @property
     def geometry(self) -> list[int]:
@@ -64,21 +58,21 @@ class Layer:
                     yield from pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
 
 
-def layers_of(children: list[Child]) -> Iterator[Layer | Child]:
+def layers_of(children: list[nn.Module | None]) -> Iterator[Layer | nn.Module | None]:
     """``children`` in order: a :class:`Layer` where a kernel takes them, else the child itself."""
     previous = None
     i = 0
     while i < len(children):
-        kind, count = _layer_at([module for _, module in children[i : i + 3]], previous)
+        kind, count = _layer_at(children[i : i + 3], previous)
         previous = kind
         if kind is None:
             yield children[i]
         else:
-            yield Layer(kind, tuple(children[i : i + count]))
+            yield Layer(kind, children[i : i + count])
         i += count
 
 
-def _layer_at(ahead: list[nn.Module], previous: LayerKind | None) -> tuple[LayerKind | None, int]:
+def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tuple[LayerKind | None, int]:
     """The kind of the layer that the next modules begin with, or None, and how many of them it takes."""
     first, *rest = ahead
     second = rest[0] if rest else None
@@ -160,10 +154,10 @@ class _Run:
 class _Prepared:
     """Children cut into runs and single modules, valid while ``watch`` holds."""
 
-    def __init__(self, children: list[Child], parents: list[nn.Module], next_hook: int) -> None:
+    def __init__(self, children: list[nn.Module | None], parents: list[nn.Module], next_hook: int) -> None:
         found = list(layers_of(children))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
-        others = [entry[1] for entry in found if not isinstance(entry, Layer) and entry[1] is not None]
+        others = [entry for entry in found if isinstance(entry, nn.Module)]
         hooked = [*parents, *itertools.chain.from_iterable(m.modules() for m in others)]
         self.watch = Watch(in_runs, next_hook, parents, hooked)
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
@@ -175,7 +169,7 @@ class _Prepared:
             return
         for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
             entries = list(group)
-            self.steps += [_Run(entries, self.dtype)] if is_run else [module for _, module in entries]
+            self.steps += [_Run(entries, self.dtype)] if is_run else entries
 
 
 class RunsFused:
@@ -190,9 +184,9 @@ class RunsFused:
 
     _prepared: _Prepared | None = None
 
-    def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
+    def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         """The modules that forward calls in a row, and those whose lists of children they come from."""
-        raise NotImplementedError
+        return list(self._modules.values()), [self]
 
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
@@ -234,9 +228,6 @@ class RunsFused:
 
 class FusedSequential(RunsFused, nn.Sequential):
     """What :func:`mnv2_fused.fuse` makes of each ``nn.Sequential`` that holds fused blocks."""
-
-    def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
-        return list(self._modules.items()), [self]
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run_fused(input)

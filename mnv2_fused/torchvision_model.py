@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor, nn
 
 from . import layers
-from .sequence import Child, FusedSequential, RunsFused
+from .sequence import FusedSequential, RunsFused
 
 # What forward does between its two modules, as modules.
 _POOL, _FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
@@ -19,16 +19,13 @@ class MobileNetV2(RunsFused, torchvision.models.MobileNetV2):
     Called directly, ``features`` and ``classifier`` still give what they always gave.
     """
 
-    def fusable_children(self) -> tuple[list[Child], list[nn.Module]]:
+    def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         parents = [self, *self.children()]
         if any(type(m).forward not in (nn.Sequential.forward, FusedSequential.forward) for m in parents[1:]):
             return [], parents
         if any("forward" in vars(m) or layers.has_hooks(m) for m in parents[1:]):
             return [], parents
-        children = [(f"features.{name}", m) for name, m in self.features._modules.items()]
-        children += [("", _POOL), ("", _FLATTEN)]
-        children += [(f"classifier.{name}", m) for name, m in self.classifier._modules.items()]
-        return children, parents
+        return [*self.features._modules.values(), _POOL, _FLATTEN, *self.classifier._modules.values()], parents
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         y = self.run_fused(x)

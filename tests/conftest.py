@@ -1,6 +1,9 @@
-"""What every test shares: hypothesis' profile, NaN-filled allocations, a clean environment."""
+"""What every test shares: hypothesis' profile, NaN-filled allocations, a clean environment, ways to copy a module."""
 
+import copy
+import io
 import os
+import pickle
 
 import hypothesis
 import pytest
@@ -44,3 +47,20 @@ def poison():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+
+
+def through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_a_file(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.fixture(params=[copy.deepcopy, through_pickle, through_a_file])
+def copied(request):
+    """Each way to make a copy of a module: a function that does."""
+    return request.param

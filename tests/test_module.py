@@ -1,8 +1,6 @@
 """FusedInvertedResidual as a module: drop-in, never stale, copyable, trainable."""
 
 import copy
-import io
-import pickle
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -457,19 +455,7 @@ def test_weights_are_packed_once(monkeypatch):
     assert len(packings) == 1
 
 
-def through_pickle(block):
-    return pickle.loads(pickle.dumps(block))
-
-
-def through_a_file(block):
-    file = io.BytesIO()
-    torch.save(block, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @by_geometry
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file])
 def test_copies(copied, geometry):
     _, ours = blocks(*geometry)
     x = make_x()

@@ -2,9 +2,7 @@
 
 import copy
 import gc
-import io
 import itertools
-import pickle
 import sys
 import warnings
 import weakref
@@ -1334,18 +1332,6 @@ def test_to_another_dtype_and_back(dtype, ran):
 # --- copies, lifetime, threads
 
 
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_a_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file])
 @pytest.mark.parametrize("called", [False, True])
 def test_copies(copied, called, ran):
     model, x = fused_model(), make_x()
