@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "binding.h"
 #include "cpu/isa.h"
 #include "watch.h"
 
@@ -84,14 +85,20 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("threads"), py::arg("element_size"), py::arg("forced") = py::none());
 
-  // Runs the instruction set's multiply-add loop; returns the floating-point operations done.
+  // Runs the instruction set's multiply-add loop on each of torch's threads; returns the floating-point
+  // operations done.
   m.def(
       "multiply_add",
       [](int64_t rounds) {
         const cpu::Isa& isa = cpu::active();
-        const float value = isa.multiply_add(rounds);
-        asm volatile("" : : "m"(value));
-        return isa.flops_per_round * rounds;
+        const int64_t threads = torch::stable::get_num_threads();
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+          for (; begin < end; ++begin) {
+            const float value = isa.multiply_add(rounds);
+            asm volatile("" : : "m"(value));
+          }
+        });
+        return isa.flops_per_round * rounds * threads;
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -263,7 +263,7 @@ _PEAK_ROUNDS = 300_000  # about a millisecond
 
 
 def multiply_adds_at_peak() -> int:
-    """Runs the instruction set's multiply-add loop on one core; returns the floating-point operations done.
+    """Runs the instruction set's multiply-add loop on each of torch's threads; returns the operations done.
 
     Time it beside a kernel (:func:`interleave`): a shared machine's clock wanders, their ratio does not.
     """
@@ -271,7 +271,10 @@ def multiply_adds_at_peak() -> int:
 
 
 def of_peak(operations: float, timing: Timing, peak: Timing) -> float:
-    """``operations`` per call, over what :func:`multiply_adds_at_peak` did in the same time: median over rounds."""
+    """``operations`` per call, over what :func:`multiply_adds_at_peak` did in the same time: median over rounds.
+
+    Call it with the number of threads that ``peak`` was timed with.
+    """
     per_call = multiply_adds_at_peak()
     return statistics.median(
         operations / seconds / (per_call / at_peak)
