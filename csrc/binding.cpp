@@ -27,15 +27,36 @@ void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_
        "; pack weights with mnv2_fused.pack");
 }
 
-// Elements of one worker's slice of the scratch, which starts on its own cache line.
-template <class T>
-int64_t slice_elements(const Plan& plan) {
-  return round_up(plan.scratch_bytes / int64_t{sizeof(T)}, 64);
-}
+// Bytes of one worker's slice of the scratch, which starts on its own cache lines.
+int64_t slice_bytes(const Plan& plan) { return round_up(plan.scratch_bytes, 256); }
 
 template <class T>
 const T* data(const Tensor* t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+// "float32" for messages.
+template <class S>
+const char* name_of() {
+  return type_of<S> == ScalarType::Float    ? "float32"
+         : type_of<S> == ScalarType::Double ? "float64"
+                                            : "bfloat16";
+}
+
+// Weights of a product over `terms` elements: [C/16, terms, 16], of pairs [C/16, terms/2, 16, 2].
+template <class S>
+void check_product(const char* name, const Tensor& t, int64_t panels, int64_t terms) {
+  if constexpr (depth<S> == 1)
+    check_sizes(name, t, {panels, terms, kPanel});
+  else
+    check_sizes(name, t, {panels, ceil_div(terms, depth<S>), kPanel, depth<S>});
+}
+template <class S>
+constexpr int64_t kProductDims = depth<S> == 1 ? 3 : 4;
+// How to write its sizes, with this many terms.
+template <class S>
+std::string product_layout(const char* panels, const char* terms) {
+  return std::string("[") + panels + ", " + terms + (depth<S> == 1 ? ", 16]" : "/2, 16, 2]");
 }
 
 // Calls f(task, worker) for every task, each worker running one at a time.
@@ -67,22 +88,26 @@ Activation activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
 }
 
+template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
                        bool residual) {
-  if (w.w_project->dim() != 3 || w.b_project->dim() != 1)
-    fail("w_project must be [C_out/16, E, 16] and b_project [C_out], got ", to_string(*w.w_project),
-         " and ", to_string(*w.b_project));
+  if (w.w_project->dim() != kProductDims<S> || w.b_project->dim() != 1)
+    fail("w_project must be ", product_layout<S>("C_out/16", "E"), " and b_project [C_out], got ",
+         to_string(*w.w_project), " and ", to_string(*w.b_project));
   const bool stem = expand == Expand::kStem;
   const int64_t taps = stem ? 9 : 1;
-  int64_t takes = w.w_project->size(1);
+  const int64_t hidden = w.w_project->size(1) * depth<S>;
+  int64_t takes = hidden;
   if (expand != Expand::kNone) {
-    if (w.w_expand->dim() != 3 || w.w_expand->size(1) % taps != 0)
-      fail("w_expand must be [E/16, ", stem ? "9 x C_in" : "C_in", ", 16], got ",
+    if (w.w_expand->dim() != kProductDims<S> || w.w_expand->size(1) * depth<S> % taps != 0)
+      fail("w_expand must be ", product_layout<S>("E/16", stem ? "9 x C_in" : "C_in"), ", got ",
            to_string(*w.w_expand));
-    takes = w.w_expand->size(1) / taps;
+    takes = w.w_expand->size(1) * depth<S> / taps;
   }
-  if (x[1] != takes) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
-  BlockShape s{x[0],   x[2],   x[3],    x[1], w.w_project->size(1), w.b_project->size(0),
+  // Packed pairs do not tell an odd number from the next.
+  const bool fits = expand == Expand::kNone ? x[1] == takes : round_up(x[1], depth<S>) == takes;
+  if (!fits) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
+  BlockShape s{x[0],   x[2],   x[3],    x[1], hidden, w.b_project->size(0),
                stride, expand, residual};
   if (stem) {
     s.image_height = x[2];
@@ -96,17 +121,18 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int
     fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
   const int64_t panels = s.hidden_panels();
   if (expand != Expand::kNone) {
-    check_sizes("w_expand", *w.w_expand, {panels, s.expand_terms(), kPanel});
+    check_product<S>("w_expand", *w.w_expand, panels, s.expand_terms(depth<S>));
     check_sizes("b_expand", *w.b_expand, {panels * kPanel});
   }
   check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
   check_sizes("b_depthwise", *w.b_depthwise, {panels * kPanel});
-  check_sizes("w_project", *w.w_project,
-              {ceil_div(s.out_channels, kPanel), s.hidden_channels, kPanel});
+  check_product<S>("w_project", *w.w_project, ceil_div(s.out_channels, kPanel),
+                   s.hidden_channels);
   check_sizes("b_project", *w.b_project, {s.out_channels});
   return s;
 }
 
+template <class S>
 PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
                                int64_t out_channels, bool relu6, bool pool) {
   const PointwiseShape s{x[0], x[2], x[3], x[1], out_channels, relu6, pool};
@@ -117,7 +143,7 @@ PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tenso
       !why.empty())
     fail(why, ", got x ", to_string(x));
   if (out_channels < 1) fail("out_channels must be at least 1, got ", out_channels);
-  check_sizes("weight", weight, {s.panels(), s.in_channels, kPanel});
+  check_product<S>("weight", weight, s.panels(), s.in_channels);
   check_sizes("bias", bias, {s.panels() * kPanel});
   return s;
 }
@@ -133,22 +159,28 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-ScalarType compute_type(ScalarType x) {
-  if (x == ScalarType::Float || x == ScalarType::Double) return x;
-  if (x == ScalarType::Half || x == ScalarType::BFloat16) return ScalarType::Float;
-  fail("x must be float32, float64, float16 or bfloat16 on the CPU; convert it with x.float()");
-}
-
-void check_weight(const Tensor& weight, ScalarType compute) {
+namespace {
+void check_weight(const Tensor& weight, ScalarType type, const char* name, const char* x) {
   if (!weight.is_cpu()) fail("x is on the CPU, so the packed weights must be too");
-  if (weight.scalar_type() != compute)
-    fail("packed weights must be ", compute == ScalarType::Float ? "float32" : "float64",
-         " for this x; pack them with mnv2_fused.pack(weights, x.dtype)");
+  if (weight.scalar_type() != type)
+    fail("packed weights must be ", name, " where they are for ", x,
+         " products; pack all of them with mnv2_fused.pack(weights, x.dtype)");
+}
+}  // namespace
+
+template <class S>
+void check_product_weight(const Tensor& weight) {
+  check_weight(weight, type_of<S>, name_of<S>(), name_of<S>());
+}
+template <class S>
+void check_other_weight(const Tensor& weight) {
+  check_weight(weight, type_of<Compute<S>>, name_of<Compute<S>>(), name_of<S>());
 }
 
-Machine current_machine(ScalarType compute) {
-  return cpu::machine_for(cpu::active(), torch::stable::get_num_threads(),
-                          compute == ScalarType::Float ? 4 : 8, cpu::l2_bytes());
+template <class S>
+Machine current_machine() {
+  return cpu::kernels<S>(cpu::active())
+      .machine(torch::stable::get_num_threads(), cpu::l2_bytes());
 }
 
 Plan cached_plan(const BlockShape& shape, const Machine& machine) {
@@ -164,7 +196,8 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
       for (const int64_t v :
            {s.batch, s.height, s.width, s.in_channels, s.hidden_channels, s.out_channels, s.stride,
             int64_t(s.expand) * 2 + int64_t{s.residual}, s.image_height, s.image_width,
-            k.machine.threads, k.machine.lanes, k.machine.element_size})
+            k.machine.threads, k.machine.lanes, k.machine.element_size, k.machine.storage_size,
+            k.machine.depth})
         h = (h ^ size_t(v)) * size_t{0x9E3779B97F4A7C15};
       return h;
     }
@@ -184,34 +217,35 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
   return plan;
 }
 
-template <class T>
-int64_t scratch_elements(const Plan& plan) {
-  return slice_elements<T>(plan) * plan.workers + plan.partial_bytes / int64_t{sizeof(T)};
+int64_t scratch_bytes(const Plan& plan) {
+  return slice_bytes(plan) * plan.workers + plan.partial_bytes;
 }
 
-template <class T>
+template <class S>
 void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
-               const BlockTensors& w, T* y, T* scratch, Next next) {
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
-  const int64_t slice = slice_elements<T>(plan);
-  const BlockArgs<T> args{shape,
-                          static_cast<const T*>(x.data),
+               const BlockTensors& w, S* y, void* scratch, Next next) {
+  using T = Compute<S>;
+  const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
+  const int64_t slice = slice_bytes(plan) / int64_t{sizeof(T)};
+  T* const first = static_cast<T*>(scratch);
+  const BlockArgs<S> args{shape,
+                          static_cast<const S*>(x.data),
                           x.strides[0],
                           x.strides[2],
                           x.strides[3],
                           x.strides[1],
-                          data<T>(w.w_expand),
+                          data<S>(w.w_expand),
                           data<T>(w.b_expand),
                           data<T>(w.w_depthwise),
                           data<T>(w.b_depthwise),
-                          data<T>(w.w_project),
+                          data<S>(w.w_project),
                           data<T>(w.b_project),
                           y,
-                          scratch + slice * plan.workers,
+                          first + slice * plan.workers,
                           next.data,
                           next.bytes};
   for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
-    kernels.run_tile(args, plan, task, scratch + worker * slice);
+    kernels.run_tile(args, plan, task, first + worker * slice);
   });
   if (plan.splits == 1) return;
   const int64_t rows = shape.batch * shape.out_height();
@@ -220,22 +254,25 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
   });
 }
 
-template <class T>
+template <class S>
 void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
-                   const Tensor& bias, T* y, Next next) {
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
+                   const Tensor& bias, S* y, Compute<S>* sums, Next next) {
+  using T = Compute<S>;
+  const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
   const int64_t threads = torch::stable::get_num_threads();
   // Whole images where there are enough of them, else each image's channels shared out.
   const int64_t parts = shape.batch % threads == 0 ? 1 : std::min<int64_t>(threads, shape.panels());
-  const PointwiseArgs<T> args{shape,
+  if constexpr (std::is_same_v<S, T>) sums = y;
+  const PointwiseArgs<S> args{shape,
                               parts,
-                              static_cast<const T*>(x.data),
+                              static_cast<const S*>(x.data),
                               x.strides[0],
                               x.strides[2],
                               x.strides[3],
-                              data<T>(&weight),
+                              data<S>(&weight),
                               data<T>(&bias),
                               y,
+                              sums,
                               next.data,
                               next.bytes};
   const int64_t tasks = shape.batch * parts;
@@ -243,15 +280,19 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tenso
             [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
 }
 
-template int64_t scratch_elements<float>(const Plan&);
-template int64_t scratch_elements<double>(const Plan&);
-template void run_block<float>(const BlockShape&, const Plan&, const Activation&,
-                               const BlockTensors&, float*, float*, Next);
-template void run_block<double>(const BlockShape&, const Plan&, const Activation&,
-                                const BlockTensors&, double*, double*, Next);
-template void run_pointwise<float>(const PointwiseShape&, const Activation&, const Tensor&,
-                                   const Tensor&, float*, Next);
-template void run_pointwise<double>(const PointwiseShape&, const Activation&, const Tensor&,
-                                    const Tensor&, double*, Next);
+#define MNV2_INSTANTIATE(S)                                                                      \
+  template void check_product_weight<S>(const Tensor&);                                          \
+  template void check_other_weight<S>(const Tensor&);                                            \
+  template Machine current_machine<S>();                                                         \
+  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, Expand, int64_t, bool);  \
+  template PointwiseShape pointwise_shape<S>(const Sizes&, const Tensor&, const Tensor&, int64_t, \
+                                             bool, bool);                                        \
+  template void run_block<S>(const BlockShape&, const Plan&, const Activation&,                  \
+                             const BlockTensors&, S*, void*, Next);                              \
+  template void run_pointwise<S>(const PointwiseShape&, const Activation&, const Tensor&,        \
+                                 const Tensor&, S*, Compute<S>*, Next);
+MNV2_INSTANTIATE(float)
+MNV2_INSTANTIATE(double)
+MNV2_INSTANTIATE(BFloat16)
 
 }  // namespace mnv2_fused

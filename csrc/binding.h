@@ -39,7 +39,8 @@ struct Activation {
 };
 Activation activation_of(const Tensor& x);
 
-// Packed weights of one block; see fold.py for their layout.
+// Packed weights of one block; see fold.py for their layout. Weights of bfloat16 products hold pairs
+// of channels in a fourth dimension.
 struct BlockTensors {
   const Tensor *w_expand, *b_expand;  // null without an expansion
   const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
@@ -47,8 +48,10 @@ struct BlockTensors {
 
 // The geometry, carried by the packed weights. Fails, naming value and limit, where they disagree
 // with each other or with x.
+template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
                        bool residual);
+template <class S>
 PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
                                int64_t out_channels, bool relu6, bool pool);
 
@@ -56,18 +59,27 @@ PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tenso
 // when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.
 bool is_channels_last(const Tensor& x);
 
-// What the products are computed in for activations of this type; fails for types no kernel takes.
-ScalarType compute_type(ScalarType x);
-void check_weight(const Tensor& weight, ScalarType compute);
+// Torch's names for S = float, double and BFloat16.
+template <class S>
+constexpr ScalarType type_of = std::is_same_v<S, float>    ? ScalarType::Float
+                               : std::is_same_v<S, double> ? ScalarType::Double
+                                                           : ScalarType::BFloat16;
+
+// What kernels for S read of one layer: products' weights stored as S, the rest in what sums are in.
+// Fail, naming the dtypes, where the packed ones differ.
+template <class S>
+void check_product_weight(const Tensor& weight);
+template <class S>
+void check_other_weight(const Tensor& weight);
 
 // The machine that plans are made for: the instruction set in use and torch's threads.
-Machine current_machine(ScalarType compute);
+template <class S>
+Machine current_machine();
 // make_plan, searched once per shape and machine.
 Plan cached_plan(const BlockShape& shape, const Machine& machine);
 
-// Elements of scratch that all workers of a plan need together.
-template <class T>
-int64_t scratch_elements(const Plan& plan);
+// Bytes of scratch that all workers of a plan need together.
+int64_t scratch_bytes(const Plan& plan);
 
 // Memory that the layer after this one reads first: fetched into L2 meanwhile.
 struct Next {
@@ -75,11 +87,12 @@ struct Next {
   int64_t bytes = 0;
 };
 
-template <class T>
+template <class S>
 void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
-               const BlockTensors& w, T* y, T* scratch, Next next = {});
-template <class T>
+               const BlockTensors& w, S* y, void* scratch, Next next = {});
+// sums: [N, C_out] of a pooled layer where S is narrower than its sums, else unused.
+template <class S>
 void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
-                   const Tensor& bias, T* y, Next next = {});
+                   const Tensor& bias, S* y, Compute<S>* sums, Next next = {});
 
 }  // namespace mnv2_fused

@@ -15,6 +15,25 @@ constexpr int64_t kLongestProject = 256;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// A bfloat16 element as it is stored.
+struct BFloat16 {
+  uint16_t bits;
+};
+// What products of S are summed in.
+template <class S>
+struct ComputeOf {
+  using T = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using T = float;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::T;
+// Input channels of a product that lie side by side in packed weights: [C/16][K/depth][16][depth].
+template <class S>
+constexpr int64_t depth = sizeof(Compute<S>) / sizeof(S);
+
 // The stem convolution: 3x3, padding 1, this stride.
 constexpr int64_t kStemStride = 2;
 
@@ -35,25 +54,27 @@ struct BlockShape {
   int64_t hidden_panels() const { return ceil_div(hidden_channels, kPanel); }
   int64_t out_elements() const { return batch * out_height() * out_width() * out_channels; }
   // Products that one expanded element sums.
-  int64_t expand_terms() const {
-    return expand == Expand::kNone ? 0 : in_channels * (expand == Expand::kStem ? 9 : 1);
+  int64_t expand_terms(int64_t depth = 1) const {
+    const int64_t channels = round_up(in_channels, depth);
+    return expand == Expand::kNone ? 0 : channels * (expand == Expand::kStem ? 9 : 1);
   }
   bool operator==(const BlockShape&) const = default;
 };
 
-template <class T>
+// Packed weights are [C/16][K][16], for BFloat16 [C/16][ceil(K/2)][16][2].
+template <class S, class T = Compute<S>>
 struct BlockArgs {
   BlockShape shape;
-  const T* x;                     // [N, H, W, C_in] by the strides below
+  const S* x;                     // [N, H, W, C_in] by the strides below
   int64_t x_image, x_row, x_col;  // element strides
   int64_t x_channel;              // 1 except for a stem
-  const T* w_expand;              // [E/16][C_in][16], of a stem [E/16][9 * C_in][16]
+  const S* w_expand;              // K = C_in, of a stem 9 * C_in (C_in rounded up to an even number)
   const T* b_expand;              // [E/16 * 16]
   const T* w_depthwise;           // [E/16][9][16]
   const T* b_depthwise;           // [E/16 * 16]
-  const T* w_project;             // [C_out/16][E][16]
+  const S* w_project;             // K = E
   const T* b_project;             // [C_out]
-  T* y;                           // [N, H', W', C_out], dense
+  S* y;                           // [N, H', W', C_out], dense
   T* partial;                     // [groups, N, H', W', C_out], when the plan splits the groups
   const void* next = nullptr;     // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
@@ -69,15 +90,16 @@ struct PointwiseShape {
   int64_t panels() const { return ceil_div(out_channels, kPanel); }
 };
 
-template <class T>
+template <class S, class T = Compute<S>>
 struct PointwiseArgs {
   PointwiseShape shape;
   int64_t parts;                  // tasks that share an image's output channels
-  const T* x;                     // [N, H, W, C_in] by the strides below, channels contiguous
+  const S* x;                     // [N, H, W, C_in] by the strides below, channels contiguous
   int64_t x_image, x_row, x_col;  // element strides
-  const T* weight;                // [C_out/16][C_in][16]
+  const S* weight;                // K = C_in
   const T* bias;                  // [C_out/16 * 16]
-  T* y;                           // [N, H, W, C_out], dense; [N, C_out] when pooled
+  S* y;                           // [N, H, W, C_out], dense; [N, C_out] when pooled
+  T* sums;                        // [N, C_out] of a large pooled image: y itself unless it is narrower
   const void* next = nullptr;     // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
 };

@@ -25,6 +25,16 @@ bool constructed(PyObject* self) {
   return reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().holder_constructed();
 }
 
+// Calls f with the kernels for activations of this dtype.
+template <class F>
+auto with_kernels(const std::string& dtype, F f) {
+  const cpu::Isa& isa = cpu::active();
+  if (dtype == "float32") return f(isa.f32);
+  if (dtype == "float64") return f(isa.f64);
+  if (dtype == "bfloat16") return f(isa.bf16);
+  throw py::value_error("dtype must be float32, float64 or bfloat16, got " + dtype);
+}
+
 py::dict to_dict(const Plan& p) {
   using namespace py::literals;
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
@@ -68,14 +78,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "plan",
-      [](py::args dims, int64_t threads, int64_t element_size,
+      [](py::args dims, int64_t threads, const std::string& dtype,
          std::optional<std::vector<int64_t>> forced) {
         if (dims.size() != 9) throw py::value_error("plan takes 9 dimensions");
         const auto at = [&](int i) { return dims[i].cast<int64_t>(); };
         const BlockShape s =
             block_shape(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7) != 0, at(8) != 0);
-        const Machine machine =
-            cpu::machine_for(cpu::active(), threads, element_size, cpu::l2_bytes());
+        const Machine machine = with_kernels(dtype, [&](const auto& kernels) {
+          return kernels.machine(threads, cpu::l2_bytes());
+        });
         if (!forced) return to_dict(make_plan(s, machine));
         if (forced->size() != 4)
           throw py::value_error("plan must be [tile_rows, tile_cols, group, splits], got " +
@@ -83,22 +94,23 @@ PYBIND11_MODULE(_C, m) {
         return to_dict(
             make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]));
       },
-      py::kw_only(), py::arg("threads"), py::arg("element_size"), py::arg("forced") = py::none());
+      py::kw_only(), py::arg("threads"), py::arg("dtype"), py::arg("forced") = py::none());
 
-  // Runs the instruction set's multiply-add loop on each of torch's threads; returns the floating-point
-  // operations done.
+  // Runs the multiply-add loop of a dtype's products on each of torch's threads; returns the
+  // floating-point operations done.
   m.def(
       "multiply_add",
-      [](int64_t rounds) {
-        const cpu::Isa& isa = cpu::active();
+      [](int64_t rounds, const std::string& dtype) {
         const int64_t threads = torch::stable::get_num_threads();
-        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-          for (; begin < end; ++begin) {
-            const float value = isa.multiply_add(rounds);
-            asm volatile("" : : "m"(value));
-          }
+        return with_kernels(dtype, [&](const auto& kernels) {
+          torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+            for (; begin < end; ++begin) {
+              const auto value = kernels.multiply_add(rounds);
+              asm volatile("" : : "m"(value));
+            }
+          });
+          return kernels.flops_per_round * rounds * threads;
         });
-        return isa.flops_per_round * rounds * threads;
       },
       py::call_guard<py::gil_scoped_release>());
 }

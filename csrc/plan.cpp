@@ -53,9 +53,11 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.splits = splits;
   p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
+  const bool narrow = m.storage_size < m.element_size;
+  p.total_aside = narrow && splits == 1 && (p.groups(s) > 1 || group > kLongestProject);
   p.scratch_bytes =
-      (p.expanded_elements(s) + p.depthwise_elements() + p.sum_elements(s) + p.patch_elements(s)) *
-      m.element_size;
+      (p.expanded_elements(s) + p.sum_elements(s) + p.total_elements(s)) * m.element_size +
+      (p.depthwise_elements() + p.patch_elements(s)) * m.storage_size;
 
   // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
@@ -63,7 +65,7 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double out_pixels = double(s.out_height()) * double(s.out_width());
   const double hidden = double(s.hidden_channels);
   p.bytes_never_written = int64_t(
-      double(s.batch) * hidden * double(m.element_size) *
+      double(s.batch) * hidden * double(m.storage_size) *
       (out_pixels + (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
 
   // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Only the
@@ -83,11 +85,14 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
                              double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
   const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
   const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
-  const double lanes = double(m.lanes), element = double(m.element_size), l2 = double(m.l2_bytes);
+  const double lanes = double(m.lanes), element = double(m.storage_size), l2 = double(m.l2_bytes);
+  const double stored = double(m.storage_size) / double(m.element_size);
+  const double depth = double(m.depth);
   // Read again: a group's weights by every band, a tile's x and y by every group.
   const double terms = double(s.expand_terms() + 9 + s.out_channels);
-  const double weights = hidden * terms / lanes * tiles * double(ceil_div(tile_rows, p.band_rows));
-  const double x = in_pixels * double(s.in_channels) / lanes * groups;
+  const double bands = tiles * double(ceil_div(tile_rows, p.band_rows));
+  const double weights = hidden * terms * stored / lanes * bands;
+  const double x = in_pixels * double(s.in_channels) * stored / lanes * groups;
   const double sums = groups * double(ceil_div(group, kLongestProject));
   const double y = out_pixels * out_vectors * (sums - 1) * 2;
   const auto from = [&](double bytes, double room) {
@@ -97,9 +102,10 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
       weights * from(double(p.scratch_bytes) + double(group) * terms * element, l2 * 0.9) +
       x * from(x / groups / tiles * lanes * element, l2 / 4) +
       y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
-  const double image = in_pixels * vectors * (double(s.expand_terms()) * wide + kExpandEpilogue) +
-                       out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
-                       out_pixels * out_vectors * (hidden + sums * kProjectEpilogue) + again;
+  const double image =
+      in_pixels * vectors * (double(s.expand_terms()) / depth * wide + kExpandEpilogue) +
+      out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
+      out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) + again;
   const double rounds = double(ceil_div(p.tasks, p.workers));
   const double share = double(ceil_div(p.groups(s), splits)) / groups;
   p.cost = rounds * (image / tiles * share + kTaskStart);

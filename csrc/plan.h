@@ -11,8 +11,10 @@ namespace mnv2_fused {
 
 struct Machine {
   int64_t threads;
-  int64_t lanes;         // elements of one vector register
-  int64_t element_size;  // bytes
+  int64_t lanes;         // sums in one vector register
+  int64_t element_size;  // bytes of a sum
+  int64_t storage_size;  // bytes of what x, y and the products' weights hold
+  int64_t depth;         // products that one multiply-add puts into a sum
   int64_t l2_bytes;      // per core
   bool operator==(const Machine&) const = default;
 };
@@ -22,6 +24,7 @@ struct Plan {
   int64_t group;                 // expanded channels computed at a time, a multiple of kPanel
   int64_t band_rows;             // output rows that a task works through at a time
   int64_t splits;         // tasks that share a tile's groups; their sums are added up at the end
+  bool total_aside;       // the sums of a tile's groups do not fit y's elements
   int64_t tasks;          // images x tiles x splits
   int64_t workers;        // tasks that run at once, each with its own scratch
   int64_t scratch_bytes;  // per worker
@@ -43,12 +46,16 @@ struct Plan {
     const bool needed = group > kLongestProject && splits == 1 && groups(s) > 1;
     return needed ? round_up(band_rows * tile_cols * s.out_channels, kPanel) : 0;
   }
+  // A tile's sums, wherever y cannot hold them.
+  int64_t total_elements(const BlockShape& s) const {
+    return total_aside ? round_up(tile_rows * tile_cols * s.out_channels, kPanel) : 0;
+  }
   // The part of the image under a stem's window, padding included, up to a full vector.
   int64_t patch_elements(const BlockShape& s) const {
     if (s.expand != Expand::kStem) return 0;
     const int64_t rows = (ring_rows(s) - 1) * kStemStride + 3;
     const int64_t cols = (in_cols(s) - 1) * kStemStride + 3;
-    return round_up(rows * cols * s.in_channels, kPanel);
+    return round_up(rows * cols * round_up(s.in_channels, depth<BFloat16>), kPanel);
   }
 };
 

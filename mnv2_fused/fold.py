@@ -9,9 +9,16 @@ Packed layout (``P = 16``, the panel; ``E16 = ceil(E / 16)``; padding holds zero
     w_project    [ceil(C_out/16), E, 16]   w_project[q, e, l]   = W_p[16 q + l, e]
     b_project    [C_out]
 
+For bfloat16 activations on the CPU, ``w_expand`` and ``w_project`` are bfloat16 and hold pairs of channels, which one
+dot-product instruction multiplies; the rest stays float32::
+
+    w_expand     [E16, ceil(C_in/2), 16, 2]       w_expand[p, i, l, h]  = W_e[16 p + l, 2 i + h]
+    w_project    [ceil(C_out/16), E/2, 16, 2]     w_project[q, e, l, h] = W_p[16 q + l, 2 e + h]
+
 A group of expanded channels is one contiguous block of ``w_expand`` and ``w_depthwise`` and one run of rows in
 each panel of ``w_project``; a kernel's inner loop reads 16 neighbouring output channels per multiplied value.
-``w_project`` and ``b_project`` are not padded along E and C_out, so the packed shapes alone carry the geometry.
+``w_project`` and ``b_project`` are not padded along E and C_out, so the packed shapes alone carry the geometry. (For
+the same reason a block with an odd E is packed for float32, whatever its activations.)
 """
 
 from __future__ import annotations
@@ -87,57 +94,80 @@ def _panels(t: Tensor) -> Tensor:
     return t.reshape(-1, PANEL, t.shape[1]).transpose(1, 2).contiguous()
 
 
-def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of packed weights for activations of ``dtype``: CPU kernels multiply in float32 or float64."""
-    return torch.float32 if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
+def _pairs(panels: Tensor) -> Tensor:
+    """[P, K, 16] -> [P, ceil(K/2), 16, 2], a zero past K."""
+    panels = F.pad(panels, (0, 0, 0, panels.shape[1] % 2))
+    return panels.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+
+
+def packed_dtypes(dtype: torch.dtype, device: torch.device, hidden: int = 0) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of a product's packed weights and of all others, for activations of ``dtype``.
+
+    CPU kernels multiply float32, float64 and pairs of bfloat16, which an odd number of ``hidden`` channels does not
+    come in, and sum bfloat16 in float32. float16 activations are widened to float32.
+    """
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype, dtype
+    return torch.bfloat16 if dtype == torch.bfloat16 and hidden % 2 == 0 else torch.float32, torch.float32
+
+
+def _pack_product(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, K] -> panels of ``dtype``, those of bfloat16 on the CPU in pairs."""
+    panels = _panels(weight.to(dtype))
+    return _pairs(panels) if dtype == torch.bfloat16 and weight.device.type == "cpu" else panels
 
 
 def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32) -> PackedWeights:
     """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(packed_dtype(dtype, t.device))
+    products, others = packed_dtypes(dtype, weights.w_project.device, weights.w_project.shape[1])
 
     def padded(t: Tensor) -> Tensor:
-        return F.pad(cast(t), (0, -t.shape[0] % PANEL))
+        return F.pad(t.to(others), (0, -t.shape[0] % PANEL))
 
     w_expand = b_expand = None
     if weights.w_expand is not None and weights.b_expand is not None:
-        w_expand = _panels(cast(weights.w_expand).flatten(1))
+        w_expand = _pack_product(weights.w_expand.flatten(1), products)
         b_expand = padded(weights.b_expand)
     return PackedWeights(
         w_expand,
         b_expand,
-        _panels(cast(weights.w_depthwise).flatten(1)),
+        _panels(weights.w_depthwise.to(others).flatten(1)),
         padded(weights.b_depthwise),
-        _panels(cast(weights.w_project).flatten(1)),
-        cast(weights.b_project).contiguous(),
+        _pack_product(weights.w_project.flatten(1), products),
+        weights.b_project.to(others).contiguous(),
     )
 
 
 def pack_conv(weight: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """[C_out, C_in, k, k] and [C_out] -> [ceil(C_out/16), k * k * C_in, 16] and [16 ceil(C_out/16)].
 
-    A pixel's values under the kernel come row by row, each row's C_in channels together, as a channels_last image
-    holds them. Used for the stem (k = 3) and the head (k = 1).
+    A pixel's values under the kernel come row by row, each pixel's C_in channels together, as a channels_last image
+    holds them; an odd C_in gets a zero more where bfloat16 comes in pairs. Used for the stem (k = 3) and the head
+    (k = 1).
     """
-    dtype = packed_dtype(dtype, weight.device)
+    products, others = packed_dtypes(dtype, weight.device)
+    taps = weight.permute(0, 2, 3, 1)
+    if products == torch.bfloat16 and weight.device.type == "cpu":
+        taps = F.pad(taps, (0, weight.shape[1] % 2))
     return (
-        _panels(weight.to(dtype).permute(0, 2, 3, 1).flatten(1)),
-        F.pad(bias.to(dtype), (0, -bias.shape[0] % PANEL)),
+        _pack_product(taps.flatten(1), products),
+        F.pad(bias.to(others), (0, -bias.shape[0] % PANEL)),
     )
 
 
-def unpack(packed: PackedWeights) -> BlockWeights:
-    """The inverse of :func:`pack`. Differentiable."""
-    hidden, out_channels = packed.w_project.shape[1], packed.b_project.shape[0]
+def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeights:
+    """The inverse of :func:`pack`. Differentiable. ``in_channels``, if odd, cannot be told from packed pairs."""
+    out_channels = packed.b_project.shape[0]
 
     def rows(t: Tensor, count: int) -> Tensor:
+        if t.dim() == 4:
+            t = t.transpose(2, 3).flatten(1, 2)
         return t.transpose(1, 2).reshape(-1, t.shape[1])[:count]
 
+    hidden = packed.w_project.shape[1] * (packed.w_project.dim() - 2)  # one channel, or pairs of them
     w_expand = b_expand = None
     if packed.w_expand is not None and packed.b_expand is not None:
-        w_expand = rows(packed.w_expand, hidden)[:, :, None, None]
+        w_expand = rows(packed.w_expand, hidden)[:, :in_channels, None, None]
         b_expand = packed.b_expand[:hidden]
     return BlockWeights(
         w_expand,

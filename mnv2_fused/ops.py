@@ -176,7 +176,8 @@ def _backward(ctx, grad: Tensor):
     x, *packed = ctx.saved_tensors
     dtype, stride = packed[-1].dtype, ctx.stride
     packed_weights = PackedWeights(*packed)
-    w = unpack(packed_weights)
+    w = unpack(packed_weights, x.shape[1])
+    w = w._make(None if t is None else t.to(dtype) for t in w)
     x_wide, grad = x.to(dtype), grad.to(dtype)
     hidden = w.w_project.shape[1]
 
@@ -218,11 +219,14 @@ def _backward(ctx, grad: Tensor):
         w_project=g_w_project,
         b_project=grad.sum(sum_pixels),
     )
-    return g_x.to(x.dtype), *pack(grads, dtype), None, None, None
+    return g_x.to(x.dtype), *pack(grads, packed_weights.w_project.dtype), None, None, None
 
 
 def autocast_rule(op: torch._ops.OpOverload):
-    """Under autocast the kernel keeps float32 and only its result takes autocast's dtype, as a conv's would."""
+    """Under autocast the kernel keeps float32 and only its result takes autocast's dtype, as a conv's would.
+
+    Weights that are packed as bfloat16 have no more precision to keep.
+    """
 
     place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
 
@@ -233,7 +237,8 @@ def autocast_rule(op: torch._ops.OpOverload):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
             if x.dtype == torch.float64:  # autocast leaves double alone
                 return op(x, *rest)
-            return op(x.float(), *rest).to(dtype)
+            is_bfloat16 = any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in rest)
+            return op(x.bfloat16() if is_bfloat16 else x.float(), *rest).to(dtype)
 
     return run
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import ops
-from .fold import packed_dtype
+from .fold import packed_dtypes
 
 if TYPE_CHECKING:
     from .block import BlockSpec
@@ -73,18 +73,18 @@ def plan(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
 
-    compute = packed_dtype(dtype, torch.device("cpu"))
+    stored, _ = packed_dtypes(dtype, torch.device("cpu"), spec.hidden_channels)
 
     def make(forced: list[int] | None) -> Plan:
         values = ops._C.plan(
             *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
             *(spec.stride, spec.expand, spec.residual),
             threads=threads or torch.get_num_threads(),
-            element_size=compute.itemsize,
+            dtype=str(stored).removeprefix("torch."),
             forced=forced,
         )
         # An unfused block writes them in x's dtype, however wide the kernel computes.
-        never_written = values.pop("bytes_never_written") // compute.itemsize * dtype.itemsize
+        never_written = values.pop("bytes_never_written") // stored.itemsize * dtype.itemsize
         return Plan(**values, bytes_never_written=never_written)
 
     automatic = make(None)

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
-from .fold import fold_conv_bn, pack_conv
+from .fold import fold_conv_bn, pack_conv, packed_dtypes
 from .module import FusedInvertedResidual
 from .ops import LayerKind
 from .watch import Watch, lasting, parameters_of
@@ -124,7 +124,11 @@ def _is_conv(module: nn.Module, name: str) -> bool:
 def _block_can_run(block: FusedInvertedResidual) -> bool:
     if block.backend == "eager" or "forward" in vars(block) or layers.has_hooks(block):
         return False
-    return block.packed_for_sequence() is not None
+    packed = block.packed_for_sequence()
+    if packed is None:
+        return False
+    dtype = block._sources()[0][0].dtype
+    return packed.w_project.dtype == packed_dtypes(dtype, packed.w_project.device)[0]  # as every layer's of one run
 
 
 class _Run:

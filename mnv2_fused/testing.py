@@ -262,20 +262,20 @@ def peak_activation_bytes(call: Callable[[], object]) -> int:
 _PEAK_ROUNDS = 300_000  # about a millisecond
 
 
-def multiply_adds_at_peak() -> int:
+def multiply_adds_at_peak(dtype: torch.dtype = torch.float32) -> int:
     """Runs the instruction set's multiply-add loop on each of torch's threads; returns the operations done.
 
     Time it beside a kernel (:func:`interleave`): a shared machine's clock wanders, their ratio does not.
     """
-    return ops._C.multiply_add(_PEAK_ROUNDS)
+    return ops._C.multiply_add(_PEAK_ROUNDS, str(dtype).removeprefix("torch."))
 
 
-def of_peak(operations: float, timing: Timing, peak: Timing) -> float:
+def of_peak(operations: float, timing: Timing, peak: Timing, dtype: torch.dtype = torch.float32) -> float:
     """``operations`` per call, over what :func:`multiply_adds_at_peak` did in the same time: median over rounds.
 
     Call it with the number of threads that ``peak`` was timed with.
     """
-    per_call = multiply_adds_at_peak()
+    per_call = multiply_adds_at_peak(dtype)
     return statistics.median(
         operations / seconds / (per_call / at_peak)
         for seconds, at_peak in zip(timing.seconds, peak.seconds, strict=True)

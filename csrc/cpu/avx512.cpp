@@ -17,53 +17,9 @@
 #define MNV2_INLINE inline __attribute__((always_inline))
 
 namespace mnv2_fused::cpu::avx512 {
+#include "avx512_vectors.h"
+
 namespace {
-
-struct F32x8 {
-  using T = float;
-  using Half = F32x8;
-  static constexpr int64_t kLanes = 8;
-  static constexpr int kRegisters = 32;
-  __m256 v;
-
-  static MNV2_INLINE __mmask8 mask(int64_t n) { return __mmask8((1u << n) - 1); }
-  static MNV2_INLINE F32x8 load(const T* p) { return {_mm256_loadu_ps(p)}; }
-  static MNV2_INLINE F32x8 load_partial(const T* p, int64_t n) {
-    return {_mm256_maskz_loadu_ps(mask(n), p)};
-  }
-  MNV2_INLINE void store(T* p) const { _mm256_storeu_ps(p, v); }
-  MNV2_INLINE void store_partial(T* p, int64_t n) const { _mm256_mask_storeu_ps(p, mask(n), v); }
-  static MNV2_INLINE F32x8 set1(T s) { return {_mm256_set1_ps(s)}; }
-  static MNV2_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
-    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
-  }
-  static MNV2_INLINE F32x8 add(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
-  static MNV2_INLINE F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
-  static MNV2_INLINE F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
-};
-
-struct F32x16 {
-  using T = float;
-  using Half = F32x8;
-  static constexpr int64_t kLanes = 16;
-  static constexpr int kRegisters = 32;
-  __m512 v;
-
-  static MNV2_INLINE __mmask16 mask(int64_t n) { return __mmask16((1u << n) - 1); }
-  static MNV2_INLINE F32x16 load(const T* p) { return {_mm512_loadu_ps(p)}; }
-  static MNV2_INLINE F32x16 load_partial(const T* p, int64_t n) {
-    return {_mm512_maskz_loadu_ps(mask(n), p)};
-  }
-  MNV2_INLINE void store(T* p) const { _mm512_storeu_ps(p, v); }
-  MNV2_INLINE void store_partial(T* p, int64_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
-  static MNV2_INLINE F32x16 set1(T s) { return {_mm512_set1_ps(s)}; }
-  static MNV2_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
-    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
-  }
-  static MNV2_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-  static MNV2_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
-  static MNV2_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-};
 
 struct F64x8 {
   using T = double;
@@ -94,25 +50,9 @@ struct F64x8 {
 #include "kernel.h"
 #include "peak.h"
 
+constinit const Kernels<float> kF32 = kernels_of<F32x16, float>();
+constinit const Kernels<double> kF64 = kernels_of<F64x8, double>();
+
 }  // namespace mnv2_fused::cpu::avx512
 #pragma GCC pop_options
-
-namespace mnv2_fused::cpu {
-
-const Isa kAvx512{
-    "avx512",
-    64,
-    [] {
-      return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
-    },
-    {&avx512::run_tile<avx512::F32x16>, &avx512::add_row<avx512::F32x16>,
-     &avx512::run_pointwise<avx512::F32x16>},
-    {&avx512::run_tile<avx512::F64x8>, &avx512::add_row<avx512::F64x8>,
-     &avx512::run_pointwise<avx512::F64x8>},
-    &avx512::multiply_add<avx512::F32x16>,
-    2 * 16 * avx512::kChains,
-};
-
-}  // namespace mnv2_fused::cpu
 #endif

@@ -33,14 +33,28 @@ const Isa* preferred() {
 
 std::atomic<const Isa*> g_active{nullptr};
 
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 }  // namespace
 
 const std::vector<Isa>& compiled() {
+  static const std::vector<Isa> kIsas {
 #if defined(__x86_64__)
-  static const std::vector<Isa> kIsas{kAvx512, kAvx2, kPortable};
-#else
-  static const std::vector<Isa> kIsas{kPortable};
+    {"avx512_bf16",
+     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+     avx512::kF32, avx512::kF64, avx512_bf16::kBf16},
+    // Widening pairs takes AVX2 as long as it takes AVX-512.
+    {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16},
+    {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16},
 #endif
+    {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16},
+  };
   return kIsas;
 }
 

@@ -8,41 +8,43 @@
 
 namespace mnv2_fused::cpu {
 
-template <class T>
-using RunTile = void (*)(const BlockArgs<T>&, const Plan&, int64_t task, T* scratch);
-
-// Adds up the groups' sums of one output row, counted over the batch, when the plan splits them.
-template <class T>
-using AddRow = void (*)(const BlockArgs<T>&, const Plan&, int64_t row);
-
-template <class T>
-using RunPointwise = void (*)(const PointwiseArgs<T>&, int64_t task);  // task: image x part
-
-template <class T>
+// The kernels for activations and weights stored as S: float, double or BFloat16.
+template <class S>
 struct Kernels {
-  RunTile<T> run_tile;
-  AddRow<T> add_row;
-  RunPointwise<T> run_pointwise;
+  using T = Compute<S>;
+
+  void (*run_tile)(const BlockArgs<S>&, const Plan&, int64_t task, T* scratch);
+  // Adds up the groups' sums of one output row, counted over the batch, when the plan splits them.
+  void (*add_row)(const BlockArgs<S>&, const Plan&, int64_t row);
+  void (*run_pointwise)(const PointwiseArgs<S>&, int64_t task);  // task: image x part
+  // Does rounds x flops_per_round floating-point operations of the products' kind, a multiply-add
+  // being two; the return value only keeps them alive. For the peak meter.
+  T (*multiply_add)(int64_t rounds);
+  int64_t flops_per_round;
+  int64_t lanes;  // sums in a vector
+  int64_t depth;  // products that one multiply-add puts into a sum
+
+  Machine machine(int64_t threads, int64_t l2_bytes) const {
+    return {threads, lanes, int64_t{sizeof(T)}, int64_t{sizeof(S)}, depth, l2_bytes};
+  }
 };
 
 struct Isa {
   const char* name;
-  int64_t vector_bytes;
   bool (*supported)();  // by this processor and operating system
   Kernels<float> f32;
   Kernels<double> f64;
-  // Does rounds x flops_per_round floating-point operations, a multiply-add being two; the return value
-  // only keeps them alive. For the peak meter.
-  float (*multiply_add)(int64_t rounds);
-  int64_t flops_per_round;
+  Kernels<BFloat16> bf16;
 };
 
-template <class T>
-const Kernels<T>& kernels(const Isa& isa) {
-  if constexpr (sizeof(T) == sizeof(float))
+template <class S>
+const Kernels<S>& kernels(const Isa& isa) {
+  if constexpr (std::is_same_v<S, float>)
     return isa.f32;
-  else
+  else if constexpr (std::is_same_v<S, double>)
     return isa.f64;
+  else
+    return isa.bf16;
 }
 
 // Best first; the last one runs everywhere.
@@ -54,13 +56,26 @@ const Isa& active();
 // Switches at run time (tests, sweeps); an empty name restores the default.
 void set_active(const std::string& name);
 
-inline Machine machine_for(const Isa& isa, int64_t threads, int64_t element_size,
-                           int64_t l2_bytes) {
-  return {threads, isa.vector_bytes / element_size, element_size, l2_bytes};
-}
 // Size of this machine's per-core L2, or 512 KiB where the system does not tell.
 int64_t l2_bytes();
 
-extern const Isa kAvx512, kAvx2, kPortable;
+// What each instruction set's file defines; Isa structures are put together in isa.cpp.
+namespace avx512 {
+extern const Kernels<float> kF32;
+extern const Kernels<double> kF64;
+}  // namespace avx512
+namespace avx512_bf16 {
+extern const Kernels<BFloat16> kBf16;
+}
+namespace avx2 {
+extern const Kernels<float> kF32;
+extern const Kernels<double> kF64;
+extern const Kernels<BFloat16> kBf16;
+}  // namespace avx2
+namespace portable {
+extern const Kernels<float> kF32;
+extern const Kernels<double> kF64;
+extern const Kernels<BFloat16> kBf16;
+}  // namespace portable
 
 }  // namespace mnv2_fused::cpu

@@ -1,19 +1,22 @@
-// The fused block for one tile of output pixels, written once over a vector type V.
+// The fused block for one tile of output pixels, written once over a vector type V and the type S of
+// stored elements: V's own type T, or BFloat16, whose products are summed in V.
 //
-// Include inside an instruction set's own .cpp, after its `#pragma GCC target`, MNV2_INLINE and V:
-// everything here has internal linkage, so no code compiled for one instruction set can serve
-// another.
+// Include inside an instruction set's own .cpp, after its `#pragma GCC target`, MNV2_INLINE and V (and
+// Bf16<V> for BFloat16): everything here has internal linkage, so no code compiled for one instruction
+// set can serve another.
 //
 // Stages, for each group of expanded channels:
-//   expand     x tile + halo -> expanded   [group/16][ring rows][in_cols][16], 0 outside the image
-//              (a stem reads x from a patch [rows][cols][C_in] with its padding)
-//   depthwise  expanded      -> depthwise  [group/16][band pixels][16]
-//   project    depthwise     -> y, the groups' sums added up in place or, when split, by add_row
+//   expand     x tile + halo -> expanded   T [group/16][ring rows][in_cols][16], 0 outside the image
+//              (a stem reads x from a patch S [rows][cols][C_in] with its padding)
+//   depthwise  expanded      -> depthwise  S [group/16][band pixels][16]
+//   project    depthwise     -> y, the groups' sums added up in place (in a buffer of T where y is
+//              narrower) or, when split, by add_row
 //
 // Every output element sums its terms in an order that depends on the group alone: bias and the
 // first channels ascending, then the sum of each further run of channels (shorter sums round less
-// than one over all channels), those of a group before those of the next, and x last, since a large x would coarsen every rounding before it. Taps
-// and input channels ascend. So results are identical bit for bit over tiles, splits and threads.
+// than one over all channels), those of a group before those of the next, and x last, since a large
+// x would coarsen every rounding before it. Taps and input channels ascend. So results are identical
+// bit for bit over tiles, splits and threads.
 #pragma once
 
 #define MNV2_INLINE_LAMBDA __attribute__((always_inline))
@@ -60,6 +63,38 @@ MNV2_INLINE void unrolled(F f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
+// Elements of S and how V multiplies them. kDepth neighbouring ones make up one lane of a factor;
+// kParts multiply-adds go over them.
+template <class V, class S>
+struct Elements;
+template <class V>
+struct Elements<V, typename V::T> {
+  using T = typename V::T;
+  static constexpr int kParts = 1;
+  static MNV2_INLINE V load(const T* p) { return V::load(p); }
+  static MNV2_INLINE V load_partial(const T* p, int64_t n) { return V::load_partial(p, n); }
+  static MNV2_INLINE void store(V v, T* p) { v.store(p); }
+  static MNV2_INLINE void store_partial(V v, T* p, int64_t n) { v.store_partial(p, n); }
+  template <int>
+  static MNV2_INLINE V value(const T* p) {
+    return V::set1(*p);
+  }
+  template <int>
+  static MNV2_INLINE V weights(const T* p) {
+    return V::load(p);
+  }
+  static MNV2_INLINE V multiply_add(V value, V weights, V sum) {
+    return V::fma(value, weights, sum);
+  }
+};
+#ifdef MNV2_BFLOAT16
+template <class V>
+struct Elements<V, BFloat16> : Bf16<V> {};
+#endif
+
+template <class S>
+constexpr int64_t kDepth = depth<S>;
+
 // What a kernel fetches into L2 while it multiplies: `step` bytes on with every term.
 struct Fetch {
   const char* from;
@@ -92,55 +127,88 @@ class Ahead {
   int64_t left_ = 0, done_ = 0, run_ = 1, pitch_ = 0, share_ = 0;
 };
 
-// acc[i][j] += sum over k of a(i, k) * w[j][16 k]
-template <class V, int R, int N, class A>
-MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const typename V::T* const (&w)[N],
-                          int64_t terms, Fetch& fetch) {
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < terms; ++k) {
-    __builtin_prefetch(fetch.from, 0, 2);
-    fetch.from += fetch.step;
-    V row[N];
-    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { row[j] = V::load(w[j] + k * kPanel); });
-    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
-      const V value = V::set1(a(i, k));
-      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { acc[i][j] = V::fma(value, row[j], acc[i][j]); });
-    });
-  }
-}
-
-// Vector j of a panel-major buffer starts at this element.
-template <class V>
+// Vector j of a panel-major buffer, whose lanes are kDeep elements, starts at this element.
+template <class V, int64_t kDeep = 1>
 MNV2_INLINE int64_t vector_offset(int64_t vector, int64_t panel_stride) {
   constexpr int64_t kPerPanel = kPanel / V::kLanes;
-  return vector / kPerPanel * panel_stride + vector % kPerPanel * V::kLanes;
+  return vector / kPerPanel * panel_stride + vector % kPerPanel * V::kLanes * kDeep;
+}
+
+// acc[i][j] += sum over k of *a(i, k) * w[j][16 k]
+template <class V, class S, int R, int N, class A>
+MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const S* const (&w)[N], int64_t terms,
+                          Fetch& fetch) {
+  using E = Elements<V, S>;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k + kDepth<S> <= terms; k += kDepth<S>) {
+    __builtin_prefetch(fetch.from, 0, 2);
+    fetch.from += fetch.step;
+    unrolled<E::kParts>([&](auto part) MNV2_INLINE_LAMBDA {
+      using Factor = decltype(E::template weights<part>(w[0]));
+      Factor row[N];
+      unrolled<N>([&](auto j)
+                      MNV2_INLINE_LAMBDA { row[j] = E::template weights<part>(w[j] + k * kPanel); });
+      unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+        const Factor value = E::template value<part>(a(i, k));
+        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+          acc[i][j] = E::multiply_add(value, row[j], acc[i][j]);
+        });
+      });
+    });
+  }
+  if constexpr (kDepth<S> > 1) {
+    if (terms % kDepth<S> == 0) return;
+    // One element is left: what lies behind it is not its neighbour.
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+      const S pair[2] = {*a(i, terms - 1), S{}};
+      unrolled<E::kParts>([&](auto part) MNV2_INLINE_LAMBDA {
+        const auto value = E::template value<part>(pair);
+        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+          const auto row = E::template weights<part>(w[j] + (terms - 1) * kPanel);
+          acc[i][j] = E::multiply_add(value, row, acc[i][j]);
+        });
+      });
+    });
+  }
 }
 
 // The most terms that one accumulator sums: past it, every further term would be rounded to the size
 // of a long sum.
 constexpr int64_t kLongestSum = 160;
 
-template <class T>
-struct ExpandTile {
-  const T* x[12];    // input pixels
-  T* expanded[12];   // where each pixel's first vector goes
-  int64_t panel;     // elements between panels of `expanded`
-  const T* weights;  // [group/16][C_in][16]
-  const T* bias;     // [group]
+// A 1x1 product: pixels x vectors of channels.
+template <class S, class T = Compute<S>>
+struct Product {
+  const S* x[12];    // pixels
+  const S* weights;  // [channels/16][C_in][16]
+  const T* bias;     // [channels]
   int64_t in_channels;
-  int64_t vector;       // first vector of this tile
-  T low = 0, high = 6;  // of the activation
+  int64_t vector;  // first vector of this tile
   Fetch fetch{};
 };
 
+// Its results, stored as O.
+template <class S, class O>
+struct ExpandTile : Product<S> {
+  O* expanded[12];                // where each pixel's first vector goes
+  int64_t panel;                  // elements between panels of `expanded`
+  Compute<S> low = 0, high = 6;  // of the activation
+};
+
+template <class V, class S, int N>
+MNV2_INLINE void weight_rows(const Product<S>& t, const S* (&w)[N]) {
+  const int64_t panel = round_up(t.in_channels, kDepth<S>) * kPanel;
+  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+    w[j] = t.weights + vector_offset<V, kDepth<S>>(t.vector + j, panel);
+  });
+}
+
 // acc[i][j] += sum over k of x[i][k] * w[j][16 k], in chunks. By way of memory, where acc is no
 // array of registers, and in a function of its own: kernels without such sums must not pay for them.
-template <class V, int R, int N>
-__attribute__((noinline)) void chunk_sums(const ExpandTile<typename V::T>& t, typename V::T* sums) {
-  const typename V::T* w[N];
-  unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-    w[j] = t.weights + vector_offset<V>(t.vector + j, t.in_channels * kPanel);
-  });
+template <class V, class S, int R, int N>
+__attribute__((noinline)) void chunk_sums(const Product<S>& t, typename V::T* sums) {
+  const S* w[N];
+  weight_rows<V, S, N>(t, w);
   Fetch fetch = t.fetch;
   for (int64_t k = 0; k < t.in_channels; k += kLongestSum) {
     const int64_t left = t.in_channels - k;
@@ -148,10 +216,10 @@ __attribute__((noinline)) void chunk_sums(const ExpandTile<typename V::T>& t, ty
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { acc[i][j] = V::set1(0); });
     });
-    const typename V::T* x[R];
+    const S* x[R];
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { x[i] = t.x[i] + k; });
-    const auto value = [&](auto i, int64_t c) MNV2_INLINE_LAMBDA { return x[i][c]; };
-    multiply<V, R, N>(acc, value, w, left < kLongestSum ? left : kLongestSum, fetch);
+    const auto value = [&](auto i, int64_t c) MNV2_INLINE_LAMBDA { return x[i] + c; };
+    multiply<V, S, R, N>(acc, value, w, left < kLongestSum ? left : kLongestSum, fetch);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
         typename V::T* const p = sums + (i * N + j) * V::kLanes;
@@ -161,14 +229,14 @@ __attribute__((noinline)) void chunk_sums(const ExpandTile<typename V::T>& t, ty
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kLongestSum * kPanel; });
   }
 }
-template <class V, int R, int N>
-MNV2_INLINE void sum_in_chunks(const ExpandTile<typename V::T>& t, V (&acc)[R][N]) {
+template <class V, class S, int R, int N>
+MNV2_INLINE void sum_in_chunks(const Product<S>& t, V (&acc)[R][N]) {
   typename V::T sums[R * N * V::kLanes];
   unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
     unrolled<N>([&](auto j)
                     MNV2_INLINE_LAMBDA { acc[i][j].store(sums + (i * N + j) * V::kLanes); });
   });
-  chunk_sums<V, R, N>(t, sums);
+  chunk_sums<V, S, R, N>(t, sums);
   unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
     unrolled<N>([&](auto j)
                     MNV2_INLINE_LAMBDA { acc[i][j] = V::load(sums + (i * N + j) * V::kLanes); });
@@ -176,137 +244,143 @@ MNV2_INLINE void sum_in_chunks(const ExpandTile<typename V::T>& t, V (&acc)[R][N
 }
 
 // kSum: adds the pixels up into expanded[0] instead of storing each.
-template <class V, int R, int N, bool kSum>
-void expand_tile(const ExpandTile<typename V::T>& t) {
-  using T = typename V::T;
-  const T* w[N];
-  const T* x[R];
+template <class V, class S, class O, int R, int N, bool kSum>
+void expand_tile(const ExpandTile<S, O>& t) {
+  const S* w[N];
+  const S* x[R];
   V acc[R][N];
   unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { x[i] = t.x[i]; });
+  weight_rows<V, S, N>(t, w);
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-    w[j] = t.weights + vector_offset<V>(t.vector + j, t.in_channels * kPanel);
     const V bias = V::load(t.bias + (t.vector + j) * V::kLanes);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
   });
-  const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return x[i][k]; };
+  const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return x[i] + k; };
   Fetch fetch = t.fetch;
   if (t.in_channels <= kLongestSum)
-    multiply<V, R, N>(acc, value, w, t.in_channels, fetch);
+    multiply<V, S, R, N>(acc, value, w, t.in_channels, fetch);
   else
-    sum_in_chunks<V, R, N>(t, acc);
+    sum_in_chunks<V, S, R, N>(t, acc);
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     const int64_t offset = vector_offset<V>(t.vector + j, t.panel);
     const V low = V::set1(t.low), high = V::set1(t.high);
     V sum = clamp(acc[0][j], low, high);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       if constexpr (!kSum)
-        clamp(acc[i][j], low, high).store(t.expanded[i] + offset);
+        Elements<V, O>::store(clamp(acc[i][j], low, high), t.expanded[i] + offset);
       else if constexpr (i > 0)
         sum = V::add(sum, clamp(acc[i][j], low, high));
     });
-    if constexpr (kSum) sum.store(t.expanded[0] + offset);
+    if constexpr (kSum) Elements<V, O>::store(sum, t.expanded[0] + offset);
   });
 }
 
-template <class T>
+template <class S, class T = Compute<S>>
 struct StemTile {
-  const T* patch;     // first value under the first pixel, [rows][cols][C_in]
+  const S* patch;     // first value under the first pixel, [rows][cols][channels]
   int64_t patch_row;  // elements
-  int64_t step;       // elements from one pixel to the next
+  int64_t channels;   // of the patch: C_in up to a multiple of kDepth
   T* expanded;        // where the first pixel's first vector goes; the others follow it
   int64_t panel;      // elements between panels of `expanded`
-  const T* weights;   // [group/16][9 * C_in][16]
+  const S* weights;   // [group/16][9 * channels][16]
   const T* bias;      // [group]
-  int64_t in_channels;
-  int64_t vector;  // first vector of this tile
+  int64_t vector;     // first vector of this tile
   Fetch fetch{};
 };
 
-// kStep: the step, when known beforehand: then no pixel needs a pointer of its own.
-template <class V, int R, int N, int kStep>
-void stem_tile(const StemTile<typename V::T>& t) {
-  using T = typename V::T;
-  const T* w[N];
+// kChannels: of the patch, when known beforehand: then no pixel needs a pointer of its own.
+template <class V, class S, int R, int N, int kChannels>
+void stem_tile(const StemTile<S>& t) {
+  const S* w[N];
   V acc[R][N];
-  const int64_t run = 3 * t.in_channels, step = kStep ? kStep : t.step;
+  const int64_t channels = kChannels ? kChannels : t.channels;
+  const int64_t run = 3 * channels, step = kStemStride * channels;
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-    w[j] = t.weights + vector_offset<V>(t.vector + j, 3 * run * kPanel);
+    w[j] = t.weights + vector_offset<V, kDepth<S>>(t.vector + j, 3 * run * kPanel);
     const V bias = V::load(t.bias + (t.vector + j) * V::kLanes);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = bias; });
   });
-  const T* patch = t.patch;
+  const S* patch = t.patch;
   Fetch fetch = t.fetch;
-  const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return patch[i * step + k]; };
+  const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return patch + i * step + k; };
   for (int ky = 0; ky < 3; ++ky, patch += t.patch_row) {
-    multiply<V, R, N>(acc, value, w, run, fetch);
+    multiply<V, S, R, N>(acc, value, w, run, fetch);
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += run * kPanel; });
   }
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-    T* const out = t.expanded + vector_offset<V>(t.vector + j, t.panel);
+    auto* const out = t.expanded + vector_offset<V>(t.vector + j, t.panel);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { relu6(acc[i][j]).store(out + i * kPanel); });
   });
 }
 
-template <class T>
+template <class S, class T = Compute<S>>
 struct ProjectTile {
-  const T* panels;     // [terms/16][band pixels][16]
-  const T* depthwise;  // of them, the first pixel
+  const S* panels;     // [terms/16][band pixels][16]
+  const S* depthwise;  // of them, the first pixel
   int64_t panel;       // elements between its panels
-  const T* weights;    // this group's first row of the tile's first panel, [..][E][16]
+  const S* weights;    // this group's first row of the tile's first panel, [..][E][16]
   int64_t hidden;      // E
   int64_t terms;       // expanded channels in this group
-  T* y[12];            // output pixels, at the tile's first channel
-  const T* x[12];      // what a residual adds to them
+  T* sum[12];          // where the pixels' sums so far lie, at the tile's first channel: in y, or aside
+  S* y[12];            // output pixels
+  const S* x[12];      // what a residual adds to them
   const T* bias;       // what the first group's sum starts from, else null
-  bool add_y;          // after a further group, y holds the sum of those before
+  bool add_sum;        // after a further group: what lies at `sum` counts
   bool add_x;          // after the last group of a residual block
+  bool finished;       // the result goes to y
   int64_t lanes;       // valid lanes, when partial
-  int64_t half;        // element offset inside the first panel
+  int64_t half;        // channel offset inside the first panel
   Fetch fetch{};
 };
 
-template <class V, int R, int N, bool kPartial>
-void project_tile(const ProjectTile<typename V::T>& t) {
-  using T = typename V::T;
-  const auto load = [&](const T* p) MNV2_INLINE_LAMBDA {
-    if constexpr (kPartial) return V::load_partial(p, t.lanes);
-    return V::load(p);
+template <class V, class S, int R, int N, bool kPartial>
+void project_tile(const ProjectTile<S>& t) {
+  const auto load = [&]<class O>(const O* p) MNV2_INLINE_LAMBDA {
+    if constexpr (kPartial) return Elements<V, O>::load_partial(p, t.lanes);
+    return Elements<V, O>::load(p);
   };
-  const T* w[N];
+  const auto store = [&]<class O>(V v, O* p) MNV2_INLINE_LAMBDA {
+    if constexpr (kPartial)
+      Elements<V, O>::store_partial(v, p, t.lanes);
+    else
+      Elements<V, O>::store(v, p);
+  };
+  const S* w[N];
   V acc[R][N];
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-    w[j] = t.weights + vector_offset<V>(j + t.half / V::kLanes, t.hidden * kPanel);
+    w[j] = t.weights + vector_offset<V, kDepth<S>>(j + t.half / V::kLanes, t.hidden * kPanel);
     const V start = t.bias ? load(t.bias + j * V::kLanes) : V::set1(0);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = start; });
   });
-  const T* depthwise = t.depthwise;
+  const S* depthwise = t.depthwise;
   const auto value = [&](auto i, int64_t c)
-                         MNV2_INLINE_LAMBDA { return depthwise[i * kPanel + c]; };
+                         MNV2_INLINE_LAMBDA { return depthwise + i * kPanel + c; };
   int64_t left = t.terms;
   Fetch fetch = t.fetch;
   for (; left >= kPanel; left -= kPanel, depthwise += t.panel) {
-    multiply<V, R, N>(acc, value, w, kPanel, fetch);
+    multiply<V, S, R, N>(acc, value, w, kPanel, fetch);
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kPanel * kPanel; });
   }
-  multiply<V, R, N>(acc, value, w, left, fetch);
+  multiply<V, S, R, N>(acc, value, w, left / kDepth<S> * kDepth<S>, fetch);
   unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-      T* const p = t.y[i] + j * V::kLanes;
       V y = acc[i][j];
-      if (t.add_y) y = V::add(y, load(p));
+      if (t.add_sum) y = V::add(y, load(t.sum[i] + j * V::kLanes));
       if (t.add_x) y = V::add(y, load(t.x[i] + j * V::kLanes));
-      if constexpr (kPartial)
-        y.store_partial(p, t.lanes);
+      if constexpr (kDepth<S> == 1)
+        store(y, t.sum[i] + j * V::kLanes);
+      else if (t.finished)
+        store(y, t.y[i] + j * V::kLanes);
       else
-        y.store(p);
+        store(y, t.sum[i] + j * V::kLanes);
     });
   });
 }
 
 // `cols` outputs of one depthwise row, one vector of channels: all taps from three expanded rows.
-template <class V, int S, int C>
+template <class V, int S, int C, class O>
 MNV2_INLINE void depthwise_cols(const typename V::T* const (&rows)[3], int64_t col,
-                                const typename V::T* weights, V bias, typename V::T* out) {
+                                const typename V::T* weights, V bias, O* out) {
   V acc[C];
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
   unrolled<3>([&](auto ky) MNV2_INLINE_LAMBDA {
@@ -314,7 +388,9 @@ MNV2_INLINE void depthwise_cols(const typename V::T* const (&rows)[3], int64_t c
     unrolled<3>([&](auto kx)
                     MNV2_INLINE_LAMBDA { tap[kx] = V::load(weights + (ky * 3 + kx) * kPanel); });
     unrolled<(C - 1) * S + 3>([&](auto i) MNV2_INLINE_LAMBDA {
-      const V v = V::load(rows[ky] + (col * S + i) * kPanel);
+      V v = V::load(rows[ky] + (col * S + i) * kPanel);
+      // One load for up to three products: left to itself, the compiler makes it an operand of each.
+      asm volatile("" : V_KEEP(v.v));
       unrolled<3>([&](auto kx) MNV2_INLINE_LAMBDA {
         constexpr int kFirst = decltype(i)::value - decltype(kx)::value, kOut = kFirst / S;
         if constexpr (kFirst >= 0 && kFirst % S == 0 && kOut < C)
@@ -322,12 +398,14 @@ MNV2_INLINE void depthwise_cols(const typename V::T* const (&rows)[3], int64_t c
       });
     });
   });
-  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { relu6(acc[c]).store(out + (col + c) * kPanel); });
+  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
+    Elements<V, O>::store(relu6(acc[c]), out + (col + c) * kPanel);
+  });
 }
 
-template <class V, int S>
+template <class V, int S, class O>
 void depthwise_row(const typename V::T* const (&rows)[3], const typename V::T* weights,
-                   const typename V::T* bias, typename V::T* out, int64_t cols) {
+                   const typename V::T* bias, O* out, int64_t cols) {
   const V b = V::load(bias);
   int64_t col = 0;
   for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
@@ -351,22 +429,22 @@ void depthwise_row(const typename V::T* const (&rows)[3], const typename V::T* w
 }
 
 // Function tables over the number of rows: entry r - 1 handles r pixels.
-template <class V, int N, bool kSum, int... R>
+template <class V, class S, class O, int N, bool kSum, int... R>
 auto expand_table(std::integer_sequence<int, R...>) {
-  static constexpr decltype(&expand_tile<V, 1, N, kSum>) kTable[] = {
-      &expand_tile<V, R + 1, N, kSum>...};
+  static constexpr decltype(&expand_tile<V, S, O, 1, N, kSum>) kTable[] = {
+      &expand_tile<V, S, O, R + 1, N, kSum>...};
   return kTable;
 }
-template <class V, int N, int kStep, int... R>
+template <class V, class S, int N, int kChannels, int... R>
 auto stem_table(std::integer_sequence<int, R...>) {
-  static constexpr decltype(&stem_tile<V, 1, N, kStep>) kTable[] = {
-      &stem_tile<V, R + 1, N, kStep>...};
+  static constexpr decltype(&stem_tile<V, S, 1, N, kChannels>) kTable[] = {
+      &stem_tile<V, S, R + 1, N, kChannels>...};
   return kTable;
 }
-template <class V, int N, bool kPartial, int... R>
+template <class V, class S, int N, bool kPartial, int... R>
 auto project_table(std::integer_sequence<int, R...>) {
-  static constexpr decltype(&project_tile<V, 1, N, kPartial>) kTable[] = {
-      &project_tile<V, R + 1, N, kPartial>...};
+  static constexpr decltype(&project_tile<V, S, 1, N, kPartial>) kTable[] = {
+      &project_tile<V, S, R + 1, N, kPartial>...};
   return kTable;
 }
 template <class V, int N>
@@ -387,17 +465,18 @@ MNV2_INLINE void with_vectors(int n, F f) {
 //
 // It works down the image in bands of output rows. The expanded rows of one band lie in a ring: those
 // that the next band needs, too, stay, and no row is computed twice.
-template <class V>
+template <class V, class S>
 class Tile {
   using T = typename V::T;
-  static constexpr int64_t kBytes = sizeof(T);
+  static constexpr int64_t kBytes = sizeof(S);
 
  public:
-  Tile(const BlockArgs<T>& args, const Plan& plan, int64_t task, T* scratch)
+  Tile(const BlockArgs<S>& args, const Plan& plan, int64_t task, T* scratch)
       : a_(args), s_(args.shape), plan_(plan), expanded_(scratch) {
-    depthwise_ = scratch + plan.expanded_elements(s_);
-    sum_ = depthwise_ + plan.depthwise_elements();
-    patch_ = sum_ + plan.sum_elements(s_);
+    sum_ = scratch + plan.expanded_elements(s_);
+    total_ = sum_ + plan.sum_elements(s_);
+    depthwise_ = reinterpret_cast<S*>(total_ + plan.total_elements(s_));
+    patch_ = depthwise_ + plan.depthwise_elements();
     const int64_t across = plan.tiles_across(s_), down = plan.tiles_down(s_);
     split_ = task % plan.splits;
     task /= plan.splits;
@@ -416,7 +495,7 @@ class Tile {
     x_ = args.x + image * args.x_image;
     if (s_.expand != Expand::kStem)
       x_ += (row_ * s_.stride - 1) * args.x_row + (col_ * s_.stride - 1) * args.x_col;
-    y_offset_ = ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
+    out_ = ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
     panel_ = ring_ * in_cols_ * kPanel;
   }
 
@@ -427,7 +506,16 @@ class Tile {
     for (int64_t g = groups * split_ / splits; g <= last_group; ++g) {
       const int64_t first = g * plan_.group;
       const int64_t channels = least(plan_.group, s_.hidden_channels - first);
-      y_ = y_offset_ + (splits > 1 ? a_.partial + g * s_.out_elements() : a_.y);
+      y_ = a_.y + out_;
+      sums_row_ = s_.out_width() * s_.out_channels;
+      if (splits > 1) {
+        sums_ = a_.partial + g * s_.out_elements() + out_;
+      } else if constexpr (kDepth<S> == 1) {
+        sums_ = y_;
+      } else {
+        sums_ = total_;
+        sums_row_ = cols_ * s_.out_channels;
+      }
       for (int64_t row = 0, done = 0; row < rows_; row += plan_.band_rows) {
         const int64_t band = least(plan_.band_rows, rows_ - row);
         const int64_t needed = (row + band - 1) * s_.stride + 3;
@@ -491,9 +579,9 @@ class Tile {
       return {x_ + first * a_.x_row, planes * run, run, a_.x_channel * kBytes, calls};
     }
     if (last_group) return {a_.next, a_.next_bytes, a_.next_bytes, 0, calls};
-    const int64_t bytes =
-        least(plan_.group, s_.hidden_panels() * kPanel - channel) * s_.expand_terms() * kBytes;
-    return {a_.w_expand + channel * s_.expand_terms(), bytes, bytes, 0, calls};
+    const int64_t terms = s_.expand_terms(kDepth<S>);
+    const int64_t bytes = least(plan_.group, s_.hidden_panels() * kPanel - channel) * terms * kBytes;
+    return {a_.w_expand + channel * terms, bytes, bytes, 0, calls};
   }
 
   // About how many kernel calls it takes to multiply this many vectors of channels and pixels.
@@ -541,14 +629,14 @@ class Tile {
   // The next pixels of the window in row order, into t.x and t.expanded.
   struct Cursor {
     int64_t row, col;
-    const T* x;   // of this pixel
+    const S* x;   // of this pixel
     T* expanded;  // of this pixel
   };
   Cursor cursor(int64_t row) const {
     return {row, left_, x_ + row * a_.x_row + left_ * a_.x_col,
             expanded_ + ring_offset(row) + left_ * kPanel};
   }
-  void next_pixels(Cursor& at, int count, ExpandTile<T>& t) const {
+  void next_pixels(Cursor& at, int count, ExpandTile<S, T>& t) const {
     for (int i = 0; i < count; ++i) {
       t.x[i] = at.x;
       t.expanded[i] = at.expanded;
@@ -559,14 +647,14 @@ class Tile {
   }
 
   void expand(int64_t first, int64_t vector, int n, int64_t from, int64_t to) {
-    ExpandTile<T> t;
+    ExpandTile<S, T> t;
     t.panel = panel_;
-    t.weights = a_.w_expand + first * s_.in_channels;
+    t.weights = a_.w_expand + first * s_.expand_terms(kDepth<S>);
     t.bias = a_.b_expand + first;
     t.in_channels = s_.in_channels;
     t.vector = vector;
     with_vectors<V>(n, [&](auto N) {
-      const auto table = expand_table<V, N, false>(Rows<V, N>{});
+      const auto table = expand_table<V, S, T, N, false>(Rows<V, N>{});
       Cursor at = cursor(from);
       for_pieces((to - from) * (right_ - left_), max_rows<V>(N), [&](int64_t, int rows) {
         next_pixels(at, rows, t);
@@ -578,7 +666,7 @@ class Tile {
 
   // The image under rows [from, to) of the window: what the stem's taps reach.
   void fill_patch(int64_t from, int64_t to) {
-    const int64_t channels = s_.in_channels;
+    const int64_t channels = patch_channels();
     const int64_t rows = (to - from - 1) * kStemStride + 3;
     const int64_t cols = (right_ - left_ - 1) * kStemStride + 3;
     const int64_t first_row = (row_ * s_.stride - 1 + from) * kStemStride - 1;
@@ -586,51 +674,66 @@ class Tile {
     const int64_t begin = greatest(0, -first_col), end = least(cols, s_.image_width - first_col);
     patch_row_ = cols * channels;
     for (int64_t r = 0; r < rows; ++r) {
-      T* out = patch_ + r * patch_row_;
+      S* out = patch_ + r * patch_row_;
       const int64_t row = first_row + r;
       if (row < 0 || row >= s_.image_height) {
-        std::memset(out, 0, size_t(patch_row_) * sizeof(T));
+        std::memset(out, 0, size_t(patch_row_) * sizeof(S));
         continue;
       }
-      std::memset(out, 0, size_t(begin * channels) * sizeof(T));
-      std::memset(out + end * channels, 0, size_t((cols - end) * channels) * sizeof(T));
-      const T* x = x_ + row * a_.x_row + (first_col + begin) * a_.x_col;
-      out += begin * channels;
-      if (a_.x_channel == 1 && a_.x_col == channels)
-        std::memcpy(out, x, size_t((end - begin) * channels) * sizeof(T));
-      else if (channels == 3 && a_.x_col == 1)
-        interleave3(x, x + a_.x_channel, x + 2 * a_.x_channel, end - begin, out);
-      else
-        for (int64_t col = begin; col < end; ++col, x += a_.x_col)
-          for (int64_t c = 0; c < channels; ++c) *out++ = x[c * a_.x_channel];
+      std::memset(out, 0, size_t(begin * channels) * sizeof(S));
+      std::memset(out + end * channels, 0, size_t((cols - end) * channels) * sizeof(S));
+      const S* x = x_ + row * a_.x_row + (first_col + begin) * a_.x_col;
+      fill_pixels(x, end - begin, out + begin * channels);
     }
   }
-  static void interleave3(const T* a, const T* b, const T* c, int64_t count, T* out) {
-    for (int64_t i = 0; i < count; ++i) {
-      out[3 * i] = a[i];
-      out[3 * i + 1] = b[i];
-      out[3 * i + 2] = c[i];
+  int64_t patch_channels() const { return round_up(s_.in_channels, kDepth<S>); }
+
+  // `count` pixels' channels side by side, with zeros behind an odd number of BFloat16.
+  void fill_pixels(const S* x, int64_t count, S* out) const {
+    constexpr int64_t kRgb = round_up(3, kDepth<S>);
+    const int64_t channels = patch_channels();
+    if (a_.x_channel == 1 && a_.x_col == channels && s_.in_channels == channels) {
+      std::memcpy(out, x, size_t(count * channels) * sizeof(S));
+    } else if (s_.in_channels == 3 && a_.x_col == 1) {
+      const S *g = x + a_.x_channel, *b = g + a_.x_channel;
+      for (int64_t i = 0; i < count; ++i, out += kRgb) {
+        out[0] = x[i];
+        out[1] = g[i];
+        out[2] = b[i];
+        if constexpr (kRgb > 3) out[3] = S{};
+      }
+    } else if (s_.in_channels == 3 && a_.x_col == 3 && a_.x_channel == 1) {
+      for (int64_t i = 0; i < count; ++i, out += kRgb, x += 3) {
+        out[0] = x[0];
+        out[1] = x[1];
+        out[2] = x[2];
+        if constexpr (kRgb > 3) out[3] = S{};
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i, x += a_.x_col)
+        for (int64_t c = 0; c < channels; ++c)
+          *out++ = c < s_.in_channels ? x[c * a_.x_channel] : S{};
     }
   }
 
   void expand_stem(int64_t first, int64_t vector, int n, int64_t from, int64_t to) {
-    StemTile<T> t;
+    StemTile<S> t;
     t.patch_row = patch_row_;
-    t.step = kStemStride * s_.in_channels;
+    t.channels = patch_channels();
     t.panel = panel_;
-    t.weights = a_.w_expand + first * s_.expand_terms();
+    t.weights = a_.w_expand + first * s_.expand_terms(kDepth<S>);
     t.bias = a_.b_expand + first;
-    t.in_channels = s_.in_channels;
     t.vector = vector;
-    constexpr int kRgb = kStemStride * 3;
+    constexpr int kRgb = round_up(3, kDepth<S>);
+    const int64_t step = kStemStride * t.channels;
     with_vectors<V>(n, [&](auto N) {
-      const auto table =
-          t.step == kRgb ? stem_table<V, N, kRgb>(Rows<V, N>{}) : stem_table<V, N, 0>(Rows<V, N>{});
+      const auto table = t.channels == kRgb ? stem_table<V, S, N, kRgb>(Rows<V, N>{})
+                                            : stem_table<V, S, N, 0>(Rows<V, N>{});
       for (int64_t row = from; row < to; ++row)
         for_pieces(right_ - left_, max_rows<V>(N), [&](int64_t col, int count) {
-          t.patch = patch_ + (row - from) * kStemStride * patch_row_ + col * t.step;
+          t.patch = patch_ + (row - from) * kStemStride * patch_row_ + col * step;
           t.expanded = expanded_ + ring_offset(row) + (left_ + col) * kPanel;
-          t.fetch = ahead_.next(s_.expand_terms());
+          t.fetch = ahead_.next(9 * t.channels);
           table[count - 1](t);
         });
     });
@@ -642,10 +745,10 @@ class Tile {
       for (int64_t v = vector; v < vector + n; ++v) {
         const int64_t c = v * V::kLanes, lanes = channels - c;
         if (lanes <= 0) break;
-        const T* x = x_ + row * a_.x_row + left_ * a_.x_col + first + c;
+        const S* x = x_ + row * a_.x_row + left_ * a_.x_col + first + c;
         T* e = expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + left_ * kPanel;
         for (int64_t col = left_; col < right_; ++col, x += a_.x_col, e += kPanel)
-          (lanes >= V::kLanes ? V::load(x) : V::load_partial(x, lanes)).store(e);
+          (lanes >= V::kLanes ? In::load(x) : In::load_partial(x, lanes)).store(e);
       }
   }
 
@@ -655,12 +758,12 @@ class Tile {
       const T* weights = a_.w_depthwise + vector_offset<V>(first / V::kLanes + v, 9 * kPanel);
       const T* bias = a_.b_depthwise + first + v * V::kLanes;
       const T* in = expanded_ + vector_offset<V>(v, panel_);
-      T* out = depthwise_ + vector_offset<V>(v, band * cols_ * kPanel);
+      S* out = depthwise_ + vector_offset<V>(v, band * cols_ * kPanel);
       for (int64_t r = 0; r < band; ++r) {
         const int64_t e = (row + r) * s_.stride;
         const T* const rows[] = {in + ring_offset(e), in + ring_offset(e + 1),
                                  in + ring_offset(e + 2)};
-        T* d = out + r * cols_ * kPanel;
+        S* d = out + r * cols_ * kPanel;
         if (s_.stride == 1)
           depthwise_row<V, 1>(rows, weights, bias, d, cols_);
         else
@@ -671,19 +774,22 @@ class Tile {
 
   // Output channels [channel, ...) of the band in pieces of at most `most` pixels: f(t, rows).
   template <class F>
-  void project_pixels(ProjectTile<T>& t, int64_t first, int64_t channel, int64_t row, int64_t band,
+  void project_pixels(ProjectTile<S>& t, int64_t first, int64_t channel, int64_t row, int64_t band,
                       bool aside, int most, F f) {
     t.weights = a_.w_project + channel / kPanel * s_.hidden_channels * kPanel + first * kPanel;
     t.half = channel % kPanel;
     t.bias = first == 0 ? a_.b_project + channel : nullptr;
-    t.add_x = s_.residual && plan_.splits == 1 && !aside && first + t.terms == s_.hidden_channels;
+    t.finished = plan_.splits == 1 && !aside && first + t.terms == s_.hidden_channels;
+    t.add_x = s_.residual && t.finished;
     int64_t r = row, c = 0;
     for_pieces(band * cols_, most, [&](int64_t pixel, int rows) {
       t.depthwise = t.panels + pixel * kPanel;
       for (int i = 0; i < rows; ++i) {
-        t.y[i] = (aside ? sum_ + (pixel + i) * s_.out_channels
-                        : y_ + (r * s_.out_width() + c) * s_.out_channels) +
-                 channel;
+        t.sum[i] = (aside ? sum_ + (pixel + i) * s_.out_channels
+                          : sums_ + r * sums_row_ + c * s_.out_channels) +
+                   channel;
+        if constexpr (kDepth<S> > 1)
+          t.y[i] = y_ + (r * s_.out_width() + c) * s_.out_channels + channel;
         t.x[i] = x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel;
         if (++c == cols_) {
           c = 0;
@@ -696,48 +802,54 @@ class Tile {
   }
 
   void project(int64_t first, int64_t channels, int64_t row, int64_t band) {
-    ProjectTile<T> t;
+    ProjectTile<S> t;
     t.panel = band * cols_ * kPanel;
     t.hidden = s_.hidden_channels;
     // A large group's channels in runs of a length that rounds well, whose sums are added up before
-    // the groups' sums are: in y, where there is nothing else yet.
+    // the groups' sums are: in their place, where there is nothing else yet.
     const bool aside = channels > kLongestProject && first != 0 && plan_.splits == 1;
     for_pieces(ceil_div(channels, kPanel), kLongestProject / kPanel,
                [&](int64_t panel, int panels) {
                  const int64_t begin = panel * kPanel;
                  t.panels = depthwise_ + panel * t.panel;
                  t.terms = least(panels * kPanel, channels - begin);
-                 t.add_y = begin != 0 || (first != 0 && plan_.splits == 1 && !aside);
+                 t.add_sum = begin != 0 || (first != 0 && plan_.splits == 1 && !aside);
                  project_terms(t, first + begin, row, band, aside);
                });
-    if (aside) add_sum(row, band, s_.residual && first + channels == s_.hidden_channels);
+    if (aside) add_sum(row, band, first + channels == s_.hidden_channels);
   }
 
-  // y += the group's sum (+ x).
-  void add_sum(int64_t row, int64_t band, bool add_x) {
+  // The groups' sum += this group's (+ x, into y, after the last).
+  void add_sum(int64_t row, int64_t band, bool last) {
     const int64_t out_channels = s_.out_channels;
     for (int64_t r = row; r < row + band; ++r)
       for (int64_t col = 0; col < cols_; ++col) {
-        T* const y = y_ + (r * s_.out_width() + col) * out_channels;
+        T* const sums = sums_ + r * sums_row_ + col * out_channels;
+        S* const y = y_ + (r * s_.out_width() + col) * out_channels;
         const T* const sum = sum_ + ((r - row) * cols_ + col) * out_channels;
-        const T* const x = x_ + (r + 1) * a_.x_row + (col + 1) * a_.x_col;
+        const S* const x = x_ + (r + 1) * a_.x_row + (col + 1) * a_.x_col;
         for (int64_t c = 0; c < out_channels; c += V::kLanes) {
           const int64_t lanes = out_channels - c;
-          const auto load = [&](const T* p) {
-            return lanes >= V::kLanes ? V::load(p) : V::load_partial(p, lanes);
+          const auto load = [&]<class O>(const O* p) {
+            return lanes >= V::kLanes ? Elements<V, O>::load(p)
+                                      : Elements<V, O>::load_partial(p, lanes);
           };
-          V total = V::add(load(sum + c), load(y + c));
-          if (add_x) total = V::add(total, load(x + c));
-          lanes >= V::kLanes ? total.store(y + c) : total.store_partial(y + c, lanes);
+          const auto store = [&]<class O>(V v, O* p) {
+            lanes >= V::kLanes ? Elements<V, O>::store(v, p)
+                               : Elements<V, O>::store_partial(v, p, lanes);
+          };
+          V total = V::add(load(sum + c), load(sums + c));
+          if (last && s_.residual) total = V::add(total, load(x + c));
+          last ? store(total, y + c) : store(total, sums + c);
         }
       }
   }
 
-  void project_terms(ProjectTile<T>& t, int64_t first, int64_t row, int64_t band, bool aside) {
+  void project_terms(ProjectTile<S>& t, int64_t first, int64_t row, int64_t band, bool aside) {
     const int64_t full = s_.out_channels / V::kLanes;
     for_pieces(full, kMaxVectors<V>, [&](int64_t vector, int n) {
       with_vectors<V>(n, [&](auto N) {
-        const auto table = project_table<V, N, false>(Rows<V, N>{});
+        const auto table = project_table<V, S, N, false>(Rows<V, N>{});
         project_pixels(t, first, vector * V::kLanes, row, band, aside, max_rows<V>(N),
                        [&](int rows) { table[rows - 1](t); });
       });
@@ -748,7 +860,7 @@ class Tile {
       // What is left fills no vector; a half vector does it at half the cost where there is one.
       using H = typename V::Half;
       const auto tail = [&]<class U>(U) {
-        const auto table = project_table<U, 1, true>(Rows<U, 1>{});
+        const auto table = project_table<U, S, 1, true>(Rows<U, 1>{});
         project_pixels(t, first, done, row, band, aside, max_rows<U>(1),
                        [&](int rows) { table[rows - 1](t); });
       };
@@ -756,142 +868,205 @@ class Tile {
     }
   }
 
-  const BlockArgs<T>& a_;
+  using In = Elements<V, S>;
+
+  const BlockArgs<S>& a_;
   const BlockShape& s_;
   const Plan& plan_;
   T* expanded_;
-  T* depthwise_;
-  T* sum_;  // [band pixels][C_out], of a group of several runs
-  T* patch_;
+  T* sum_;    // [band pixels][C_out], of a group of several runs
+  T* total_;  // [tile pixels][C_out], the groups' sums where y cannot hold them
+  S* depthwise_;
+  S* patch_;
   int64_t patch_row_ = 0;                // elements
   int64_t row_, col_, rows_, cols_;      // output pixels
   int64_t ring_, in_cols_;               // rows of the ring, columns of the window with padding
   int64_t top_, left_, bottom_, right_;  // of those, the ones inside the image
-  const T* x_;                           // input pixel of expanded pixel (0, 0)
-  T* y_;                                 // output pixel (0, 0) of this group's result
-  int64_t y_offset_;
+  const S* x_;                           // input pixel of expanded pixel (0, 0)
+  int64_t out_;                          // elements from the first output to the tile's
+  S* y_;                                 // output pixel (0, 0)
+  T* sums_;                              // where the sums of its groups are added up
+  int64_t sums_row_;                     // elements between rows of them
   int64_t split_;
   int64_t panel_;  // elements between panels of expanded_
   Ahead ahead_;
 };
 
-template <class V>
-void run_tile(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t task,
-              typename V::T* scratch) {
-  Tile<V>(args, plan, task, scratch).run();
+template <class V, class S>
+void run_tile(const BlockArgs<S>& args, const Plan& plan, int64_t task, typename V::T* scratch) {
+  Tile<V, S>(args, plan, task, scratch).run();
 }
 
 // y = the groups' sums in order, then x: what one task adds when it runs all groups of a tile.
-template <class V>
-void add_row(const BlockArgs<typename V::T>& args, const Plan& plan, int64_t row) {
-  using T = typename V::T;
+template <class V, class S>
+void add_row(const BlockArgs<S>& args, const Plan& plan, int64_t row) {
   const BlockShape& s = args.shape;
   const int64_t groups = plan.groups(s), group_size = s.out_elements();
   const int64_t first = row * s.out_width() * s.out_channels;
-  const T* x = args.x + row / s.out_height() * args.x_image + row % s.out_height() * args.x_row;
+  const S* x = args.x + row / s.out_height() * args.x_image + row % s.out_height() * args.x_row;
   for (int64_t col = 0; col < s.out_width(); ++col) {
     const int64_t pixel = first + col * s.out_channels;
     for (int64_t c = 0; c < s.out_channels; c += V::kLanes) {
       const int64_t lanes = s.out_channels - c;
-      const auto load = [&](const T* p) {
-        return lanes >= V::kLanes ? V::load(p) : V::load_partial(p, lanes);
+      const auto load = [&]<class O>(const O* p) {
+        return lanes >= V::kLanes ? Elements<V, O>::load(p)
+                                  : Elements<V, O>::load_partial(p, lanes);
       };
       V sum = load(args.partial + pixel + c);
       for (int64_t g = 1; g < groups; ++g)
         sum = V::add(load(args.partial + g * group_size + pixel + c), sum);
       if (s.residual) sum = V::add(sum, load(x + col * args.x_col + c));
-      T* const y = args.y + pixel + c;
-      lanes >= V::kLanes ? sum.store(y) : sum.store_partial(y, lanes);
+      S* const y = args.y + pixel + c;
+      lanes >= V::kLanes ? Elements<V, S>::store(sum, y)
+                         : Elements<V, S>::store_partial(sum, y, lanes);
     }
   }
 }
 
 // A 1x1 convolution for one image's share of the output channels: all its pixels, so that
 // a mean over them is summed in the same order however many tasks there are.
-template <class V>
-void run_pointwise(const PointwiseArgs<typename V::T>& a, int64_t task) {
+template <class V, class S>
+class Pointwise {
   using T = typename V::T;
   // Pixels whose inputs stay in L2 while every weight passes by.
-  constexpr int64_t kBlock = 256;
-  const PointwiseShape& s = a.shape;
-  const int64_t image = task / a.parts, part = task % a.parts, pixels = s.height * s.width;
-  constexpr int64_t kPerPanel = kPanel / V::kLanes;
-  const int64_t begin = s.panels() * part / a.parts * kPerPanel;
-  const int64_t end = s.panels() * (part + 1) / a.parts * kPerPanel;
-  T results[12 * kMaxVectors<V> * V::kLanes];  // pooled sums, or outputs that fill no vector
-  ExpandTile<T> t;
-  t.weights = a.weight;
-  t.bias = a.bias;
-  t.in_channels = s.in_channels;
-  if (!s.relu6) {
-    t.low = -std::numeric_limits<T>::infinity();
-    t.high = std::numeric_limits<T>::infinity();
+  static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kPerPanel = kPanel / V::kLanes;
+
+ public:
+  Pointwise(const PointwiseArgs<S>& args, int64_t task)
+      : a_(args), s_(args.shape), image_(task / args.parts), pixels_(s_.height * s_.width) {
+    const int64_t part = task % a_.parts;
+    begin_ = s_.panels() * part / a_.parts * kPerPanel;
+    end_ = s_.panels() * (part + 1) / a_.parts * kPerPanel;
   }
-  const V scale = V::set1(T(1) / T(pixels));
-  for (int64_t block = 0; block < pixels; block += kBlock) {
-    const int64_t count = pixels - block < kBlock ? pixels - block : kBlock;
-    for_pieces(end - begin, kMaxVectors<V>, [&](int64_t piece, int n) {
-      t.vector = begin + piece;
-      const int64_t channel = t.vector * V::kLanes, channels = s.out_channels - channel;
-      if (channels <= 0) return;
-      const bool full = channels >= n * V::kLanes;
-      const bool aside = s.pool || !full;
-      T* const y = a.y + (s.pool ? image : image * pixels + block) * s.out_channels + channel;
-      with_vectors<V>(n, [&](auto N) {
-        const auto table = s.pool ? expand_table<V, N, true>(Rows<V, N>{})
-                                  : expand_table<V, N, false>(Rows<V, N>{});
-        V sums[N];
-        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
-        int64_t row = block / s.width, col = block % s.width;
-        Ahead ahead;
-        const int64_t after = t.vector + N,
-                      panel_bytes = s.in_channels * kPanel * int64_t{sizeof(T)};
-        // One order of summation, however many vectors this piece happens to have.
-        const int most = max_rows<V>(s.pool ? kMaxVectors<V> : int(N));
-        const int64_t calls = ceil_div(count, most);
-        if (block == 0 && after < end)
-          ahead = Ahead(reinterpret_cast<const char*>(a.weight) + after / kPerPanel * panel_bytes,
-                        ceil_div(N, kPerPanel) * panel_bytes, panel_bytes, panel_bytes, calls);
-        else if (block + count >= pixels && after >= end && a.next_bytes > 0)
-          ahead = Ahead(a.next, a.next_bytes, a.next_bytes, 0, calls);
-        for_pieces(count, most, [&](int64_t pixel, int rows) {
-          for (int i = 0; i < rows; ++i) {
-            t.x[i] = a.x + image * a.x_image + row * a.x_row + col * a.x_col;
-            // The kernel adds the vector's own offset.
-            t.expanded[i] =
-                (aside ? results + i * N * V::kLanes : y + (pixel + i) * s.out_channels) -
-                t.vector * V::kLanes;
-            if (++col == s.width) {
-              col = 0;
-              ++row;
-            }
-          }
-          t.panel = kPanel;
-          t.fetch = ahead.next(s.in_channels);
-          table[rows - 1](t);
-          if (s.pool)
-            unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-              sums[j] = V::add(sums[j], V::load(results + j * V::kLanes));
-            });
-          else if (!full)
-            for (int i = 0; i < rows; ++i)
-              std::memcpy(y + (pixel + i) * s.out_channels, results + i * N * V::kLanes,
-                          size_t(channels) * sizeof(T));
-        });
-        if (!s.pool) return;
-        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-          const int64_t lanes = channels - j * V::kLanes;
-          if (lanes <= 0) return;
-          T* const p = y + j * V::kLanes;
-          V sum = sums[j];
-          if (block > 0)
-            sum = V::add(sum, lanes >= V::kLanes ? V::load(p) : V::load_partial(p, lanes));
-          if (block + count == pixels) sum = V::fma(sum, scale, V::set1(0));
-          lanes >= V::kLanes ? sum.store(p) : sum.store_partial(p, lanes);
+
+  void run() {
+    for (int64_t block = 0; block < pixels_; block += kBlock) {
+      const int64_t count = pixels_ - block < kBlock ? pixels_ - block : kBlock;
+      for_pieces(end_ - begin_, kMaxVectors<V>, [&](int64_t piece, int n) {
+        const int64_t vector = begin_ + piece;
+        if (vector * V::kLanes >= s_.out_channels) return;
+        with_vectors<V>(n, [&](auto N) {
+          if (s_.pool)
+            pooled<N>(vector, block, count);
+          else
+            every_pixel<N>(vector, block, count);
         });
       });
+    }
+  }
+
+ private:
+  template <class O>
+  ExpandTile<S, O> tile(int64_t vector) const {
+    ExpandTile<S, O> t;
+    t.weights = a_.weight;
+    t.bias = a_.bias;
+    t.in_channels = s_.in_channels;
+    t.vector = vector;
+    t.panel = kPanel;
+    if (!s_.relu6) {
+      t.low = -std::numeric_limits<T>::infinity();
+      t.high = std::numeric_limits<T>::infinity();
+    }
+    return t;
+  }
+
+  // The weights of the vectors behind these, or behind the last those of the next layer.
+  Ahead ahead(int64_t after, int64_t vectors, int64_t block, int64_t count, int64_t calls) const {
+    const int64_t panel = round_up(s_.in_channels, kDepth<S>) * kPanel;
+    const int64_t bytes = panel * int64_t{sizeof(S)};
+    if (block == 0 && after < end_)
+      return {a_.weight + after / kPerPanel * panel, ceil_div(vectors, kPerPanel) * bytes, bytes,
+              bytes, calls};
+    if (block + count >= pixels_ && after >= end_ && a_.next_bytes > 0)
+      return {a_.next, a_.next_bytes, a_.next_bytes, 0, calls};
+    return {};
+  }
+
+  // Calls f(pixel, rows) for pieces of a block, t.x and t.fetch set.
+  template <class O, class F>
+  void for_pixels(ExpandTile<S, O>& t, int64_t vectors, int64_t block, int64_t count, int most,
+                  F f) const {
+    int64_t row = block / s_.width, col = block % s_.width;
+    Ahead ahead = this->ahead(t.vector + vectors, vectors, block, count, ceil_div(count, most));
+    for_pieces(count, most, [&](int64_t pixel, int rows) {
+      for (int i = 0; i < rows; ++i) {
+        t.x[i] = a_.x + image_ * a_.x_image + row * a_.x_row + col * a_.x_col;
+        if (++col == s_.width) {
+          col = 0;
+          ++row;
+        }
+      }
+      t.fetch = ahead.next(s_.in_channels);
+      f(pixel, rows);
     });
   }
+
+  template <int N>
+  void pooled(int64_t vector, int64_t block, int64_t count) const {
+    const int64_t channel = vector * V::kLanes;
+    T results[N * V::kLanes];
+    ExpandTile<S, T> t = tile<T>(vector);
+    t.expanded[0] = results - channel;  // the kernel adds the vector's own offset
+    const auto table = expand_table<V, S, T, N, true>(Rows<V, N>{});
+    V sums[N];
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
+    // One order of summation, however many vectors this piece happens to have.
+    for_pixels(t, N, block, count, max_rows<V>(kMaxVectors<V>), [&](int64_t, int rows) {
+      table[rows - 1](t);
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+        sums[j] = V::add(sums[j], V::load(results + j * V::kLanes));
+      });
+    });
+    const V scale = V::set1(T(1) / T(pixels_));
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+      const int64_t offset = image_ * s_.out_channels + channel + j * V::kLanes;
+      const int64_t lanes = s_.out_channels - (channel + j * V::kLanes);
+      if (lanes <= 0) return;
+      const bool full = lanes >= V::kLanes;
+      T* const p = a_.sums + offset;
+      V sum = sums[j];
+      if (block > 0) sum = V::add(sum, full ? V::load(p) : V::load_partial(p, lanes));
+      if (block + count < pixels_) {
+        full ? sum.store(p) : sum.store_partial(p, lanes);
+        return;
+      }
+      sum = V::fma(sum, scale, V::set1(0));
+      S* const y = a_.y + offset;
+      full ? Elements<V, S>::store(sum, y) : Elements<V, S>::store_partial(sum, y, lanes);
+    });
+  }
+
+  template <int N>
+  void every_pixel(int64_t vector, int64_t block, int64_t count) const {
+    const int64_t channel = vector * V::kLanes, channels = s_.out_channels - channel;
+    const bool full = channels >= N * V::kLanes;
+    S results[12 * N * V::kLanes];  // outputs that fill no vector
+    S* const y = a_.y + (image_ * pixels_ + block) * s_.out_channels + channel;
+    ExpandTile<S, S> t = tile<S>(vector);
+    const auto table = expand_table<V, S, S, N, false>(Rows<V, N>{});
+    for_pixels(t, N, block, count, max_rows<V>(N), [&](int64_t pixel, int rows) {
+      for (int i = 0; i < rows; ++i)  // the kernel adds the vector's own offset
+        t.expanded[i] =
+            (full ? y + (pixel + i) * s_.out_channels : results + i * N * V::kLanes) - channel;
+      table[rows - 1](t);
+      if (full) return;
+      for (int i = 0; i < rows; ++i)
+        std::memcpy(y + (pixel + i) * s_.out_channels, results + i * N * V::kLanes,
+                    size_t(channels) * sizeof(S));
+    });
+  }
+
+  const PointwiseArgs<S>& a_;
+  const PointwiseShape& s_;
+  int64_t image_, pixels_;
+  int64_t begin_, end_;  // vectors
+};
+
+template <class V, class S>
+void run_pointwise(const PointwiseArgs<S>& args, int64_t task) {
+  Pointwise<V, S>(args, task).run();
 }
 
 }  // namespace

@@ -1,0 +1,52 @@
+// Vectors of float in AVX-512 registers. Included like kernel.h.
+#pragma once
+
+namespace {
+
+struct F32x8 {
+  using T = float;
+  using Half = F32x8;
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kRegisters = 32;
+  __m256 v;
+
+  static MNV2_INLINE __mmask8 mask(int64_t n) { return __mmask8((1u << n) - 1); }
+  static MNV2_INLINE F32x8 load(const T* p) { return {_mm256_loadu_ps(p)}; }
+  static MNV2_INLINE F32x8 load_partial(const T* p, int64_t n) {
+    return {_mm256_maskz_loadu_ps(mask(n), p)};
+  }
+  MNV2_INLINE void store(T* p) const { _mm256_storeu_ps(p, v); }
+  MNV2_INLINE void store_partial(T* p, int64_t n) const { _mm256_mask_storeu_ps(p, mask(n), v); }
+  static MNV2_INLINE F32x8 set1(T s) { return {_mm256_set1_ps(s)}; }
+  static MNV2_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+  }
+  static MNV2_INLINE F32x8 add(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+};
+
+struct F32x16 {
+  using T = float;
+  using Half = F32x8;
+  static constexpr int64_t kLanes = 16;
+  static constexpr int kRegisters = 32;
+  __m512 v;
+
+  static MNV2_INLINE __mmask16 mask(int64_t n) { return __mmask16((1u << n) - 1); }
+  static MNV2_INLINE F32x16 load(const T* p) { return {_mm512_loadu_ps(p)}; }
+  static MNV2_INLINE F32x16 load_partial(const T* p, int64_t n) {
+    return {_mm512_maskz_loadu_ps(mask(n), p)};
+  }
+  MNV2_INLINE void store(T* p) const { _mm512_storeu_ps(p, v); }
+  MNV2_INLINE void store_partial(T* p, int64_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+  static MNV2_INLINE F32x16 set1(T s) { return {_mm512_set1_ps(s)}; }
+  static MNV2_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+  }
+  static MNV2_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+};
+
+}  // namespace
