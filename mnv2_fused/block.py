@@ -52,28 +52,44 @@ class BlockSpec:
         return f"{self.in_channels}{hidden} -> {self.out_channels}, stride {self.stride}{residual}"
 
     @staticmethod
-    def of(weights: BlockWeights | PackedWeights, stride: int = 1, residual: bool = False) -> BlockSpec:
-        """The spec that these weights have; raises ValueError where their shapes disagree."""
+    def of(
+        weights: BlockWeights | PackedWeights,
+        stride: int = 1,
+        residual: bool = False,
+        in_channels: int | None = None,
+    ) -> BlockSpec:
+        """The spec that these weights have; raises ValueError where their shapes disagree.
+
+        ``in_channels`` of the input at hand: weights packed in pairs do not tell an odd number from the next.
+        """
         if (weights.w_expand is None) != (weights.b_expand is None):
             raise ValueError("w_expand and b_expand must both be given or both be None")
         packed = isinstance(weights, PackedWeights)
+        pairs = packed and weights.w_project.dim() == 4
         for name, tensor in zip(weights._fields, weights, strict=True):
-            dims = 1 if name.startswith("b_") else 3 if packed else 4
+            is_product = name in ("w_expand", "w_project")
+            dims = 1 if name.startswith("b_") else 3 if packed and not (pairs and is_product) else 4
             if tensor is not None and tensor.dim() != dims and (dims > 1 or packed):
                 raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
         if packed:
-            hidden, out_channels = weights.w_project.shape[1], weights.b_project.shape[0]
+            hidden, out_channels = weights.w_project.shape[1] * (1 + pairs), weights.b_project.shape[0]
         else:
             hidden, out_channels = weights.w_depthwise.shape[0], weights.w_project.shape[0]
-        in_channels = hidden if weights.w_expand is None else weights.w_expand.shape[1]
+        given, in_channels = in_channels, hidden if weights.w_expand is None else weights.w_expand.shape[1]
+        if pairs and weights.w_expand is not None:
+            in_channels = given if given == 2 * in_channels - 1 else 2 * in_channels
         panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
+
+        def product(panels: int, terms: int) -> tuple[int, ...]:
+            return (panels, (terms + 1) // 2, PANEL, 2) if pairs else (panels, terms, PANEL)
+
         if packed:
             shapes = [
-                (panels, in_channels, PANEL),
+                product(panels, in_channels),
                 (panels * PANEL,),
                 (panels, 9, PANEL),
                 (panels * PANEL,),
-                (out_panels, hidden, PANEL),
+                product(out_panels, hidden),
                 (out_channels,),
             ]
         else:
@@ -91,6 +107,10 @@ class BlockSpec:
         return BlockSpec(
             in_channels, hidden, out_channels, stride, expand=weights.w_expand is not None, residual=residual
         )
+
+
+def _channels_of(x: Tensor) -> int | None:
+    return x.shape[1] if x.dim() == 4 else None
 
 
 def check_input(x: Tensor, in_channels: int) -> None:
@@ -120,10 +140,10 @@ def inverted_residual_reference(
     1x1 projection, then ``+ x`` when ``residual``. Weights are cast to ``x.dtype``. Raises as
     :func:`inverted_residual` does. Paper: section 3.3, table 1.
     """
-    spec = BlockSpec.of(weights, stride, residual)
+    spec = BlockSpec.of(weights, stride, residual, _channels_of(x))
     check_input(x, spec.in_channels)
     if isinstance(weights, PackedWeights):
-        weights = unpack(weights)
+        weights = unpack(weights, spec.in_channels)
     w = BlockWeights(*(None if t is None else t.to(x.dtype) for t in weights))
     expanded = x if w.w_expand is None else F.relu6(F.conv2d(x, w.w_expand, w.b_expand))
     depthwise = F.relu6(
@@ -144,7 +164,8 @@ def inverted_residual(
 ) -> Tensor:  # [N, C_out, H', W'], H' = (H - 1) // stride + 1, in x's dtype and memory format
     """The block as one kernel, one group of expanded channels at a time; the expanded tensor never exists.
 
-    float32 and float64 compute in their own precision; float16 and bfloat16 are widened to float32 inside.
+    float32 and float64 compute in their own precision; float16 is widened to float32 inside. bfloat16 rounds where
+    eager stores a tensor, and nowhere else: between depthwise and project, and the result; sums are float32.
     Differentiable in ``x`` and the weights, by recomputing the expansion. Folded weights are packed on every
     call: pass ``mnv2_fused.pack(weights)`` for repeated calls, or use :class:`FusedInvertedResidual`.
 
@@ -152,7 +173,7 @@ def inverted_residual(
     plans out of range, TypeError for an ``x`` that is not floating point, RuntimeError when no kernel takes the
     call. Paper: section 5.1.
     """
-    spec = BlockSpec.of(weights, stride, residual)
+    spec = BlockSpec.of(weights, stride, residual, _channels_of(x))
     check_input(x, spec.in_channels)
     if ops.resolve_backend(backend, x.device) == "eager":
         return inverted_residual_reference(x, weights, stride=stride, residual=residual)

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -21,12 +22,45 @@ int64_t between(int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(g_random);
 }
 
-template <class T>
-std::vector<T> uniform(int64_t count, double low, double high) {
+double value(double v) { return v; }
+double value(BFloat16 v) {
+  const uint32_t bits = uint32_t{v.bits} << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+// To the nearest S, ties to even.
+template <class S>
+S rounded(double v) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const float f = float(v);
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof(f));
+    if (v != v) return {0x7fc0};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else {
+    return S(v);
+  }
+}
+
+template <class S>
+std::vector<S> uniform(int64_t count, double low, double high) {
   std::uniform_real_distribution<double> d(low, high);
-  std::vector<T> v(count);
-  for (T& e : v) e = T(d(g_random));
+  std::vector<S> v(count);
+  for (S& e : v) e = rounded<S>(d(g_random));
   return v;
+}
+
+// Elements of packed weights of a product over `terms`, and the one of channel c and term k.
+template <class S>
+int64_t packed_elements(int64_t channels, int64_t terms) {
+  return ceil_div(channels, kPanel) * round_up(terms, depth<S>) * kPanel;
+}
+template <class S>
+double weight(const S* w, int64_t terms, int64_t c, int64_t k) {
+  constexpr int64_t kDepth = depth<S>;
+  const int64_t panel = c / kPanel * round_up(terms, kDepth) * kPanel;
+  return value(w[panel + (k / kDepth * kPanel + c % kPanel) * kDepth + k % kDepth]);
 }
 
 // Where the elements of x, [N, H, W, C], lie. Gaps lie between them, as in a window of a larger image.
@@ -67,52 +101,50 @@ struct Strides {
 
 double relu6(double v) { return std::fmin(std::fmax(v, 0.0), 6.0); }
 
-// Packed weights and biases; padding holds zeros, as mnv2_fused.fold writes them.
-template <class T>
+// Packed weights and biases, with something in the padding, too: no result may depend on it.
+template <class S, class T = Compute<S>>
 struct Weights {
-  std::vector<T> w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project;
+  std::vector<S> w_expand, w_project;
+  std::vector<T> b_expand, w_depthwise, b_depthwise, b_project;
 
   explicit Weights(const BlockShape& s) {
-    const int64_t panels = s.hidden_panels(), out_panels = ceil_div(s.out_channels, kPanel);
-    w_expand = uniform<T>(panels * s.expand_terms() * kPanel, -1, 1);
+    const int64_t panels = s.hidden_panels();
+    w_expand = uniform<S>(packed_elements<S>(s.hidden_channels, s.expand_terms(depth<S>)), -1, 1);
     b_expand = uniform<T>(panels * kPanel, -2, 8);
     w_depthwise = uniform<T>(panels * 9 * kPanel, -1, 1);
     b_depthwise = uniform<T>(panels * kPanel, -2, 2);
-    w_project = uniform<T>(out_panels * s.hidden_channels * kPanel, -1, 1);
+    w_project = uniform<S>(packed_elements<S>(s.out_channels, s.hidden_channels), -1, 1);
     b_project = uniform<T>(s.out_channels, -1, 1);
   }
 };
 
 // Channel c of the expanded pixel (h, w).
-template <class T>
-double expanded(const BlockArgs<T>& a, const T* x, int64_t h, int64_t w, int64_t c) {
+template <class S>
+double expanded(const BlockArgs<S>& a, const S* x, int64_t h, int64_t w, int64_t c) {
   const BlockShape& s = a.shape;
-  if (s.expand == Expand::kNone) return x[h * a.x_row + w * a.x_col + c];
-  const int64_t terms = s.expand_terms();
-  const T* weight = a.w_expand + c / kPanel * terms * kPanel + c % kPanel;
+  if (s.expand == Expand::kNone) return value(x[h * a.x_row + w * a.x_col + c]);
+  const bool stem = s.expand == Expand::kStem;
+  const int64_t channels = stem ? round_up(s.in_channels, depth<S>) : s.in_channels;
   double sum = a.b_expand[c];
-  for (int64_t k = 0; k < terms; ++k, weight += kPanel) {
-    int64_t row = h, col = w;
-    if (s.expand == Expand::kStem) {
-      const int64_t tap = k / s.in_channels;
-      row = h * kStemStride + tap / 3 - 1;
-      col = w * kStemStride + tap % 3 - 1;
-      if (row < 0 || row >= s.image_height || col < 0 || col >= s.image_width) continue;
-    }
-    sum += double(x[row * a.x_row + col * a.x_col + k % s.in_channels * a.x_channel]) *
-           double(*weight);
+  for (int64_t tap = 0; tap < (stem ? 9 : 1); ++tap) {
+    const int64_t row = stem ? h * kStemStride + tap / 3 - 1 : h;
+    const int64_t col = stem ? w * kStemStride + tap % 3 - 1 : w;
+    if (stem && (row < 0 || row >= s.image_height || col < 0 || col >= s.image_width)) continue;
+    for (int64_t k = 0; k < s.in_channels; ++k)
+      sum += value(x[row * a.x_row + col * a.x_col + k * a.x_channel]) *
+             weight(a.w_expand, s.expand_terms(depth<S>), c, tap * channels + k);
   }
   return relu6(sum);
 }
 
-template <class T>
-std::vector<double> plain_loops(const BlockArgs<T>& a) {
+template <class S>
+std::vector<double> plain_loops(const BlockArgs<S>& a) {
   const BlockShape& s = a.shape;
   const int64_t oh = s.out_height(), ow = s.out_width();
   std::vector<double> y(s.batch * oh * ow * s.out_channels);
   std::vector<double> e(s.height * s.width), d(s.hidden_channels * oh * ow);
   for (int64_t n = 0; n < s.batch; ++n) {
-    const T* x = a.x + n * a.x_image;
+    const S* x = a.x + n * a.x_image;
     for (int64_t c = 0; c < s.hidden_channels; ++c) {
       const int64_t panel = c / kPanel, lane = c % kPanel;
       for (int64_t h = 0; h < s.height; ++h)
@@ -125,36 +157,34 @@ std::vector<double> plain_loops(const BlockArgs<T>& a) {
             if (ih < 0 || ih >= s.height || iw < 0 || iw >= s.width) continue;
             sum += e[ih * s.width + iw] * double(a.w_depthwise[(panel * 9 + k) * kPanel + lane]);
           }
-          d[(c * oh + h) * ow + w] = relu6(sum);
+          d[(c * oh + h) * ow + w] = value(rounded<S>(relu6(sum)));
         }
     }
     for (int64_t h = 0; h < oh; ++h)
       for (int64_t w = 0; w < ow; ++w)
         for (int64_t o = 0; o < s.out_channels; ++o) {
           double sum = a.b_project[o];
-          if (s.residual) sum += double(x[h * a.x_row + w * a.x_col + o]);
+          if (s.residual) sum += value(x[h * a.x_row + w * a.x_col + o]);
           for (int64_t c = 0; c < s.hidden_channels; ++c)
-            sum += d[(c * oh + h) * ow + w] *
-                   double(a.w_project[(o / kPanel * s.hidden_channels + c) * kPanel + o % kPanel]);
+            sum += d[(c * oh + h) * ow + w] * weight(a.w_project, s.hidden_channels, o, c);
           y[((n * oh + h) * ow + w) * s.out_channels + o] = sum;
         }
   }
   return y;
 }
 
-template <class T>
-std::vector<double> plain_loops(const PointwiseArgs<T>& a) {
+template <class S>
+std::vector<double> plain_loops(const PointwiseArgs<S>& a) {
   const PointwiseShape& s = a.shape;
   const int64_t pixels = s.height * s.width;
   std::vector<double> y(s.batch * (s.pool ? 1 : pixels) * s.out_channels);
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      const T* x = a.x + n * a.x_image + pixel / s.width * a.x_row + pixel % s.width * a.x_col;
+      const S* x = a.x + n * a.x_image + pixel / s.width * a.x_row + pixel % s.width * a.x_col;
       for (int64_t o = 0; o < s.out_channels; ++o) {
         double sum = a.bias[o];
         for (int64_t c = 0; c < s.in_channels; ++c)
-          sum += double(x[c]) *
-                 double(a.weight[(o / kPanel * s.in_channels + c) * kPanel + o % kPanel]);
+          sum += value(x[c]) * weight(a.weight, s.in_channels, o, c);
         if (s.relu6) sum = relu6(sum);
         if (s.pool)
           y[n * s.out_channels + o] += sum / double(pixels);
@@ -165,19 +195,20 @@ std::vector<double> plain_loops(const PointwiseArgs<T>& a) {
   return y;
 }
 
-template <class T>
-bool same(const std::vector<T>& y, const std::vector<double>& expected, double tolerance) {
+template <class S>
+bool same(const std::vector<S>& y, const std::vector<double>& expected, double tolerance) {
   for (size_t i = 0; i < y.size(); ++i) {
-    if (std::fabs(double(y[i]) - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
-    std::printf("y[%zu] = %g, expected %g; ", i, double(y[i]), expected[i]);
+    if (std::fabs(value(y[i]) - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
+    std::printf("y[%zu] = %g, expected %g; ", i, value(y[i]), expected[i]);
     return false;
   }
   return true;
 }
 
-template <class T>
+template <class S>
 bool check_block(const cpu::Isa& isa, double tolerance) {
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>(isa);
+  using T = Compute<S>;
+  const cpu::Kernels<S>& kernels = cpu::kernels<S>(isa);
   BlockShape s{};
   s.batch = between(1, 2);
   s.height = between(1, 17);
@@ -187,6 +218,10 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   const bool stem = s.expand == Expand::kStem;
   s.in_channels = between(1, stem ? 5 : 40);
   s.hidden_channels = s.expand == Expand::kNone ? s.in_channels : between(1, 100);
+  if (depth<S> > 1) {  // pairs of them
+    s.hidden_channels = round_up(s.hidden_channels, depth<S>);
+    if (s.expand == Expand::kNone) s.in_channels = s.hidden_channels;
+  }
   s.out_channels = between(0, 1) ? s.in_channels : between(1, 90);
   s.residual = !stem && s.stride == 1 && s.out_channels == s.in_channels && between(0, 1);
   if (stem) {  // odd and even sizes that come to the expanded ones
@@ -196,11 +231,11 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
 
   const Strides at = stem ? Strides::of_image(s.batch, s.image_height, s.image_width, s.in_channels)
                           : Strides(s.batch, s.height, s.width, s.in_channels);
-  const std::vector<T> x = uniform<T>(at.elements, -3, 3);
-  const Weights<T> w(s);
+  const std::vector<S> x = uniform<S>(at.elements, -3, 3);
+  const Weights<S> w(s);
   const T nan = std::numeric_limits<T>::quiet_NaN();
-  std::vector<T> y(s.batch * s.out_height() * s.out_width() * s.out_channels, nan);
-  const Machine machine = cpu::machine_for(isa, between(1, 4), sizeof(T), between(1, 512) << 10);
+  std::vector<S> y(s.batch * s.out_height() * s.out_width() * s.out_channels, rounded<S>(nan));
+  const Machine machine = kernels.machine(between(1, 4), between(1, 512) << 10);
   Plan plan = make_plan(s, machine);
   if (between(0, 1)) {
     const int64_t group = between(1, s.hidden_panels()) * kPanel;
@@ -209,7 +244,7 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   }
   std::vector<T> scratch(plan.scratch_bytes / sizeof(T));
   std::vector<T> partial(plan.partial_bytes / sizeof(T), nan);
-  const BlockArgs<T> args{s,
+  const BlockArgs<S> args{s,
                           x.data(),
                           at.image,
                           at.row,
@@ -241,8 +276,9 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   return false;
 }
 
-template <class T>
+template <class S>
 bool check_pointwise(const cpu::Isa& isa, double tolerance) {
+  using T = Compute<S>;
   PointwiseShape s{};
   s.batch = between(1, 3);
   s.height = between(1, 24);
@@ -252,15 +288,18 @@ bool check_pointwise(const cpu::Isa& isa, double tolerance) {
   s.relu6 = between(0, 1);
   s.pool = between(0, 1);
   const Strides at(s.batch, s.height, s.width, s.in_channels);
-  const std::vector<T> x = uniform<T>(at.elements, -3, 3);
-  const std::vector<T> weight = uniform<T>(s.panels() * s.in_channels * kPanel, -1, 1);
+  const std::vector<S> x = uniform<S>(at.elements, -3, 3);
+  const std::vector<S> weight = uniform<S>(packed_elements<S>(s.out_channels, s.in_channels), -1, 1);
   const std::vector<T> bias = uniform<T>(s.panels() * kPanel, -2, 8);
-  std::vector<T> y(s.batch * (s.pool ? 1 : s.height * s.width) * s.out_channels,
-                   std::numeric_limits<T>::quiet_NaN());
-  const PointwiseArgs<T> args{s,      between(1, s.panels()), x.data(),    at.image, at.row,
-                              at.col, weight.data(),          bias.data(), y.data()};
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  std::vector<S> y(s.batch * (s.pool ? 1 : s.height * s.width) * s.out_channels, rounded<S>(nan));
+  std::vector<T> aside(depth<S> > 1 && s.pool ? y.size() : 0, nan);
+  T* sums = aside.data();
+  if constexpr (depth<S> == 1) sums = y.data();
+  const PointwiseArgs<S> args{s,      between(1, s.panels()), x.data(),    at.image, at.row,
+                              at.col, weight.data(),          bias.data(), y.data(), sums};
   for (int64_t task = 0; task < s.batch * args.parts; ++task)
-    cpu::kernels<T>(isa).run_pointwise(args, task);
+    cpu::kernels<S>(isa).run_pointwise(args, task);
   if (same(y, plain_loops(args), tolerance)) return true;
   std::printf("%s: [%lld, %lld, %lld, %lld] -> %lld, relu6 %d, pool %d, parts %lld\n", isa.name,
               (long long)s.batch, (long long)s.in_channels, (long long)s.height, (long long)s.width,
@@ -282,9 +321,12 @@ int main(int argc, char** argv) {
       passed += check_block<double>(isa, 1e-12);
       passed += check_pointwise<float>(isa, 2e-4);
       passed += check_pointwise<double>(isa, 1e-12);
+      // A result's rounding, and now and then a depthwise one to the other side.
+      passed += check_block<BFloat16>(isa, 0.03);
+      passed += check_pointwise<BFloat16>(isa, 0.004);
     }
-    std::printf("%s: %d of %d\n", isa.name, passed, 4 * cases);
-    good = good && passed == 4 * cases;
+    std::printf("%s: %d of %d\n", isa.name, passed, 6 * cases);
+    good = good && passed == 6 * cases;
   }
   return good ? 0 : 1;
 }

@@ -26,10 +26,11 @@ namespace {
 // Rows x vectors of the 1x1 products' register tile: accumulators, a row of weights, a broadcast.
 template <class V>
 constexpr int kMaxVectors = V::kRegisters >= 32 ? 4 : 2;
+constexpr int kMostRows = 12;
 template <class V>
 constexpr int max_rows(int vectors) {
   const int rows = (V::kRegisters - 1 - vectors) / vectors;
-  return rows < 12 ? rows : 12;
+  return rows < kMostRows ? rows : kMostRows;
 }
 // Output columns per depthwise pass: MobileNetV2's widths at 224 are multiples of 7.
 constexpr int kDepthwiseCols = 7;
@@ -54,6 +55,18 @@ MNV2_INLINE void for_pieces(int64_t total, int64_t most, F f) {
     begin += count;
   }
 }
+
+// Pointers to a tile's pixels. Filled by whole vectors: a run of pixels writes kMostRows of them, and
+// the next run of the same tile writes over those that are not its own.
+template <class P>
+struct Pixels {
+  P* at[2 * kMostRows];
+
+  MNV2_INLINE P* operator[](int i) const { return at[i]; }
+  MNV2_INLINE void fill(int begin, P* first, int64_t step) {
+    for (int i = 0; i < kMostRows; ++i) at[begin + i] = first + i * step;
+  }
+};
 
 // f(0), ..., f(N - 1) with compile-time indices: a loop would leave arrays of vectors on the stack.
 template <int N, class F>
@@ -179,7 +192,7 @@ constexpr int64_t kLongestSum = 160;
 // A 1x1 product: pixels x vectors of channels.
 template <class S, class T = Compute<S>>
 struct Product {
-  const S* x[12];    // pixels
+  Pixels<const S> x;
   const S* weights;  // [channels/16][C_in][16]
   const T* bias;     // [channels]
   int64_t in_channels;
@@ -190,8 +203,8 @@ struct Product {
 // Its results, stored as O.
 template <class S, class O>
 struct ExpandTile : Product<S> {
-  O* expanded[12];                // where each pixel's first vector goes
-  int64_t panel;                  // elements between panels of `expanded`
+  Pixels<O> expanded;            // where each pixel's first vector goes
+  int64_t panel;                 // elements between panels of `expanded`
   Compute<S> low = 0, high = 6;  // of the activation
 };
 
@@ -321,9 +334,9 @@ struct ProjectTile {
   const S* weights;    // this group's first row of the tile's first panel, [..][E][16]
   int64_t hidden;      // E
   int64_t terms;       // expanded channels in this group
-  T* sum[12];          // where the pixels' sums so far lie, at the tile's first channel: in y, or aside
-  S* y[12];            // output pixels
-  const S* x[12];      // what a residual adds to them
+  Pixels<T> sum;       // where the sums so far lie, at the tile's first channel: in y, or aside
+  Pixels<S> y;         // output pixels, if they are not the same
+  Pixels<const S> x;   // what a residual adds to them
   const T* bias;       // what the first group's sum starts from, else null
   bool add_sum;        // after a further group: what lies at `sum` counts
   bool add_x;          // after the last group of a residual block
@@ -626,7 +639,7 @@ class Tile {
           clear(expanded_ + panel * panel_ + ring_offset(r), in_cols_);
   }
 
-  // The next pixels of the window in row order, into t.x and t.expanded.
+  // The next pixels of the window in row order.
   struct Cursor {
     int64_t row, col;
     const S* x;   // of this pixel
@@ -637,12 +650,15 @@ class Tile {
             expanded_ + ring_offset(row) + left_ * kPanel};
   }
   void next_pixels(Cursor& at, int count, ExpandTile<S, T>& t) const {
-    for (int i = 0; i < count; ++i) {
-      t.x[i] = at.x;
-      t.expanded[i] = at.expanded;
-      at.x += a_.x_col;
-      at.expanded += kPanel;
-      if (++at.col == right_) at = cursor(at.row + 1);
+    for (int i = 0; i < count;) {
+      t.x.fill(i, at.x, a_.x_col);
+      t.expanded.fill(i, at.expanded, kPanel);
+      const int64_t run = least(count - i, right_ - at.col);
+      i += int(run);
+      at.col += run;
+      at.x += run * a_.x_col;
+      at.expanded += run * kPanel;
+      if (at.col == right_) at = cursor(at.row + 1);
     }
   }
 
@@ -702,13 +718,14 @@ class Tile {
         out[2] = b[i];
         if constexpr (kRgb > 3) out[3] = S{};
       }
-    } else if (s_.in_channels == 3 && a_.x_col == 3 && a_.x_channel == 1) {
-      for (int64_t i = 0; i < count; ++i, out += kRgb, x += 3) {
-        out[0] = x[0];
-        out[1] = x[1];
-        out[2] = x[2];
-        if constexpr (kRgb > 3) out[3] = S{};
+    } else if (kRgb == 4 && s_.in_channels == 3 && a_.x_col == 3 && a_.x_channel == 1) {
+      // Four at a time; the fourth belongs to the next pixel.
+      for (int64_t i = 0; i + 1 < count; ++i, out += 4, x += 3) {
+        std::memcpy(out, x, 4 * sizeof(S));
+        out[3] = S{};
       }
+      std::memcpy(out, x, 3 * sizeof(S));
+      out[3] = S{};
     } else {
       for (int64_t i = 0; i < count; ++i, x += a_.x_col)
         for (int64_t c = 0; c < channels; ++c)
@@ -784,14 +801,19 @@ class Tile {
     int64_t r = row, c = 0;
     for_pieces(band * cols_, most, [&](int64_t pixel, int rows) {
       t.depthwise = t.panels + pixel * kPanel;
-      for (int i = 0; i < rows; ++i) {
-        t.sum[i] = (aside ? sum_ + (pixel + i) * s_.out_channels
-                          : sums_ + r * sums_row_ + c * s_.out_channels) +
-                   channel;
+      const int64_t step = s_.out_channels;
+      for (int i = 0; i < rows;) {
+        if (aside)
+          t.sum.fill(i, sum_ + (pixel + i) * step + channel, step);
+        else
+          t.sum.fill(i, sums_ + r * sums_row_ + c * step + channel, step);
         if constexpr (kDepth<S> > 1)
-          t.y[i] = y_ + (r * s_.out_width() + c) * s_.out_channels + channel;
-        t.x[i] = x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel;
-        if (++c == cols_) {
+          t.y.fill(i, y_ + (r * s_.out_width() + c) * step + channel, step);
+        if (t.add_x) t.x.fill(i, x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel, a_.x_col);
+        const int64_t run = least(rows - i, cols_ - c);
+        i += int(run);
+        c += run;
+        if (c == cols_) {
           c = 0;
           ++r;
         }
@@ -991,9 +1013,12 @@ class Pointwise {
     int64_t row = block / s_.width, col = block % s_.width;
     Ahead ahead = this->ahead(t.vector + vectors, vectors, block, count, ceil_div(count, most));
     for_pieces(count, most, [&](int64_t pixel, int rows) {
-      for (int i = 0; i < rows; ++i) {
-        t.x[i] = a_.x + image_ * a_.x_image + row * a_.x_row + col * a_.x_col;
-        if (++col == s_.width) {
+      for (int i = 0; i < rows;) {
+        t.x.fill(i, a_.x + image_ * a_.x_image + row * a_.x_row + col * a_.x_col, a_.x_col);
+        const int64_t run = rows - i < s_.width - col ? rows - i : s_.width - col;
+        i += int(run);
+        col += run;
+        if (col == s_.width) {
           col = 0;
           ++row;
         }
@@ -1008,7 +1033,7 @@ class Pointwise {
     const int64_t channel = vector * V::kLanes;
     T results[N * V::kLanes];
     ExpandTile<S, T> t = tile<T>(vector);
-    t.expanded[0] = results - channel;  // the kernel adds the vector's own offset
+    t.expanded.fill(0, results - channel, 0);  // the kernel adds the vector's own offset
     const auto table = expand_table<V, S, T, N, true>(Rows<V, N>{});
     V sums[N];
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
@@ -1047,9 +1072,9 @@ class Pointwise {
     ExpandTile<S, S> t = tile<S>(vector);
     const auto table = expand_table<V, S, S, N, false>(Rows<V, N>{});
     for_pixels(t, N, block, count, max_rows<V>(N), [&](int64_t pixel, int rows) {
-      for (int i = 0; i < rows; ++i)  // the kernel adds the vector's own offset
-        t.expanded[i] =
-            (full ? y + (pixel + i) * s_.out_channels : results + i * N * V::kLanes) - channel;
+      // The kernel adds the vector's own offset.
+      t.expanded.fill(0, (full ? y + pixel * s_.out_channels : results) - channel,
+                      full ? s_.out_channels : N * V::kLanes);
       table[rows - 1](t);
       if (full) return;
       for (int i = 0; i < rows; ++i)
