@@ -56,9 +56,9 @@ struct Layer {
   std::vector<double> times;
 };
 
-constexpr int64_t kSizes[][4] = {  // t, channels, repeats, stride: table 2 of the paper
-    {1, 16, 1, 1}, {6, 24, 2, 2}, {6, 32, 3, 2}, {6, 64, 4, 2},
-    {6, 96, 3, 1}, {6, 160, 3, 2}, {6, 320, 1, 1}};
+constexpr int64_t kSizes[][4] = {// t, channels, repeats, stride: table 2 of the paper
+                                 {1, 16, 1, 1}, {6, 24, 2, 2},  {6, 32, 3, 2}, {6, 64, 4, 2},
+                                 {6, 96, 3, 1}, {6, 160, 3, 2}, {6, 320, 1, 1}};
 
 template <class S>
 std::vector<Layer<S>> network(const Machine& machine) {
@@ -72,8 +72,15 @@ std::vector<Layer<S>> network(const Machine& machine) {
       const int64_t stride = i == 0 ? first_stride : 1;
       const bool stem = layers.empty();
       BlockShape& s = l.shape;
-      s = {1,   size,   size, stem ? 3 : channels, channels * t,
-           out, stride, stem ? Expand::kStem : Expand::kPointwise, !stem && stride == 1 && channels == out};
+      s = {1,
+           size,
+           size,
+           stem ? 3 : channels,
+           channels * t,
+           out,
+           stride,
+           stem ? Expand::kStem : Expand::kPointwise,
+           !stem && stride == 1 && channels == out};
       if (stem) s.image_height = s.image_width = 224;
       const int64_t terms = s.expand_terms(pair), panels = s.hidden_panels();
       l.w_expand = random<S>(panels * terms * kPanel, 0.3f);

@@ -30,17 +30,21 @@ void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_
 // Bytes of one worker's slice of the scratch, which starts on its own cache lines.
 int64_t slice_bytes(const Plan& plan) { return round_up(plan.scratch_bytes, 256); }
 
-template <class T>
-const T* data(const Tensor* t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 // "float32" for messages.
 template <class S>
 const char* name_of() {
   return type_of<S> == ScalarType::Float    ? "float32"
          : type_of<S> == ScalarType::Double ? "float64"
                                             : "bfloat16";
+}
+
+// Kernels for S read products' weights stored as S, and the rest in what sums are in.
+template <class S, class Packed>
+void check_dtype(const Tensor& weight) {
+  if (!weight.is_cpu()) fail("x is on the CPU, so the packed weights must be too");
+  if (weight.scalar_type() != type_of<Packed>)
+    fail("packed weights must be ", name_of<Packed>(), " where they are for ", name_of<S>(),
+         " products; pack all of them with mnv2_fused.pack(weights, x.dtype)");
 }
 
 // Weights of a product over `terms` elements: [C/16, terms, 16], of pairs [C/16, terms/2, 16, 2].
@@ -88,27 +92,10 @@ Activation activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
 }
 
-template <class S>
-BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
+BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expand, int64_t stride,
                        bool residual) {
-  if (w.w_project->dim() != kProductDims<S> || w.b_project->dim() != 1)
-    fail("w_project must be ", product_layout<S>("C_out/16", "E"), " and b_project [C_out], got ",
-         to_string(*w.w_project), " and ", to_string(*w.b_project));
+  BlockShape s{x[0], x[2], x[3], x[1], hidden, out, stride, expand, residual};
   const bool stem = expand == Expand::kStem;
-  const int64_t taps = stem ? 9 : 1;
-  const int64_t hidden = w.w_project->size(1) * depth<S>;
-  int64_t takes = hidden;
-  if (expand != Expand::kNone) {
-    if (w.w_expand->dim() != kProductDims<S> || w.w_expand->size(1) * depth<S> % taps != 0)
-      fail("w_expand must be ", product_layout<S>("E/16", stem ? "9 x C_in" : "C_in"), ", got ",
-           to_string(*w.w_expand));
-    takes = w.w_expand->size(1) * depth<S> / taps;
-  }
-  // Packed pairs do not tell an odd number from the next.
-  const bool fits = expand == Expand::kNone ? x[1] == takes : round_up(x[1], depth<S>) == takes;
-  if (!fits) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
-  BlockShape s{x[0],   x[2],   x[3],    x[1], hidden, w.b_project->size(0),
-               stride, expand, residual};
   if (stem) {
     s.image_height = x[2];
     s.image_width = x[3];
@@ -119,32 +106,52 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int
   if (stem && (x[2] < 1 || x[3] < 1)) why = "height and width must be at least 1";
   if (!why.empty())
     fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
-  const int64_t panels = s.hidden_panels();
-  if (expand != Expand::kNone) {
-    check_product<S>("w_expand", *w.w_expand, panels, s.expand_terms(depth<S>));
-    check_sizes("b_expand", *w.b_expand, {panels * kPanel});
-  }
-  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
-  check_sizes("b_depthwise", *w.b_depthwise, {panels * kPanel});
-  check_product<S>("w_project", *w.w_project, ceil_div(s.out_channels, kPanel),
-                   s.hidden_channels);
-  check_sizes("b_project", *w.b_project, {s.out_channels});
   return s;
 }
 
 template <class S>
-PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
-                               int64_t out_channels, bool relu6, bool pool) {
-  const PointwiseShape s{x[0], x[2], x[3], x[1], out_channels, relu6, pool};
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual) {
+  for (const Tensor* t : {w.w_expand, w.w_project})
+    if (t) check_dtype<S, S>(*t);
+  for (const Tensor* t : {w.b_expand, w.w_depthwise, w.b_depthwise, w.b_project})
+    if (t) check_dtype<S, Compute<S>>(*t);
+  if (w.w_project->dim() != kProductDims<S> || w.b_project->dim() != 1)
+    fail("w_project must be ", product_layout<S>("C_out/16", "E"), " and b_project [C_out], got ",
+         to_string(*w.w_project), " and ", to_string(*w.b_project));
+  const int64_t hidden = w.w_project->size(1) * depth<S>;
+  int64_t takes = hidden;
+  if (w.w_expand) {
+    if (w.w_expand->dim() != kProductDims<S>)
+      fail("w_expand must be ", product_layout<S>("E/16", "C_in"), ", got ",
+           to_string(*w.w_expand));
+    takes = w.w_expand->size(1) * depth<S>;
+  }
+  // Packed pairs do not tell an odd number from the next.
+  const bool fits = w.w_expand ? round_up(x[1], depth<S>) == takes : x[1] == takes;
+  if (!fits) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
+  const BlockShape s =
+      block_shape(x, hidden, w.b_project->size(0), w.w_expand ? Expand::kPointwise : Expand::kNone,
+                  stride, residual);
+  const int64_t panels = s.hidden_panels();
+  if (w.w_expand) {
+    check_product<S>("w_expand", *w.w_expand, panels, s.in_channels);
+    check_sizes("b_expand", *w.b_expand, {panels * kPanel});
+  }
+  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
+  check_sizes("b_depthwise", *w.b_depthwise, {panels * kPanel});
+  check_product<S>("w_project", *w.w_project, ceil_div(s.out_channels, kPanel), s.hidden_channels);
+  check_sizes("b_project", *w.b_project, {s.out_channels});
+  return s;
+}
+
+PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool pool) {
+  const PointwiseShape s{x[0], x[2], x[3], x[1], out, relu6, pool};
   if (s.height < 1 || s.width < 1 || s.in_channels < 1)
     fail("sizes must be at least 1, got x ", to_string(x));
-  if (const std::string why =
-          too_large(s.batch, s.height, s.width, std::max(s.in_channels, out_channels));
+  if (out < 1) fail("out_channels must be at least 1, got ", out);
+  if (const std::string why = too_large(s.batch, s.height, s.width, std::max(s.in_channels, out));
       !why.empty())
-    fail(why, ", got x ", to_string(x));
-  if (out_channels < 1) fail("out_channels must be at least 1, got ", out_channels);
-  check_product<S>("weight", weight, s.panels(), s.in_channels);
-  check_sizes("bias", bias, {s.panels() * kPanel});
+    fail(why, ", got x ", to_string(x), " and ", out, " output channels");
   return s;
 }
 
@@ -159,28 +166,9 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-namespace {
-void check_weight(const Tensor& weight, ScalarType type, const char* name, const char* x) {
-  if (!weight.is_cpu()) fail("x is on the CPU, so the packed weights must be too");
-  if (weight.scalar_type() != type)
-    fail("packed weights must be ", name, " where they are for ", x,
-         " products; pack all of them with mnv2_fused.pack(weights, x.dtype)");
-}
-}  // namespace
-
-template <class S>
-void check_product_weight(const Tensor& weight) {
-  check_weight(weight, type_of<S>, name_of<S>(), name_of<S>());
-}
-template <class S>
-void check_other_weight(const Tensor& weight) {
-  check_weight(weight, type_of<Compute<S>>, name_of<Compute<S>>(), name_of<S>());
-}
-
 template <class S>
 Machine current_machine() {
-  return cpu::kernels<S>(cpu::active())
-      .machine(torch::stable::get_num_threads(), cpu::l2_bytes());
+  return cpu::kernels<S>(cpu::active()).machine(torch::stable::get_num_threads(), cpu::l2_bytes());
 }
 
 Plan cached_plan(const BlockShape& shape, const Machine& machine) {
@@ -193,11 +181,10 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
     size_t operator()(const Key& k) const {
       const BlockShape& s = k.shape;
       size_t h = 0;
-      for (const int64_t v :
-           {s.batch, s.height, s.width, s.in_channels, s.hidden_channels, s.out_channels, s.stride,
-            int64_t(s.expand) * 2 + int64_t{s.residual}, s.image_height, s.image_width,
-            k.machine.threads, k.machine.lanes, k.machine.element_size, k.machine.storage_size,
-            k.machine.depth})
+      for (const int64_t v : {s.batch, s.height, s.width, s.in_channels, s.hidden_channels,
+                              s.out_channels, s.stride, int64_t(s.expand) * 2 + int64_t{s.residual},
+                              s.image_height, s.image_width, k.machine.threads, k.machine.lanes,
+                              k.machine.element_size, k.machine.storage_size, k.machine.depth})
         h = (h ^ size_t(v)) * size_t{0x9E3779B97F4A7C15};
       return h;
     }
@@ -223,7 +210,7 @@ int64_t scratch_bytes(const Plan& plan) {
 
 template <class S>
 void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
-               const BlockTensors& w, S* y, void* scratch, Next next) {
+               const BlockPointers& w, S* y, void* scratch, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
   const int64_t slice = slice_bytes(plan) / int64_t{sizeof(T)};
@@ -234,12 +221,12 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
                           x.strides[2],
                           x.strides[3],
                           x.strides[1],
-                          data<S>(w.w_expand),
-                          data<T>(w.b_expand),
-                          data<T>(w.w_depthwise),
-                          data<T>(w.b_depthwise),
-                          data<S>(w.w_project),
-                          data<T>(w.b_project),
+                          static_cast<const S*>(w.w_expand),
+                          static_cast<const T*>(w.b_expand),
+                          static_cast<const T*>(w.w_depthwise),
+                          static_cast<const T*>(w.b_depthwise),
+                          static_cast<const S*>(w.w_project),
+                          static_cast<const T*>(w.b_project),
                           y,
                           first + slice * plan.workers,
                           next.data,
@@ -255,8 +242,8 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
 }
 
 template <class S>
-void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
-                   const Tensor& bias, S* y, Compute<S>* sums, Next next) {
+void run_pointwise(const PointwiseShape& shape, const Activation& x, const void* weight,
+                   const void* bias, S* y, Compute<S>* sums, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
   const int64_t threads = torch::stable::get_num_threads();
@@ -269,8 +256,8 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tenso
                               x.strides[0],
                               x.strides[2],
                               x.strides[3],
-                              data<S>(&weight),
-                              data<T>(&bias),
+                              static_cast<const S*>(weight),
+                              static_cast<const T*>(bias),
                               y,
                               sums,
                               next.data,
@@ -280,17 +267,13 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tenso
             [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
 }
 
-#define MNV2_INSTANTIATE(S)                                                                      \
-  template void check_product_weight<S>(const Tensor&);                                          \
-  template void check_other_weight<S>(const Tensor&);                                            \
-  template Machine current_machine<S>();                                                         \
-  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, Expand, int64_t, bool);  \
-  template PointwiseShape pointwise_shape<S>(const Sizes&, const Tensor&, const Tensor&, int64_t, \
-                                             bool, bool);                                        \
-  template void run_block<S>(const BlockShape&, const Plan&, const Activation&,                  \
-                             const BlockTensors&, S*, void*, Next);                              \
-  template void run_pointwise<S>(const PointwiseShape&, const Activation&, const Tensor&,        \
-                                 const Tensor&, S*, Compute<S>*, Next);
+#define MNV2_INSTANTIATE(S)                                                             \
+  template Machine current_machine<S>();                                                \
+  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool); \
+  template void run_block<S>(const BlockShape&, const Plan&, const Activation&,         \
+                             const BlockPointers&, S*, void*, Next);                    \
+  template void run_pointwise<S>(const PointwiseShape&, const Activation&, const void*, \
+                                 const void*, S*, Compute<S>*, Next);
 MNV2_INSTANTIATE(float)
 MNV2_INSTANTIATE(double)
 MNV2_INSTANTIATE(BFloat16)

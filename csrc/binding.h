@@ -45,15 +45,19 @@ struct BlockTensors {
   const Tensor *w_expand, *b_expand;  // null without an expansion
   const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
 };
+// The same in memory.
+struct BlockPointers {
+  const void *w_expand, *b_expand, *w_depthwise, *b_depthwise, *w_project, *b_project;
+};
 
-// The geometry, carried by the packed weights. Fails, naming value and limit, where they disagree
+// A block on x, of so many channels. Fails, naming value and limit, where no kernel takes it.
+BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expand, int64_t stride,
+                       bool residual);
+// The one whose geometry the packed weights carry. Fails where they are not of S's dtypes, or disagree
 // with each other or with x.
 template <class S>
-BlockShape block_shape(const Sizes& x, const BlockTensors& w, Expand expand, int64_t stride,
-                       bool residual);
-template <class S>
-PointwiseShape pointwise_shape(const Sizes& x, const Tensor& weight, const Tensor& bias,
-                               int64_t out_channels, bool relu6, bool pool);
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual);
+PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool pool);
 
 // The strides test behind torch's suggest_memory_format, which the stable ABI lacks: channels_last
 // when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.
@@ -64,13 +68,6 @@ template <class S>
 constexpr ScalarType type_of = std::is_same_v<S, float>    ? ScalarType::Float
                                : std::is_same_v<S, double> ? ScalarType::Double
                                                            : ScalarType::BFloat16;
-
-// What kernels for S read of one layer: products' weights stored as S, the rest in what sums are in.
-// Fail, naming the dtypes, where the packed ones differ.
-template <class S>
-void check_product_weight(const Tensor& weight);
-template <class S>
-void check_other_weight(const Tensor& weight);
 
 // The machine that plans are made for: the instruction set in use and torch's threads.
 template <class S>
@@ -89,10 +86,10 @@ struct Next {
 
 template <class S>
 void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
-               const BlockTensors& w, S* y, void* scratch, Next next = {});
+               const BlockPointers& w, S* y, void* scratch, Next next = {});
 // sums: [N, C_out] of a pooled layer where S is narrower than its sums, else unused.
 template <class S>
-void run_pointwise(const PointwiseShape& shape, const Activation& x, const Tensor& weight,
-                   const Tensor& bias, S* y, Compute<S>* sums, Next next = {});
+void run_pointwise(const PointwiseShape& shape, const Activation& x, const void* weight,
+                   const void* bias, S* y, Compute<S>* sums, Next next = {});
 
 }  // namespace mnv2_fused

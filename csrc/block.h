@@ -68,15 +68,15 @@ struct BlockArgs {
   const S* x;                     // [N, H, W, C_in] by the strides below
   int64_t x_image, x_row, x_col;  // element strides
   int64_t x_channel;              // 1 except for a stem
-  const S* w_expand;              // K = C_in, of a stem 9 * C_in (C_in rounded up to an even number)
-  const T* b_expand;              // [E/16 * 16]
-  const T* w_depthwise;           // [E/16][9][16]
-  const T* b_depthwise;           // [E/16 * 16]
-  const S* w_project;             // K = E
-  const T* b_project;             // [C_out]
-  S* y;                           // [N, H', W', C_out], dense
-  T* partial;                     // [groups, N, H', W', C_out], when the plan splits the groups
-  const void* next = nullptr;     // weights that the next layer reads first, to fetch meanwhile
+  const S* w_expand;           // K = C_in, of a stem 9 * C_in (C_in rounded up to an even number)
+  const T* b_expand;           // [E/16 * 16]
+  const T* w_depthwise;        // [E/16][9][16]
+  const T* b_depthwise;        // [E/16 * 16]
+  const S* w_project;          // K = E
+  const T* b_project;          // [C_out]
+  S* y;                        // [N, H', W', C_out], dense
+  T* partial;                  // [groups, N, H', W', C_out], when the plan splits the groups
+  const void* next = nullptr;  // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
 };
 
@@ -99,8 +99,8 @@ struct PointwiseArgs {
   const S* weight;                // K = C_in
   const T* bias;                  // [C_out/16 * 16]
   S* y;                           // [N, H, W, C_out], dense; [N, C_out] when pooled
-  T* sums;                        // [N, C_out] of a large pooled image: y itself unless it is narrower
-  const void* next = nullptr;     // weights that the next layer reads first, to fetch meanwhile
+  T* sums;                     // [N, C_out] of a large pooled image: y itself unless it is narrower
+  const void* next = nullptr;  // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
 };
 

@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return std::string(cpu::active().name); });
   m.def("set_instruction_set", &cpu::set_active);
   m.def("l2_bytes", &cpu::l2_bytes);
+  m.def("advise_huge_pages", &cpu::advise_huge_pages);
   py::class_<Watch>(
       m, "Watch", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
         PyTypeObject* const type = &heap_type->ht_type;
@@ -84,9 +85,8 @@ PYBIND11_MODULE(_C, m) {
         const auto at = [&](int i) { return dims[i].cast<int64_t>(); };
         const BlockShape s =
             block_shape(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7) != 0, at(8) != 0);
-        const Machine machine = with_kernels(dtype, [&](const auto& kernels) {
-          return kernels.machine(threads, cpu::l2_bytes());
-        });
+        const Machine machine = with_kernels(
+            dtype, [&](const auto& kernels) { return kernels.machine(threads, cpu::l2_bytes()); });
         if (!forced) return to_dict(make_plan(s, machine));
         if (forced->size() != 4)
           throw py::value_error("plan must be [tile_rows, tile_cols, group, splits], got " +

@@ -41,13 +41,7 @@ Tensor dispatch(const char* op, ScalarType x, ScalarType weights, F f) {
   }
 }
 
-template <class S>
-void check_weights(const BlockTensors& w) {
-  for (const Tensor* t : {w.w_expand, w.w_project})
-    if (t) check_product_weight<S>(*t);
-  for (const Tensor* t : {w.b_expand, w.w_depthwise, w.b_depthwise, w.b_project})
-    if (t) check_other_weight<S>(*t);
-}
+const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
 
 Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in, H, W]
                              const std::optional<Tensor>& w_expand,  // [E/16, C_in, 16]
@@ -67,9 +61,7 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
                          &b_depthwise,
                          &w_project,
                          &b_project};
-    check_weights<S>(w);
-    const BlockShape shape = block_shape<S>(
-        sizes_of(x), w, w_expand ? Expand::kPointwise : Expand::kNone, stride, residual);
+    const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual);
     const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
     const bool channels_last = is_channels_last(x);
     if (shape.batch == 0) return empty(y_sizes, type, channels_last);
@@ -87,15 +79,17 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
                           : make_plan(shape, machine, forced[0], forced[1], forced[2], forced[3]);
     const Tensor scratch = buffer(scratch_bytes(plan));
     const Tensor result = empty(y_sizes, kStored, true);
-    run_block(shape, plan, activation_of(source), w, static_cast<S*>(result.mutable_data_ptr()),
-              scratch.mutable_data_ptr());
+    const BlockPointers pointers{data(w.w_expand),    data(w.b_expand),  data(w.w_depthwise),
+                                 data(w.b_depthwise), data(w.w_project), data(w.b_project)};
+    run_block(shape, plan, activation_of(source), pointers,
+              static_cast<S*>(result.mutable_data_ptr()), scratch.mutable_data_ptr());
     if (type == kStored && channels_last) return result;
     Tensor y = empty(y_sizes, type, channels_last);
     return torch::stable::copy_(y, result);
   });
 }
 
-// What `layers` of a sequence names (LayerKind in ops.py), and how many weights each takes.
+// What `layers` of a sequence names (LayerKind in ops.py).
 enum LayerKind : int64_t {
   kBlock,
   kBlockWithoutExpand,
@@ -104,59 +98,98 @@ enum LayerKind : int64_t {
   kPooled,
   kLinear
 };
-constexpr int64_t kWeights[] = {6, 4, 6, 2, 2, 2};
+// What it tells of each layer: kind, C_in, E (of a block), C_out, stride, residual.
+constexpr size_t kValues = 6;
 
 struct Layer {
   LayerKind kind;
-  const Tensor* weights;
-  BlockTensors block_weights;
   BlockShape block;
   Plan plan;
   PointwiseShape pointwise;
   Sizes y;
+  const char* weights[6];  // in the order of the layer's packed tensors, at its end none
+  int64_t first_bytes;     // of the weights that a kernel reads first
 
   bool is_block() const { return kind < kPointwise; }
   int64_t y_elements() const { return y[0] * y[1] * y[2] * y[3]; }
-  // The first group's expansion, or the first few panels of a 1x1.
-  Next first_weights(int64_t element_size) const {
-    const Tensor& w = weights[0];
-    const int64_t panels = is_block() ? ceil_div(plan.group, kPanel) : 4;
-    const int64_t bytes = w.stride(0) * element_size;
-    return {w.const_data_ptr(), std::min(panels, w.size(0)) * bytes};
+  // Without an expansion there are two tensors less.
+  BlockPointers pointers() const {
+    const char* const* const w = weights;
+    if (kind == kBlockWithoutExpand) return {nullptr, nullptr, w[0], w[1], w[2], w[3]};
+    return {w[0], w[1], w[2], w[3], w[4], w[5]};
   }
 };
 
-// size: the stride of a block, the output channels of other layers.
-template <class S>
-Layer make_layer(LayerKind kind, int64_t size, bool residual, const Sizes& x, const Tensor* w,
-                 const Machine& machine) {
+Layer make_layer(const int64_t* values, const Sizes& x) {
+  const int64_t in = values[1], hidden = values[2], out = values[3], stride = values[4];
+  const bool residual = values[5] != 0;
+  if (values[0] < 0 || values[0] > kLinear) fail("layer kind must be 0 to 5, got ", values[0]);
+  if (x[1] != in) fail("x must have ", in, " channels, got ", x[1], " in ", to_string(x));
   Layer l{};
-  l.kind = kind;
-  l.weights = w;
+  l.kind = LayerKind(values[0]);
   if (l.is_block()) {
-    const bool none = kind == kBlockWithoutExpand;
-    const Tensor* const rest = none ? w : w + 2;
-    l.block_weights = {
-        none ? nullptr : w, none ? nullptr : w + 1, rest, rest + 1, rest + 2, rest + 3};
-    const Expand expand = none             ? Expand::kNone
-                          : kind == kBlock ? Expand::kPointwise
-                                           : Expand::kStem;
-    check_weights<S>(l.block_weights);
-    l.block = block_shape<S>(x, l.block_weights, expand, size, residual);
-    l.plan = cached_plan(l.block, machine);
-    l.y = {x[0], l.block.out_channels, l.block.out_height(), l.block.out_width()};
+    const Expand expand = l.kind == kBlockWithoutExpand ? Expand::kNone
+                          : l.kind == kBlock            ? Expand::kPointwise
+                                                        : Expand::kStem;
+    l.block = block_shape(x, hidden, out, expand, stride, residual);
+    l.y = {x[0], out, l.block.out_height(), l.block.out_width()};
   } else {
-    if (kind == kLinear && (x[2] != 1 || x[3] != 1))
+    if (l.kind == kLinear && (x[2] != 1 || x[3] != 1))
       fail("a linear layer takes one pixel an image, got ", to_string(x));
-    check_product_weight<S>(w[0]);
-    check_other_weight<S>(w[1]);
-    l.pointwise = pointwise_shape<S>(x, w[0], w[1], size, kind != kLinear, kind == kPooled);
+    l.pointwise = pointwise_shape(x, out, l.kind != kLinear, l.kind == kPooled);
     // The images of a linear layer are the pixels of one.
-    if (kind == kLinear) std::swap(l.pointwise.batch, l.pointwise.height);
-    l.y = {x[0], size, kind == kPooled ? 1 : x[2], kind == kPooled ? 1 : x[3]};
+    if (l.kind == kLinear) std::swap(l.pointwise.batch, l.pointwise.height);
+    l.y = {x[0], out, l.kind == kPooled ? 1 : x[2], l.kind == kPooled ? 1 : x[3]};
   }
   return l;
 }
+
+// Hands out a layer's weights from the bytes of all of them; see sequence.join.
+class Weights {
+ public:
+  explicit Weights(const char* first) : first_(first) {}
+  // Bytes handed out.
+  int64_t size() const { return size_; }
+
+  template <class S>
+  void give(Layer& l) {
+    constexpr int64_t kDepth = depth<S>, kStored = sizeof(S), kSum = sizeof(Compute<S>);
+    at_ = l.weights;
+    if (!l.is_block()) {
+      const PointwiseShape& s = l.pointwise;
+      const int64_t panel = round_up(s.in_channels, kDepth) * kPanel * kStored;
+      take(s.panels() * panel);
+      take(s.panels() * kPanel * kSum);
+      l.first_bytes = std::min<int64_t>(s.panels(), 4) * panel;
+      return;
+    }
+    const BlockShape& s = l.block;
+    if (s.hidden_channels % kDepth != 0)
+      fail("hidden_channels must be even for bfloat16, got ", s.hidden_channels,
+           "; run this block by itself");
+    const int64_t panels = s.hidden_panels();
+    const int64_t panel = s.expand_terms(kDepth) * kPanel * kStored;
+    if (s.expand != Expand::kNone) {
+      take(panels * panel);
+      take(panels * kPanel * kSum);
+    }
+    take(panels * 9 * kPanel * kSum);
+    take(panels * kPanel * kSum);
+    take(ceil_div(s.out_channels, kPanel) * s.hidden_channels * kPanel * kStored);
+    take(s.out_channels * kSum);
+    l.first_bytes = l.plan.group / kPanel * (s.expand == Expand::kNone ? 9 * kPanel * kSum : panel);
+  }
+
+ private:
+  void take(int64_t bytes) {
+    *at_++ = first_ + size_;
+    size_ += round_up(bytes, 64);
+  }
+
+  const char* first_;
+  int64_t size_ = 0;
+  const char** at_ = nullptr;
+};
 
 // One-pixel images as the pixels of one image.
 Activation as_pixels(const Activation& x) {
@@ -164,37 +197,36 @@ Activation as_pixels(const Activation& x) {
 }
 
 // Layers in a row, by the kernels that each would run alone, in one buffer for what lies between.
-Tensor sequence_cpu(
-    const Tensor& x,              // [N, C, H, W]
-    std::vector<Tensor> weights,  // of all layers, one after the other
-    IntHeaderOnlyArrayRef layers  // kind, stride or output channels, residual of each
+Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
+                    const Tensor& weights,        // [bytes], of all layers
+                    IntHeaderOnlyArrayRef layers  // six values of each
 ) {
   const ScalarType type = x.scalar_type();
-  // Every kind of layer ends with a product's weights and bias.
-  const ScalarType packed =
-      weights.size() < 2 ? ScalarType::Float : weights[weights.size() - 2].scalar_type();
-  return dispatch("sequence", type, packed, [&]<class S>(S) {
-    if (layers.empty() || layers.size() % 3 != 0)
-      fail("layers must hold kind, stride or output channels, and residual of each layer, got ",
-           layers.size(), " values");
-    constexpr ScalarType kStored = type_of<S>;
+  return dispatch("sequence", type, type, [&]<class S>(S) {
     using T = Compute<S>;
+    constexpr ScalarType kStored = type_of<S>;
+    if (layers.empty() || layers.size() % kValues != 0)
+      fail("layers must hold kind, C_in, E, C_out, stride and residual of each layer, got ",
+           layers.size(), " values");
+    if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
+        !weights.is_contiguous())
+      fail(
+          "weights must be one contiguous row of bytes on the CPU, as mnv2_fused.sequence.join "
+          "makes it");
     const Machine machine = current_machine<S>();
     std::vector<Layer> all;
+    all.reserve(layers.size() / kValues);
     Sizes sizes = sizes_of(x);
-    size_t used = 0;
-    for (size_t i = 0; i < layers.size(); i += 3) {
-      const int64_t kind = layers[i];
-      if (kind < 0 || kind > kLinear) fail("layer kind must be 0 to 5, got ", kind);
-      if (used + size_t(kWeights[kind]) > weights.size())
-        fail("layer ", i / 3, " needs ", kWeights[kind], " weights, ", weights.size() - used,
-             " are left of ", weights.size());
-      all.push_back(make_layer<S>(LayerKind(kind), layers[i + 1], layers[i + 2] != 0, sizes,
-                                  &weights[used], machine));
-      used += size_t(kWeights[kind]);
-      sizes = all.back().y;
+    Weights packed(static_cast<const char*>(weights.const_data_ptr()));
+    for (size_t i = 0; i < layers.size(); i += kValues) {
+      Layer& l = all.emplace_back(make_layer(layers.data() + i, sizes));
+      if (l.is_block()) l.plan = cached_plan(l.block, machine);
+      packed.give<S>(l);
+      sizes = l.y;
     }
-    if (used != weights.size()) fail("the layers take ", used, " weights, got ", weights.size());
+    if (packed.size() != weights.numel())
+      fail("these layers take ", packed.size(), " bytes of weights for x of this dtype, got ",
+           weights.numel(), "; pack them for it and join them with mnv2_fused.sequence.join");
     if (x.size(0) == 0) return empty(sizes, type, true);
 
     // What comes and goes between layers starts at the two ends of one buffer, in turn.
@@ -206,8 +238,8 @@ Tensor sequence_cpu(
       if (i + 1 < all.size())
         between = std::max(between, bytes(all[i]) + (i > 0 ? bytes(all[i - 1]) : 0));
       const int64_t sums = all[i].kind == kPooled && depth<S> > 1 ? all[i].y_elements() : 0;
-      scratch = std::max(scratch, all[i].is_block() ? scratch_bytes(all[i].plan)
-                                                    : sums * int64_t{sizeof(T)});
+      scratch = std::max(
+          scratch, all[i].is_block() ? scratch_bytes(all[i].plan) : sums * int64_t{sizeof(T)});
     }
     const Tensor memory = buffer(between + scratch);
     char* const first = static_cast<char*>(memory.mutable_data_ptr());
@@ -222,9 +254,10 @@ Tensor sequence_cpu(
       void* out = i % 2 ? first + between - bytes(l) : first;
       if (i + 1 == all.size()) out = result.mutable_data_ptr();
       S* const y = static_cast<S*>(out);
-      const Next next = i + 1 < all.size() ? all[i + 1].first_weights(sizeof(S)) : Next{};
+      const Next next =
+          i + 1 < all.size() ? Next{all[i + 1].weights[0], all[i + 1].first_bytes} : Next{};
       if (l.is_block())
-        run_block(l.block, l.plan, in, l.block_weights, y, first + between, next);
+        run_block(l.block, l.plan, in, l.pointers(), y, first + between, next);
       else
         run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, l.weights[0],
                       l.weights[1], y, reinterpret_cast<T*>(first + between), next);
@@ -244,7 +277,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "inverted_residual(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, "
       "Tensor b_depthwise, Tensor w_project, Tensor b_project, int stride, bool residual, "
       "int[] plan=[]) -> Tensor");
-  m.def("sequence(Tensor x, Tensor[] weights, int[] layers) -> Tensor");
+  m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {

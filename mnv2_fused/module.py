@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
 from .block import BlockSpec, check_input
-from .fold import PackedWeights
+from .fold import PackedWeights, packed_dtypes
 from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
 
 
@@ -260,14 +260,23 @@ class FusedInvertedResidual(nn.Module):
             self._ready = ready
         return ready
 
-    def packed_for_sequence(self) -> PackedWeights | None:
-        """Weights with which a sequence may run this block in eval, as long as it watches it; None if it may not."""
+    def fits_sequence(self) -> bool:
+        """Whether a sequence may run this block in eval, as long as it watches it."""
         if self.training or self.why_modules() is not None or self._norms_train():
+            return False
+        sources, _ = self._sources()
+        dtype, device = sources[0].dtype, sources[0].device
+        # In one run, every product's weights are packed alike.
+        alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
+        return alike and lasting(t for t in sources if t is not None)
+
+    def packed_for_sequence(self) -> PackedWeights | None:
+        """Weights for a sequence that runs this block and keeps them; None if it may not."""
+        if not self.fits_sequence():
             return None
         sources, eps = self._sources()
-        if not lasting(t for t in sources if t is not None):
-            return None
-        return self._cache.get(sources, eps, sources[0].dtype)
+        with torch.no_grad():
+            return fold_and_pack(sources, eps, sources[0].dtype)
 
     def _norms_train(self) -> bool:
         return any(norm.training for _, norm in self._pairs if norm._parameters)  # FrozenBatchNorm2d has none

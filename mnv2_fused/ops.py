@@ -78,7 +78,7 @@ def packed_inverted_residual(
         return torch.ops.mnv2_fused.inverted_residual.default(*arguments)
 
 
-def sequence(x: Tensor, weights: list[Tensor], geometry: list[int]) -> Tensor:
+def sequence(x: Tensor, weights: Tensor, geometry: list[int]) -> Tensor:
     """``mnv2_fused::sequence`` where nothing records: it has no derivative (see :mod:`mnv2_fused.sequence`)."""
     if torch.is_inference_mode_enabled():
         return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
@@ -87,7 +87,10 @@ def sequence(x: Tensor, weights: list[Tensor], geometry: list[int]) -> Tensor:
 
 
 class LayerKind(enum.IntEnum):
-    """What one entry of the op's ``layers`` names; csrc/ops.cpp has its twin."""
+    """What a layer of the op's ``layers`` is; csrc/ops.cpp has its twin.
+
+    Six values tell of each layer: kind, C_in, E (of a block), C_out, stride, residual.
+    """
 
     BLOCK = 0
     BLOCK_WITHOUT_EXPAND = 1
@@ -96,28 +99,18 @@ class LayerKind(enum.IntEnum):
     POOLED = 4
     LINEAR = 5
 
-    @property
-    def weights(self) -> int:
-        """How many packed tensors it takes."""
-        return (6, 4, 6, 2, 2, 2)[self]
-
 
 def _sequence_fake(x, weights, layers):
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
-    for t in weights:
-        if t.device != x.device:
-            raise RuntimeError(f"x is on {x.device} but packed weights are on {t.device}; move one with .to()")
+    if weights.device != x.device:
+        raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
     n, channels, height, width = x.shape
-    left = list(weights)
-    for first in range(0, len(layers), 3):
-        kind, size = LayerKind(layers[first]), layers[first + 1]
-        own, left = left[: kind.weights], left[kind.weights :]
+    for first in range(0, len(layers), 6):
+        kind, channels, stride = LayerKind(layers[first]), layers[first + 3], layers[first + 4]
         if kind is LayerKind.STEM_AND_BLOCK:
             height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
         if kind <= LayerKind.STEM_AND_BLOCK:
-            channels, height, width = own[-1].shape[0], (height - 1) // size + 1, (width - 1) // size + 1
-        else:
-            channels = size
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
         if kind is LayerKind.POOLED:
             height = width = 1
     shape = n, channels, height, width

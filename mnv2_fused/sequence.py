@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
-from .fold import fold_conv_bn, pack_conv, packed_dtypes
+from .fold import fold_conv_bn, pack_conv
 from .module import FusedInvertedResidual
 from .ops import LayerKind
 from .watch import Watch, lasting, parameters_of
@@ -32,13 +32,15 @@ class Layer:
 
     @property
     def geometry(self) -> list[int]:
-        """Kind, stride or output channels, residual: this layer's part of the op's ``layers``."""
-        for module in self.modules:
-            if isinstance(module, FusedInvertedResidual):
-                return [self.kind, module.spec.stride, int(module.use_res_connect)]
-            if isinstance(module, nn.Linear):
-                return [self.kind, module.weight.shape[0], 0]
-        return [self.kind, self.modules[0][0].out_channels, 0]
+        """Kind, C_in, E (of a block), C_out, stride, residual: this layer's part of the op's ``layers``."""
+        first, last = self.modules[0], self.modules[-1]
+        if isinstance(last, FusedInvertedResidual):
+            spec = last.spec
+            in_channels = spec.in_channels if first is last else first[0].in_channels
+            return [self.kind, in_channels, spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)]
+        if isinstance(last, nn.Linear):
+            return [self.kind, last.weight.shape[1], 0, last.weight.shape[0], 1, 0]
+        return [self.kind, first[0].in_channels, 0, first[0].out_channels, 1, 0]
 
     def packed(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weights in the order in which the op takes them."""
@@ -56,6 +58,29 @@ class Layer:
                 elif isinstance(module, nn.Sequential):
                     conv, norm, _ = module
                     yield from pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
+
+
+_ALIGNMENT = 64  # bytes, of every tensor among those joined: a cache line
+_HUGE_PAGE = 2**21
+
+
+def join(packed: Sequence[Tensor]) -> Tensor:
+    """Packed tensors of several layers one after the other, as ``mnv2_fused::sequence`` takes them: [bytes].
+
+    One tensor where a network has a hundred, so that a call has one to look at, in huge pages where the system has
+    them: weights are read once a call, and more pages than the processor's address caches hold would be looked up
+    anew each time.
+    """
+    rows = [t.detach().contiguous().flatten().view(torch.uint8) for t in packed]
+    ends = list(itertools.accumulate(-(-row.numel() // _ALIGNMENT) * _ALIGNMENT for row in rows))
+    room = torch.empty(ends[-1] + _HUGE_PAGE, dtype=torch.uint8)
+    joined = room[-room.data_ptr() % _HUGE_PAGE :][: ends[-1]]
+    if ops._C is not None:
+        ops._C.advise_huge_pages(joined.data_ptr(), joined.numel())
+    for row, begin, end in zip(rows, [0, *ends[:-1]], ends, strict=True):
+        joined[begin : begin + row.numel()] = row
+        joined[begin + row.numel() : end] = 0
+    return joined
 
 
 def layers_of(children: list[nn.Module | None]) -> Iterator[Layer | nn.Module | None]:
@@ -124,11 +149,7 @@ def _is_conv(module: nn.Module, name: str) -> bool:
 def _block_can_run(block: FusedInvertedResidual) -> bool:
     if block.backend == "eager" or "forward" in vars(block) or layers.has_hooks(block):
         return False
-    packed = block.packed_for_sequence()
-    if packed is None:
-        return False
-    dtype = block._sources()[0][0].dtype
-    return packed.w_project.dtype == packed_dtypes(dtype, packed.w_project.device)[0]  # as every layer's of one run
+    return block.fits_sequence()
 
 
 class _Run:
@@ -138,7 +159,7 @@ class _Run:
         self.dtype = dtype
         self.modules = [module for layer in found for module in layer.modules]
         self.geometry = [value for layer in found for value in layer.geometry]
-        self.weights = [tensor for layer in found for tensor in layer.packed(dtype)]
+        self.weights = join([tensor for layer in found for tensor in layer.packed(dtype)])
         self.flat = found[-1].kind is LayerKind.LINEAR
 
     def takes(self, x: Tensor) -> bool:
@@ -194,27 +215,36 @@ class RunsFused:
 
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
+        # Every call runs this with cold caches, so what the watch would notice is looked at in _prepare alone.
         if torch.compiler.is_compiling() or self.training or type(x) is not Tensor or not x.is_cpu:
-            return None
-        if ops._C is None or torch_module._has_any_global_hook():  # which would miss the modules inside
-            return None
-        if ops.resolve_backend("auto", x.device) == "eager" or torch.is_autocast_enabled("cpu") or ops.transformed():
             return None
         prepared = self._prepared
         if prepared is None or not prepared.watch.holds():
-            next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
-            self._prepared = None  # the watch counts attributes, this one too
-            try:
-                self._prepared = prepared = _Prepared(*self.fusable_children(), next_hook)
-            except _ChangedMeanwhile:
-                return None
-        if not prepared.runs or x.dtype is not prepared.dtype:
+            prepared = self._prepare(x)
+        if prepared is None or not prepared.runs or x.dtype is not prepared.dtype:
+            return None
+        if torch.is_autocast_enabled("cpu") or ops.transformed():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
             return None
         for step in prepared.steps:
             x = step(x)
         return x
+
+    def _prepare(self, x: Tensor) -> _Prepared | None:
+        self._prepared = None  # the watch counts attributes, this one too
+        next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
+        if ops._C is None or ops.transformed():
+            return None
+        if torch_module._has_any_global_hook():  # which would miss the modules inside
+            return None
+        if ops.resolve_backend("auto", x.device) == "eager":
+            return None
+        try:
+            self._prepared = _Prepared(*self.fusable_children(), next_hook)
+        except _ChangedMeanwhile:
+            return None
+        return self._prepared
 
     def train(self, mode: bool = True) -> nn.Module:
         self.__dict__.pop("_prepared", None)

@@ -289,7 +289,8 @@ bool check_pointwise(const cpu::Isa& isa, double tolerance) {
   s.pool = between(0, 1);
   const Strides at(s.batch, s.height, s.width, s.in_channels);
   const std::vector<S> x = uniform<S>(at.elements, -3, 3);
-  const std::vector<S> weight = uniform<S>(packed_elements<S>(s.out_channels, s.in_channels), -1, 1);
+  const std::vector<S> weight =
+      uniform<S>(packed_elements<S>(s.out_channels, s.in_channels), -1, 1);
   const std::vector<T> bias = uniform<T>(s.panels() * kPanel, -2, 8);
   const T nan = std::numeric_limits<T>::quiet_NaN();
   std::vector<S> y(s.batch * (s.pool ? 1 : s.height * s.width) * s.out_channels, rounded<S>(nan));

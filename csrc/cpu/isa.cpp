@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -44,16 +45,15 @@ bool has_avx512() {
 }  // namespace
 
 const std::vector<Isa>& compiled() {
-  static const std::vector<Isa> kIsas {
+  static const std::vector<Isa> kIsas{
 #if defined(__x86_64__)
-    {"avx512_bf16",
-     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
-     avx512::kF32, avx512::kF64, avx512_bf16::kBf16},
-    // Widening pairs takes AVX2 as long as it takes AVX-512.
-    {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16},
-    {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16},
+      {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+       avx512::kF32, avx512::kF64, avx512_bf16::kBf16},
+      // Widening pairs takes AVX2 as long as it takes AVX-512.
+      {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16},
+      {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16},
 #endif
-    {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16},
+      {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16},
   };
   return kIsas;
 }
@@ -69,6 +69,16 @@ const Isa& active() {
 
 void set_active(const std::string& name) {
   g_active.store(name.empty() ? preferred() : find(name));
+}
+
+void advise_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (address + page - 1) / page * page;
+  const uintptr_t end = (address + bytes) / page * page;
+  // An error says that there are none.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 int64_t l2_bytes() {

@@ -58,6 +58,9 @@ void set_active(const std::string& name);
 
 // Size of this machine's per-core L2, or 512 KiB where the system does not tell.
 int64_t l2_bytes();
+// Asks for huge pages under this memory, whose pages nobody has touched: fewer entries of the
+// processor's address caches. Where the system has none, nothing changes.
+void advise_huge_pages(uintptr_t address, size_t bytes);
 
 // What each instruction set's file defines; Isa structures are put together in isa.cpp.
 namespace avx512 {

@@ -159,8 +159,9 @@ MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const S* const (&w)[N], in
     unrolled<E::kParts>([&](auto part) MNV2_INLINE_LAMBDA {
       using Factor = decltype(E::template weights<part>(w[0]));
       Factor row[N];
-      unrolled<N>([&](auto j)
-                      MNV2_INLINE_LAMBDA { row[j] = E::template weights<part>(w[j] + k * kPanel); });
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+        row[j] = E::template weights<part>(w[j] + k * kPanel);
+      });
       unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
         const Factor value = E::template value<part>(a(i, k));
         unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
@@ -593,7 +594,8 @@ class Tile {
     }
     if (last_group) return {a_.next, a_.next_bytes, a_.next_bytes, 0, calls};
     const int64_t terms = s_.expand_terms(kDepth<S>);
-    const int64_t bytes = least(plan_.group, s_.hidden_panels() * kPanel - channel) * terms * kBytes;
+    const int64_t bytes =
+        least(plan_.group, s_.hidden_panels() * kPanel - channel) * terms * kBytes;
     return {a_.w_expand + channel * terms, bytes, bytes, 0, calls};
   }
 
