@@ -1,4 +1,6 @@
 # make demo   photographs through eager and fused MobileNetV2: table and demo.png
+# make bench  every engine and every block, kept and drawn in benchmarks/results
+# make chain  the layers one by one, straight on the kernels
 # make test   the whole test suite, under the pinned torch and under a newer one
 # Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed.
 
@@ -14,7 +16,7 @@ TORCH_NEXT := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
 
-.PHONY: demo test test-pinned test-next bench lint format clean
+.PHONY: demo test test-pinned test-next bench chain lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -29,8 +31,17 @@ test-pinned: $(VENV)/built
 test-next: $(VENV_NEXT)/installed
 	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_inputs.py test_op.py test_plan.py
 
-bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+bench: $(VENV)/peers
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json
+	$(BIN)/python -m mnv2_fused bench --results benchmarks/results/cpu.json --output benchmarks/results/cpu.png
+
+chain: build/kernel_chain
+	build/kernel_chain float32
+	build/kernel_chain bfloat16
+
+build/kernel_chain: benchmarks/kernel_chain.cpp csrc/plan.cpp $(shell find csrc -name '*.h') $(wildcard csrc/cpu/*.cpp)
+	mkdir -p build
+	$(CXX) -std=c++20 -O3 -Wall -Wextra $(filter %.cpp,$^) -o $@
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -51,6 +62,10 @@ $(VENV)/packages: pyproject.toml
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+$(VENV)/peers: $(VENV)/built
+	$(BIN)/pip install -q --disable-pip-version-check onnx onnxruntime==1.32.0 openvino==2026.4.1
 	touch $@
 
 dist/stamp: $(VENV)/packages $(PACKAGE)

@@ -14,12 +14,15 @@ BLOCKS = testing.mobilenet_v2_blocks(224)
 PHOTO_BLOCKS = testing.mobilenet_v2_blocks((1088, 1920))
 
 
-def eager_block(spec: mnv2_fused.BlockSpec) -> nn.Module:
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def eager_block(spec: mnv2_fused.BlockSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The block as a user has it: torchvision's."""
     ratio = spec.hidden_channels // spec.in_channels
     with torch.inference_mode(False):  # parameters made under it could not be watched for changes
         block = InvertedResidual(spec.in_channels, spec.out_channels, spec.stride, ratio)
-        return testing.perturb_batch_norm(block).eval().to(memory_format=torch.channels_last)
+        return testing.perturb_batch_norm(block).eval().to(dtype, memory_format=torch.channels_last)
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -27,42 +30,48 @@ def fused(model: nn.Module) -> nn.Module:
         return mnv2_fused.fuse(model)
 
 
-def measure(spec, batch, size, threads, *, rounds=15):
+def measure(spec, batch, size, threads, dtype, *, rounds=12):
     """Interleaved timings of eager, fused and the core's multiply-adds, after checking the result."""
-    x = torch.randn(batch, spec.in_channels, *size).to(memory_format=torch.channels_last)
-    eager = eager_block(spec)
+    x = torch.randn(batch, spec.in_channels, *size).to(dtype, memory_format=torch.channels_last)
+    eager = eager_block(spec, dtype)
     block = fused(eager)
     check = testing.agreement(block(x), eager(x), copy.deepcopy(eager).double()(x.double()))
     if not check.ok:
         pytest.fail(f"wrong result, so no speed: {check}")
     with testing.threads(threads):
         # Several calls a turn: the block by itself, with its weights in cache. test_all_blocks has them cold.
-        candidates = {"eager": lambda: eager(x), "fused": lambda: block(x), "peak": testing.multiply_adds_at_peak}
+        candidates = {
+            "eager": lambda: eager(x),
+            "fused": lambda: block(x),
+            "peak": lambda: testing.multiply_adds_at_peak(dtype),
+        }
         timings = testing.interleave(candidates, rounds=rounds, calls={"eager": 8, "fused": 8})
     return x, block, timings, check
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 1), ("float32", 2), ("bfloat16", 1)])
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_block(benchmark, table, index, threads):
+def test_block(benchmark, table, index, dtype, threads):
     spec, size = BLOCKS[index]
     benchmark.group = f"block {index + 1}"
-    x, block, timings, check = measure(spec, 1, size, threads)
+    x, block, timings, check = measure(spec, 1, size, threads, DTYPES[dtype])
     work = 2 * testing.multiply_adds(spec, x.shape)
     with testing.threads(threads):
         benchmark.pedantic(block, (x,), rounds=10, warmup_rounds=1)
-        of_peak = testing.of_peak(work, timings["fused"], timings["peak"])
+        of_peak = testing.of_peak(work, timings["fused"], timings["peak"], DTYPES[dtype])
     benchmark.extra_info.update(
         threads=threads,
+        dtype=dtype,
         ratio=testing.ratio(timings["eager"], timings["fused"]),
         of_peak=of_peak,
         error=check.error,
     )
-    plan = mnv2_fused.plan(spec, x.shape, threads=threads)
+    plan = mnv2_fused.plan(spec, x.shape, dtype=DTYPES[dtype], threads=threads)
     table(
         {
             "block": str(index + 1),
             "shape": f"{spec} at {size[0]}x{size[1]}",
+            "dtype": dtype,
             "threads": str(threads),
             "tile": f"{plan.tile_rows}x{plan.tile_cols}",
             "group": str(plan.group),
@@ -127,6 +136,7 @@ def test_all_blocks(benchmark, table, workload):
         {
             "block": "1-17",
             "shape": workload,
+            "dtype": "float32",
             "threads": "1",
             "eager us": f"{timings['eager'].median * 1e6:.0f}",
             "fused us": f"{one * 1e6:.0f}",

@@ -1,10 +1,24 @@
-"""One table per benchmark file, printed after pytest-benchmark's own."""
+"""One table per benchmark file, printed after pytest-benchmark's own; with --results FILE also kept as JSON."""
 
 from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
+from mnv2_fused import bench
+
+
+@dataclass
+class Kept:
+    """Measured by bench_model.py."""
+
+    rows: list[bench.Row] = field(default_factory=list)
+    resident: dict[str, int] = field(default_factory=dict)
+
+
+_kept = Kept()
 _tables: dict[str, list[dict[str, str]]] = defaultdict(list)
 
 
@@ -14,6 +28,22 @@ def table(request):
     return _tables[request.node.path.stem].append
 
 
+@pytest.fixture
+def keep() -> Kept:
+    """Whole networks' results, printed at the end and written with --results."""
+    return _kept
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", metavar="FILE", help="write all tables to this JSON file")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--results")
+    if path and (_kept.rows or _tables):
+        bench.save(Path(path), _kept.rows, _kept.resident, **_tables)
+
+
 @pytest.fixture(autouse=True)
 def inference():
     with torch.inference_mode():
@@ -21,6 +51,9 @@ def inference():
 
 
 def pytest_terminal_summary(terminalreporter):
+    if _kept.rows:
+        terminalreporter.section("bench_model")
+        terminalreporter.write_line("\n\n".join(bench.tables(_kept.rows, _kept.resident)))
     for name, rows in _tables.items():
         terminalreporter.section(name)
         columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -150,12 +150,12 @@ Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
     });
   });
   if (legal.empty()) return complete(s, m, 1, 1, group, 1);
-  // Of the plans within 1 % of the cheapest, the one that needs the least scratch.
+  // Of those that are all but the cheapest, the one that needs the least scratch.
   double least = legal.front().cost;
   for (const Plan& p : legal) least = std::min(least, p.cost);
   const Plan* best = nullptr;
   for (const Plan& p : legal)
-    if (p.cost <= least * 1.01 && (!best || p.scratch_bytes < best->scratch_bytes)) best = &p;
+    if (p.cost <= least * 1.002 && (!best || p.scratch_bytes < best->scratch_bytes)) best = &p;
   return *best;
 }
 

@@ -1,12 +1,15 @@
-"""The command line: ``python -m mnv2_fused info | plan | demo``. Exit codes: 0 done, 1 failed, 2 bad usage."""
+"""The command line: ``python -m mnv2_fused info | plan | demo | bench``. Exit codes: 0 done, 1 failed, 2 bad usage."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -115,6 +118,30 @@ def demo(args: argparse.Namespace) -> int:
     )
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    """Measures every engine, or shows what was measured before."""
+    from . import bench
+
+    for name in ("matplotlib", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            raise RuntimeError(f"the benchmark needs {name}: pip install 'mnv2_fused[demo]'")
+    plot = Path(args.output)
+    if not plot.parent.is_dir():
+        raise RuntimeError(f"the folder of --output {args.output} does not exist; create it first")
+    if args.results:
+        try:
+            rows, resident, _ = bench.load(Path(args.results))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RuntimeError(f"{args.results} is no result of this benchmark: {error}") from error
+        return bench.show(rows, resident, plot)
+    if ops.resolve_backend("auto", torch.device("cpu")) == "eager":
+        raise RuntimeError("MNV2_FUSED_BACKEND=eager leaves nothing to measure; unset it")
+    cases = bench.QUICK[:1] if args.quick else bench.QUICK
+    if args.threads:
+        cases = tuple(dataclasses.replace(case, threads=args.threads) for case in cases)
+    return bench.run(cases, seconds=args.seconds, plot=plot, resident=not args.quick)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The subcommands and their options."""
     parser = argparse.ArgumentParser(
@@ -122,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor.",
         epilog="exit codes: 0 done, 1 failed, 2 bad usage",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,demo,bench}")
 
     help_info = "what was built, what can run on this machine, and why the rest cannot"
     commands.add_parser("info", help=help_info, description=help_info).set_defaults(run=info)
@@ -161,6 +188,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--quick", action="store_true", help="fewer rounds or epochs, nothing at 1088x1920")
     p.set_defaults(run=demo)
+
+    help_bench = "MobileNetV2 through every engine installed, in one interleaved run: latency, memory, growth"
+    p = commands.add_parser(
+        "bench",
+        help=help_bench,
+        description=f"{help_bench}. Checks every result before timing it; prints tables and draws a plot. Needs pip "
+        "install 'mnv2_fused[demo]', and 'mnv2_fused[peers]' for ONNX Runtime and OpenVINO.",
+    )
+    p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads of every engine (1)")
+    p.add_argument("--seconds", type=positive, default=8, metavar="S", help="of timing, about, for each case (8)")
+    p.add_argument("--output", "-o", default="bench.png", metavar="PNG", help="where the plot goes (bench.png)")
+    p.add_argument("--results", metavar="JSON", help="instead: show this file of benchmarks/results")
+    p.add_argument("--quick", action="store_true", help="one image of 224x224 only, and no memory of processes")
+    p.set_defaults(run=run_bench)
     return parser
 
 

@@ -204,13 +204,15 @@ def interleave(
     warmup: int = 2,
     calls: dict[str, int] | None = None,
     threads: dict[str, int] | None = None,
+    settle: float = 0.0,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Times candidates in turn, round by round, so that a noisy machine is equally unfair to all of them.
 
     ``calls`` runs a quick candidate several times per measurement. ``threads`` gives a candidate its own number of
-    torch's threads; it then runs once more, not timed, for the pool that the change starts. Compare medians, or
-    better the ratios of one round (:func:`ratio`).
+    torch's threads; it then runs once more, not timed, for the pool that the change starts. ``settle`` waits so many
+    seconds before each candidate, for threads of the one before that spin on, and runs it once more, too. Compare
+    medians, or better the ratios of one round (:func:`ratio`).
     """
     timings = {name: Timing() for name in candidates}
     threads_before = torch.get_num_threads()
@@ -222,6 +224,9 @@ def interleave(
             count = (calls or {}).get(name, 1)
             if threads is not None:
                 torch.set_num_threads(threads[name])
+            if settle:
+                time.sleep(settle)
+            if settle or threads is not None:
                 candidate()
             start = time.perf_counter()
             for _ in range(count):

@@ -389,16 +389,16 @@ def test_an_unknown_kind(kind):
 def test_a_wrong_number_of_bytes(layer, dtype):
     x = image(1, 3 if layer.geometry[0] == LayerKind.STEM_AND_BLOCK else 8, 1, 1, dtype=dtype)
     weights, layers = arguments([layer], dtype)
-    for given in (weights[:0], weights[:-64], weights[:-1], torch.cat([weights, weights])):
-        fails([f"take {len(weights)} bytes", f"got {len(given)}", "sequence.join"], x, given, layers)
+    for bytes_given in (weights[:0], weights[:-64], weights[:-1], torch.cat([weights, weights])):
+        fails([f"take {len(weights)} bytes", f"got {len(bytes_given)}", "sequence.join"], x, bytes_given, layers)
     with pytest.raises(RuntimeError, match=r"take \d+ bytes"):
         op(x, weights, layers * 2 if layer is BLOCK else [*layers[:3], layers[3] + 16, *layers[4:]])
 
 
 def test_weights_must_be_one_row_of_bytes():
     x = image(1, 8, 9, 9)
-    for given in (WEIGHTS[None], WEIGHTS.float(), torch.cat([WEIGHTS, WEIGHTS])[::2], WEIGHTS[0]):
-        fails(["one contiguous row of bytes", "sequence.join"], x, given, LAYERS)
+    for wrong in (WEIGHTS[None], WEIGHTS.float(), torch.cat([WEIGHTS, WEIGHTS])[::2], WEIGHTS[0]):
+        fails(["one contiguous row of bytes", "sequence.join"], x, wrong, LAYERS)
 
 
 def test_join_aligns_every_tensor():
