@@ -374,14 +374,16 @@ def draw(rows: Sequence[Row], resident: dict[str, int], output: Path) -> None:
     latency.axvline(1, color="#e4572e", linewidth=0.8)
     latency.set_yticks(range(len(one)), [row.case for row in one])
     latency.invert_yaxis()
-    latency.set_title("latency over fused float32, one thread")
-    latency.legend(fontsize=7, loc="lower right")
+    latency.margins(x=0.1)
+    latency.set_title("time over fused float32's, one thread")
+    latency.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, frameon=False)
 
     bars = memory.barh(list(resident), [v / 1e6 for v in resident.values()])
     for bar, name in zip(bars, resident, strict=True):
         bar.set(**_style(name))
     memory.bar_label(bars, [f"{v / 1e6:.0f}" for v in resident.values()], padding=2)
     memory.invert_yaxis()
+    memory.margins(x=0.1)
     memory.set_title("MB by which a process grows, one 1088x1920 image")
 
     single = sorted(
@@ -404,8 +406,9 @@ def draw(rows: Sequence[Row], resident: dict[str, int], output: Path) -> None:
     puzzle.annotate("multiply-adds: 0.53", (len(one) - 0.55, 0.54), ha="right", fontsize=8)
     puzzle.axhline(1, color="#3c4657", linewidth=0.8)
     puzzle.set_xticks(range(len(one)), [row.case for row in one])
-    puzzle.set_title("MobileNetV2's time over eager MobileNetV1's (channels_last), one thread")
-    puzzle.legend(fontsize=8)
+    puzzle.set_title("MobileNetV2's time over eager MobileNetV1's, one thread")
+    puzzle.margins(y=0.15)
+    puzzle.legend(fontsize=8, loc="upper left")
 
     figure.savefig(output, dpi=110, format="png")
     plt.close(figure)

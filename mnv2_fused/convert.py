@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from . import layers, ops
 from .block import BlockSpec
 from .module import FusedInvertedResidual
+from .ops import LayerKind
 from .plan import plan
-from .sequence import FusedSequential, RunsFused
+from .sequence import FusedSequential, Layer, RunsFused
 
 
 class Match(NamedTuple):
@@ -113,11 +114,21 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """What runs on the kernels beside the blocks of a :class:`Report`."""
+
+    name: str  # of its first module
+    what: str
+    bytes_never_written: int | None  # tensors per image that only the ordinary modules write
+
+
+@dataclass(frozen=True)
 class Report:
-    """Every inverted residual of a model. ``print`` it for a table."""
+    """Every inverted residual of a model, and what runs with them. ``print`` it for a table."""
 
     blocks: tuple[BlockReport, ...]
     training: bool  # whether a fused block is in train(), where the ordinary modules run
+    layers: tuple[LayerReport, ...] = ()  # stem, head and classifier, where they run in one call with the blocks
 
     @property
     def fused(self) -> tuple[BlockReport, ...]:
@@ -129,8 +140,9 @@ class Report:
 
     @property
     def bytes_never_written(self) -> int | None:
-        """Bytes per image over all blocks, or None when the report was made without ``input_shape``."""
-        known = [b.bytes_never_written for b in self.blocks if b.bytes_never_written is not None]
+        """Bytes per image over blocks and layers, or None when the report was made without ``input_shape``."""
+        found = [row.bytes_never_written for row in (*self.blocks, *self.layers)]
+        known = [count for count in found if count is not None]
         return sum(known) if known else None
 
     def __str__(self) -> str:
@@ -138,6 +150,8 @@ class Report:
         for b in self.blocks:
             spec = "-" if b.spec is None else str(b.spec)
             rows.append((b.name or "(model)", spec, b.backend or "-", _mib(b.bytes_never_written), b.reason or ""))
+        for layer in self.layers:
+            rows.append((layer.name, layer.what, "cpu", _mib(layer.bytes_never_written), ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         total = f"{len(self.fused)} fused, {len(self.skipped)} not fused"
@@ -160,7 +174,50 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     shapes = {} if input_shape is None else _block_input_shapes(model, input_shape)
     rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)
     training = any(isinstance(block, FusedInvertedResidual) and block.training for _, block, _ in found)
-    return Report(rows, training)
+    return Report(rows, training, tuple(_layer_reports(model, shapes)))
+
+
+_LAYERS = {
+    LayerKind.STEM_AND_BLOCK: "3x3 stem, inside the block behind it",
+    LayerKind.POINTWISE: "1x1 convolution",
+    LayerKind.POOLED: "1x1 convolution and pooling",
+    LayerKind.LINEAR: "classifier",
+}
+
+
+def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Iterator[LayerReport]:
+    """What runs in one call with fused blocks now: nothing in train(), or where something is hooked."""
+    try:
+        if ops.resolve_backend("auto", next(model.parameters()).device) != "cpu":
+            return
+    except (RuntimeError, ValueError, StopIteration):
+        return  # every block's row says why
+    names = {module: name for name, module in model.named_modules()}
+    seen: set[nn.Module] = set()
+    # A whole model before its parts: it runs more in one call than they do.
+    for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
+        for layer in sequence.layers_now():
+            first, last = layer.modules[0], layer.modules[-1]
+            module = next(m for m in (first, last) if m in names)
+            if layer.kind not in _LAYERS or module in seen:
+                continue
+            seen.add(module)
+            block = last if layer.kind is LayerKind.STEM_AND_BLOCK else layer.before
+            count = None
+            if block is not None and (found := shapes.get(names.get(block, ""))):
+                count = _never_written(layer, block.spec, found[0])
+            yield LayerReport(names[module], _LAYERS[layer.kind], count)
+
+
+def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
+    """Bytes per image; ``shape`` is what the nearest block takes."""
+    height, width = shape[2:]
+    conv = layer.modules[0][0] if isinstance(layer.modules[0], nn.Sequential) else None
+    if layer.kind is LayerKind.POOLED:
+        height, width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
+    if conv is None or layer.kind is LayerKind.POINTWISE:
+        return 0
+    return conv.out_channels * height * width * conv.weight.dtype.itemsize
 
 
 _NOT_FOUND = "no inverted residual of a known layout was found (torchvision's MobileNetV2 is known)"

@@ -29,6 +29,7 @@ class Layer:
 
     kind: LayerKind
     modules: list[nn.Module]
+    before: nn.Module | None = None  # the child in front of them
 
     @property
     def geometry(self) -> list[int]:
@@ -93,7 +94,7 @@ def layers_of(children: list[nn.Module | None]) -> Iterator[Layer | nn.Module | 
         if kind is None:
             yield children[i]
         else:
-            yield Layer(kind, children[i : i + count])
+            yield Layer(kind, children[i : i + count], children[i - 1] if i > 0 else None)
         i += count
 
 
@@ -230,6 +231,17 @@ class RunsFused:
         for step in prepared.steps:
             x = step(x)
         return x
+
+    def layers_now(self) -> list[Layer]:
+        """What a call in this state runs on the kernels, beside modules that run by themselves; none in train()."""
+        children, _ = self.fusable_children()
+        found = list(layers_of(children)) if ops._C is not None and not self.training else []
+        on_kernels = [layer for layer in found if isinstance(layer, Layer)]
+        return (
+            on_kernels
+            if any(isinstance(m, FusedInvertedResidual) for layer in on_kernels for m in layer.modules)
+            else []
+        )
 
     def _prepare(self, x: Tensor) -> _Prepared | None:
         self._prepared = None  # the watch counts attributes, this one too

@@ -582,6 +582,34 @@ def test_report_rows_and_table():
         result.training = True
 
 
+def test_report_tells_what_runs_beside_the_blocks(monkeypatch):
+    model = fuse(mobilenet_v2(width_mult=0.25).eval())
+    found = report(model, (1, 3, 64, 96))
+    assert [(layer.name, layer.what) for layer in found.layers] == [
+        ("features.0", "3x3 stem, inside the block behind it"),
+        ("features.18", "1x1 convolution and pooling"),
+        ("classifier.1", "classifier"),
+    ]
+    stem, head, classifier = (layer.bytes_never_written for layer in found.layers)
+    assert stem == model.features[0][0].out_channels * 32 * 48 * 4
+    assert head == 1280 * 2 * 3 * 4
+    assert classifier == 0
+    assert found.bytes_never_written == sum(b.bytes_never_written for b in found.blocks) + stem + head
+    assert str(found).count("stem, inside") == 1
+    assert [layer.bytes_never_written for layer in report(model).layers] == [None] * 3
+    # A part of it by itself has no pooling behind its last convolution.
+    assert [layer.what for layer in report(model.features).layers] == [found.layers[0].what, "1x1 convolution"]
+
+    hook = model.features[18].register_forward_hook(lambda *_: None)
+    assert [layer.name for layer in report(model).layers] == ["features.0"]
+    hook.remove()
+    assert len(report(model).layers) == 3
+    assert report(model.train()).layers == ()
+    monkeypatch.setenv("MNV2_FUSED_BACKEND", "eager")
+    assert report(model.eval()).layers == ()
+    assert report(unfuse(model)).layers == ()
+
+
 def test_report_before_fusing_and_without_a_shape():
     model = two_blocks()
     model[1].conv[1][2] = nn.ReLU()
