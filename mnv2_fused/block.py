@@ -65,7 +65,7 @@ class BlockSpec:
         if (weights.w_expand is None) != (weights.b_expand is None):
             raise ValueError("w_expand and b_expand must both be given or both be None")
         packed = isinstance(weights, PackedWeights)
-        pairs = packed and weights.w_project.dim() == 4
+        pairs = packed and weights.w_project.dim() == 4 and weights.w_project.shape[3] == 2
         for name, tensor in zip(weights._fields, weights, strict=True):
             is_product = name in ("w_expand", "w_project")
             dims = 1 if name.startswith("b_") else 3 if packed and not (pairs and is_product) else 4
