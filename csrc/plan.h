@@ -50,7 +50,8 @@ struct Plan {
   int64_t total_elements(const BlockShape& s) const {
     return total_aside ? round_up(tile_rows * tile_cols * s.out_channels, kPanel) : 0;
   }
-  // The part of the image under a stem's window, padding included, up to a full vector.
+  // The part of the image under a stem's window, padding included, up to a full vector; with room for
+  // the channel that makes an odd number of BFloat16 even.
   int64_t patch_elements(const BlockShape& s) const {
     if (s.expand != Expand::kStem) return 0;
     const int64_t rows = (ring_rows(s) - 1) * kStemStride + 3;

@@ -164,8 +164,9 @@ def inverted_residual(
 ) -> Tensor:  # [N, C_out, H', W'], H' = (H - 1) // stride + 1, in x's dtype and memory format
     """The block as one kernel, one group of expanded channels at a time; the expanded tensor never exists.
 
-    float32 and float64 compute in their own precision; float16 is widened to float32 inside. bfloat16 rounds where
-    eager stores a tensor, and nowhere else: between depthwise and project, and the result; sums are float32.
+    float32 and float64 compute in their own precision; float16 is widened to float32 inside. bfloat16 rounds the
+    packed weights of both 1x1 products, what lies between depthwise and project, and the result; sums are float32. A
+    block with an odd number of expanded channels is widened as float16 is.
     Differentiable in ``x`` and the weights, by recomputing the expansion. Folded weights are packed on every
     call: pass ``mnv2_fused.pack(weights)`` for repeated calls, or use :class:`FusedInvertedResidual`.
 
