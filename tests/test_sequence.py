@@ -187,7 +187,8 @@ def test_head_channels_and_sizes(pool, isa):
         for c_in, c_out in itertools.product((1, 7, 24), (1, 15, 16, 17, 40, 100)):
             check([head(c_in, c_out, pool)], channels_last(2, c_in, 5, 4))
         for height, width in ((1, 1), (1, 13), (16, 16), (16, 17), (31, 29)):
-            check([head(24, 40, pool)], channels_last(2, 24, height, width))
+            for dtype in (torch.float32, torch.bfloat16):
+                check([head(24, 40, pool)], channels_last(2, 24, height, width, dtype=dtype))
 
 
 @poisoned
