@@ -253,10 +253,11 @@ class RunsFused:
         if ops.resolve_backend("auto", x.device) == "eager":
             return None
         try:
-            self._prepared = _Prepared(*self.fusable_children(), next_hook)
+            prepared = _Prepared(*self.fusable_children(), next_hook)
         except _ChangedMeanwhile:
             return None
-        return self._prepared
+        self._prepared = prepared
+        return prepared  # another thread may have dropped it from self again
 
     def train(self, mode: bool = True) -> nn.Module:
         self.__dict__.pop("_prepared", None)
