@@ -1,5 +1,7 @@
 #include "watch.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
@@ -27,9 +29,19 @@ const char* backend_override() {
   return name ? name : "";
 }
 
-const PyDictObject* as_dict(const py::object& dict) {
-  return reinterpret_cast<const PyDictObject*>(dict.ptr());
+// Changes with every change of the dictionary (PEP 509); CPython 3.14 has none.
+#if PY_VERSION_HEX < 0x030E0000
+constexpr bool kVersions = true;
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+uint64_t version_of(PyObject* dict) {
+  return reinterpret_cast<const PyDictObject*>(dict)->ma_version_tag;
 }
+#pragma GCC diagnostic pop
+#else
+constexpr bool kVersions = false;
+uint64_t version_of(PyObject*) { return 0; }
+#endif
 
 bool equal(PyObject* a, PyObject* b) {
   const int same = PyObject_RichCompareBool(a, b, Py_EQ);
@@ -37,25 +49,10 @@ bool equal(PyObject* a, PyObject* b) {
   return same == 1;
 }
 
-// Between two calls everything here leaves the nearer caches, and a walk from one object to the next
-// would wait for each. So what comes later is fetched meanwhile, in two steps: an object, then what it
-// points to, which its own first words tell. A wrong guess about those costs nothing: fetching cannot
-// fail.
-constexpr size_t kFar = 12, kNear = 6;
-
-void fetch(const void* p, int lines) {
-  for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(p) + 64 * i);
-}
-// What a dictionary looks into.
-void fetch_inside(const PyDictObject* dict) {
-  fetch(dict->ma_keys, 3);
-  fetch(dict->ma_values, 2);
-}
-// What a tensor's object stands for: the word behind the object's head, or the one behind that.
-void fetch_inside(const PyObject* tensor) {
-  const void* words[2];
-  std::memcpy(words, tensor + 1, sizeof(words));
-  for (const void* word : words) fetch(word, 4);
+// Words of a tensor as torch holds it, and those among them that may point to what belongs to it.
+constexpr size_t kTensorWords = 24;
+bool may_point(uintptr_t word) {
+  return word % 8 == 0 && word > 0xffff && word < uintptr_t{1} << 47;
 }
 
 }  // namespace
@@ -68,6 +65,16 @@ Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entr
   shape_name_ = py::str("shape");
   data_ptr_ = type.attr("data_ptr");
   stride_ = type.attr("stride");
+  // Versions first: another thread may change a dictionary while this one looks into it.
+  const auto add = [&](py::handle dict) {
+    versions_.push_back({dict.ptr(), version_of(dict.ptr())});
+  };
+  for (const auto dict : values) add(dict);
+  for (const auto dict : sizes) add(dict);
+  for (const auto entry : entries) add(py::reinterpret_borrow<py::tuple>(entry)[0]);
+  const auto address = [](const Versioned& v) { return v.dict; };
+  std::ranges::stable_sort(versions_, {}, address);
+  versions_.erase(std::ranges::unique(versions_, {}, address).begin(), versions_.end());
   for (const auto dict : values) {
     for (const auto item : py::reinterpret_borrow<py::dict>(dict))
       values_.push_back(py::reinterpret_borrow<py::object>(item.second));
@@ -89,6 +96,29 @@ Watch::Watch(const py::list& values, const py::list& sizes, const py::list& entr
     const auto t = py::reinterpret_borrow<py::object>(tensor);
     shapes_.push_back({t, t.attr(shape_name_), stride_(t)});
   }
+  find_lines();
+}
+
+// Between two calls all of this leaves the nearer caches. A walk from one object to the next would wait
+// for each; fetched beforehand, all at once, they come much sooner. What is guessed wrong costs
+// nothing: fetching cannot fail.
+void Watch::find_lines() {
+  const auto add = [&](uintptr_t address) {
+    lines_.push_back(reinterpret_cast<const void*>(address / 64 * 64));
+  };
+  for (const Versioned& v : versions_) add(reinterpret_cast<uintptr_t>(v.dict));
+  for (const State& s : states_) {
+    add(reinterpret_cast<uintptr_t>(s.tensor.ptr()));
+    const auto inside = s.tensor.attr("_cdata").cast<uintptr_t>();
+    for (size_t i = 0; i < kTensorWords; ++i) {
+      uintptr_t word;
+      std::memcpy(&word, reinterpret_cast<const void*>(inside + i * sizeof(word)), sizeof(word));
+      add(inside + i * sizeof(word));
+      if (may_point(word)) add(word);
+    }
+  }
+  std::ranges::sort(lines_);
+  lines_.erase(std::ranges::unique(lines_).begin(), lines_.end());
 }
 
 int Watch::traverse(visitproc visit, void* arg) const {
@@ -106,6 +136,7 @@ int Watch::traverse(visitproc visit, void* arg) const {
 
 void Watch::clear() {
   cleared_ = true;
+  versions_.clear();
   // Swapped out first: what is released may call back.
   std::vector<Held> held;
   std::vector<py::object> values;
@@ -121,13 +152,9 @@ void Watch::clear() {
   shapes.swap(shapes_);
 }
 
-bool Watch::holds() const {
-  if (cleared_ || backend_ != backend_override()) return false;
+bool Watch::dictionaries_hold() const {
   size_t i = 0;
-  for (size_t j = 0; j < held_.size(); ++j) {
-    const Held& held = held_[j];
-    if (j + kFar < held_.size()) fetch(held_[j + kFar].dict.ptr(), 1);
-    if (j + kNear < held_.size()) fetch_inside(as_dict(held_[j + kNear].dict));
+  for (const Held& held : held_) {
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(held.dict.ptr(), &position, &key, &value))
@@ -136,9 +163,7 @@ bool Watch::holds() const {
   }
   for (const Sized& sized : sized_)
     if (PyDict_Size(sized.dict.ptr()) != sized.size) return false;
-  for (size_t j = 0; j < entries_.size(); ++j) {
-    const Entry& entry = entries_[j];
-    if (j + 2 * kFar < entries_.size()) fetch_inside(as_dict(entries_[j + 2 * kFar].dict));
+  for (const Entry& entry : entries_) {
     PyObject* const value = PyDict_GetItemWithError(entry.dict.ptr(), entry.key.ptr());
     if (!value && PyErr_Occurred()) throw py::error_already_set();
     if (!value) return false;
@@ -146,14 +171,24 @@ bool Watch::holds() const {
     const auto held = py::reinterpret_borrow<py::object>(value);  // comparing may run anything
     if (!equal(held.ptr(), entry.value.ptr())) return false;
   }
-  for (size_t j = 0; j < states_.size(); ++j) {
-    const State& s = states_[j];
-    if (j + kFar < states_.size()) fetch(states_[j + kFar].tensor.ptr(), 1);
-    if (j + kNear < states_.size()) fetch_inside(states_[j + kNear].tensor.ptr());
+  return true;
+}
+
+bool Watch::holds() {
+  if (cleared_ || backend_ != backend_override()) return false;
+  for (const void* line : lines_) __builtin_prefetch(line, 0, 2);
+  const auto moved_on = [](const Versioned& v) { return version_of(v.dict) != v.version; };
+  if (!kVersions || std::ranges::any_of(versions_, moved_on)) {
+    // Taken first: comparing may run anything.
+    std::vector<uint64_t> versions;
+    for (const Versioned& v : versions_) versions.push_back(version_of(v.dict));
+    if (!dictionaries_hold() || cleared_) return false;
+    for (size_t i = 0; i < versions.size(); ++i) versions_[i].version = versions[i];
+  }
+  for (const State& s : states_)
     if (integer(PyObject_GetAttr(s.tensor.ptr(), version_name_.ptr())) != s.version ||
         pointer_of(data_ptr_, s.tensor) != s.pointer)
       return false;
-  }
   for (const Shape& s : shapes_) {
     const py::object shape =
         py::reinterpret_steal<py::object>(PyObject_GetAttr(s.tensor.ptr(), shape_name_.ptr()));
