@@ -15,6 +15,8 @@ constexpr double kExpandEpilogue = 4.0;
 constexpr double kProjectEpilogue = 4.0;
 constexpr double kDepthwiseEpilogue = 6.0;
 constexpr double kTaskStart = 2000.0;
+// What a tile's row costs each vector, beside its pixels: wide tiles have fewer of them.
+constexpr double kRow = 12.0;
 // A second parallel loop.
 constexpr double kBarrier = 10000.0;
 // A vector read once more, from L2 and from beyond; most of it hides behind multiply-adds. And one
@@ -105,6 +107,7 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double image =
       in_pixels * vectors * (double(s.expand_terms()) / depth * wide + kExpandEpilogue) +
       out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
+      double(s.out_height() * p.tiles_across(s)) * vectors * kRow +
       out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) + again;
   const double rounds = double(ceil_div(p.tasks, p.workers));
   const double share = double(ceil_div(p.groups(s), splits)) / groups;
