@@ -54,9 +54,9 @@ def ran(monkeypatch):
 
     calls, original = [], ops.packed_inverted_residual
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(ops, "packed_inverted_residual", counted)
     return calls
