@@ -100,7 +100,7 @@ def _expand(
     HIDDEN: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # [M, G]
-    e = tl.zeros((M, hidden.shape[0]), tl.float32) + bias[None, :]
+    e = tl.full((M, hidden.shape[0]), 0.0, tl.float32) + bias[None, :]
     if KEEP_X:  # which does not depend on the group, so that the compiler keeps it in shared memory
         for first in tl.static_range(0, C_IN, CHUNK):
             e = _chunk(x, w_expand, hidden, first, e, C_IN, CHUNK, PRECISION, HIDDEN, RAGGED)
@@ -233,7 +233,7 @@ def inverted_residual_kernel(
 
     sums = ()
     for _ in tl.static_range(OUTPUTS * OUT_TILES):
-        sums = sums + (tl.zeros((M, OUT_TILE), tl.float32),)
+        sums = sums + (tl.full((M, OUT_TILE), 0.0, tl.float32),)
     first_out = tl.program_id(2) * (OUT_TILE * OUT_TILES)
 
     for group in range(GROUPS):
@@ -246,7 +246,7 @@ def inverted_residual_kernel(
         bias = _load(b_depthwise + hidden, exists, RAGGED)
         d = ()
         for _ in tl.static_range(OUTPUTS):
-            d = d + (tl.zeros((M, GROUP), tl.float32) + bias[None, :],)
+            d = d + (tl.full((M, GROUP), 0.0, tl.float32) + bias[None, :],)
         for position in tl.static_range(RIM_ROWS * RIM_COLS):
             if EXPAND:
                 b = _load(b_expand + hidden, exists, RAGGED)
@@ -318,7 +318,7 @@ def add_splits_kernel(
     row = (pixel // out_width % out_height).to(tl.int64)[:, None]
     col = (pixel % out_width).to(tl.int64)[:, None]
     at = partial + pixel.to(tl.int64)[:, None] * C_OUT + out[None, :]
-    total = tl.zeros((M, OUT_TILE), tl.float32)
+    total = tl.full((M, OUT_TILE), 0.0, tl.float32)
     for _ in range(SPLITS):
         total += tl.load(at, mask=inside, other=0.0)
         at += tl.cast(pixels, tl.int64) * C_OUT

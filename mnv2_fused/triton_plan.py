@@ -128,14 +128,18 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tile_of(channels: int, largest: int = 64) -> int:
-    """The power of two, 16 or more, that pads ``channels`` least; of those the largest."""
-    sizes = [s for s in (16, 32, 64) if s <= largest]
-    return min(sizes, key=lambda s: (_ceil_div(channels, s) * s, -s))
+def _chunk(channels: int, matrix: bool) -> int:
+    """Input channels of one product: what pads them least, of that the largest.
+
+    Exact float32 products are long code without tensor cores; more than 16 terms at a time spill.
+    """
+    return min((64, 32, 16), key=lambda s: _ceil_div(channels, s) * s) if matrix else 16
 
 
-def _out_tile(channels: int) -> int:
-    return 16 if channels <= 16 else min((64, 32), key=lambda s: _ceil_div(channels, s) * s)
+def _out_tile(channels: int, num_warps: int) -> int:
+    """The same for output channels, 8 or more for each warp."""
+    sizes = [s for s in (64, 32, 16) if s >= 8 * num_warps] or [8 * num_warps]
+    return min(sizes, key=lambda s: _ceil_div(channels, s) * s)
 
 
 class _Estimate(NamedTuple):
@@ -146,11 +150,12 @@ class _Estimate(NamedTuple):
 
 
 def _estimate(
-    spec: BlockSpec, itemsize: int, matrix: bool, tile: Tile, chunk: int, keep_x: bool, out: int
+    spec: BlockSpec, itemsize: int, matrix: bool, tile: Tile, chunk: int, keep_x: bool, out: int, out_tile: int
 ) -> _Estimate:
     """What one program needs; counted in compiled kernels, see benchmarks/results/triton-configurations.md.
 
-    ``out``: output channels of the program, with padding. ``matrix``: whether products run on tensor cores.
+    ``out``: output channels of the program, with padding, in products of ``out_tile``. ``matrix``: whether products
+    run on tensor cores.
     """
     warps, m, outputs = tile.num_warps, tile.patches, tile.tile_rows * tile.tile_cols
     positions = rim(tile.tile_rows, spec.stride) * rim(tile.tile_cols, spec.stride)
@@ -158,8 +163,10 @@ def _estimate(
     threads = 32 * warps
     columns = max(tile.group / (8 * warps), 1)  # tiles of 8 that a warp has of the group
     e = m * 8 * columns / 32  # elements of a thread
-    y = outputs * m * max(out, 8 * warps) / threads
+    y = outputs * m * out / threads
     registers = y + outputs * e + 2 * e + 18 * columns + 2 * m / 16 * positions + 40
+    if not matrix and outputs * out // out_tile > _MOST_EXACT_PRODUCTS:
+        registers = float("inf")
 
     kept = positions * m * k if keep_x else m * chunk
     shared = itemsize * (kept + (k if keep_x else chunk) * tile.group + max(outputs * m, out) * tile.group)
@@ -184,6 +191,7 @@ def rim(size: int, stride: int) -> int:
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 30, 60)
 # Above this the compiler spills; the estimate runs below what is used.
 _MOST_ESTIMATED = 205
+_MOST_EXACT_PRODUCTS = 5  # projections of a program and group, in float32 without tensor cores
 
 
 def _plan_of(
@@ -194,17 +202,19 @@ def _plan_of(
     gpu: Gpu,
     tile: Tile,
     splits: int,
+    forced: bool = False,
 ) -> TritonPlan | None:
     """The plan with this configuration, or None if it asks for more registers or shared memory than there are."""
     n, _, height, width = shape
     out_height, out_width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
-    chunk, out_tile = _tile_of(spec.in_channels), _out_tile(spec.out_channels)
+    chunk, out_tile = _chunk(spec.in_channels, matrix), _out_tile(spec.out_channels, tile.num_warps)
     out_tiles = _ceil_div(spec.out_channels, out_tile)
     chunks = _ceil_div(spec.in_channels, chunk)
+    most_registers = float("inf") if forced else _MOST_ESTIMATED  # who forces a plan may spill
     while True:
-        for keep_x in (True, False) if chunks > 1 else (True,):
-            found = _estimate(spec, itemsize, matrix, tile, chunk, keep_x, out_tile * out_tiles)
-            if found.registers <= _MOST_ESTIMATED and found.shared_bytes <= gpu.shared_per_block:
+        for keep_x in (True, False) if matrix and chunks > 1 else (matrix,):
+            found = _estimate(spec, itemsize, matrix, tile, chunk, keep_x, out_tile * out_tiles, out_tile)
+            if found.registers <= most_registers and found.shared_bytes <= gpu.shared_per_block:
                 break
         else:
             if out_tiles == 1:
@@ -230,7 +240,7 @@ def _plan_of(
     partial = 4 * splits * pixels_out * spec.out_channels if splits > 1 else 0
     traffic += 2 * partial + itemsize * n * height * width * spec.in_channels * (spec.residual and splits > 1)
 
-    registers = min(int(1.35 * found.registers), 255)
+    registers = int(min(1.35 * found.registers, 255))
     resident = min(
         _REGISTERS // (32 * tile.num_warps * registers),
         gpu.shared_per_processor // (found.shared_bytes + 1024),
@@ -349,11 +359,11 @@ def triton_plan(
     _check(chosen, spec)
     splits = chosen.pop("splits")
     matrix = dtype != torch.float32 or tf32
-    found = _plan_of(spec, shape, dtype.itemsize, matrix, gpu, Tile(**chosen), splits)
+    found = _plan_of(spec, shape, dtype.itemsize, matrix, gpu, Tile(**chosen), splits, forced=True)
     if found is None:
         raise ValueError(
-            f"{Tile(**chosen)} needs more registers or shared memory than {gpu.name} has for {spec}; choose a smaller "
-            "patch or more warps"
+            f"plan: {Tile(**chosen)} needs more than the {gpu.shared_per_block} bytes of shared memory that {gpu.name} "
+            f"has, for {spec}; choose a smaller patch or group"
         )
     return found
 
