@@ -66,16 +66,16 @@ class Tile(NamedTuple):
 
 # Warps share a product's columns, at least 8 each; products have 16 rows (see triton_kernels.py). Patches of 2x2 are
 # fewest instructions; of 1x1 and 1x2 give more programs, or fit where shared memory or registers are short; of 2x4
-# expand least. Every entry is chosen for some block of MobileNetV2, or is the last resort of an odd one.
+# expand least. Two stages: weights of the next group arrive while this one computes.
 TILES = (
-    Tile(2, 2, 16, 64, 4, 1),
-    Tile(2, 2, 16, 64, 8, 1),
-    Tile(2, 2, 16, 32, 2, 1),
-    Tile(2, 2, 32, 64, 8, 1),
-    Tile(2, 4, 16, 64, 8, 1),
-    Tile(1, 2, 16, 64, 4, 1),
-    Tile(1, 1, 16, 64, 4, 1),
-    Tile(1, 1, 16, 32, 4, 1),
+    Tile(2, 2, 16, 64, 4, 2),
+    Tile(2, 2, 16, 64, 8, 2),
+    Tile(2, 2, 16, 32, 2, 2),
+    Tile(2, 2, 32, 64, 8, 2),
+    Tile(2, 4, 16, 64, 8, 2),
+    Tile(1, 2, 16, 64, 4, 2),
+    Tile(1, 1, 16, 64, 4, 2),
+    Tile(1, 1, 16, 32, 4, 2),
 )
 
 
@@ -128,12 +128,9 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _chunk(channels: int, matrix: bool) -> int:
-    """Input channels of one product: what pads them least, of that the largest.
-
-    Exact float32 products are long code without tensor cores; more than 16 terms at a time spill.
-    """
-    return min((64, 32, 16), key=lambda s: _ceil_div(channels, s) * s) if matrix else 16
+def _chunk(channels: int, itemsize: int) -> int:
+    """Input channels of one product: what pads them least, of that the largest; of float32, more than 16 spill."""
+    return min((64, 32, 16), key=lambda s: _ceil_div(channels, s) * s) if itemsize == 2 else 16
 
 
 def _out_tile(channels: int, num_warps: int) -> int:
@@ -150,12 +147,11 @@ class _Estimate(NamedTuple):
 
 
 def _estimate(
-    spec: BlockSpec, itemsize: int, matrix: bool, tile: Tile, chunk: int, keep_x: bool, out: int, out_tile: int
+    spec: BlockSpec, itemsize: int, matrix: bool, tile: Tile, chunk: int, keep_x: bool, out: int
 ) -> _Estimate:
     """What one program needs; counted in compiled kernels, see benchmarks/results/triton-configurations.md.
 
-    ``out``: output channels of the program, with padding, in products of ``out_tile``. ``matrix``: whether products
-    run on tensor cores.
+    ``out``: output channels of the program, with padding. ``matrix``: whether products run on tensor cores.
     """
     warps, m, outputs = tile.num_warps, tile.patches, tile.tile_rows * tile.tile_cols
     positions = rim(tile.tile_rows, spec.stride) * rim(tile.tile_cols, spec.stride)
@@ -164,17 +160,23 @@ def _estimate(
     columns = max(tile.group / (8 * warps), 1)  # tiles of 8 that a warp has of the group
     e = m * 8 * columns / 32  # elements of a thread
     y = outputs * m * out / threads
-    registers = y + outputs * e + 2 * e + 18 * columns + 2 * m / 16 * positions + 40
-    if not matrix and outputs * out // out_tile > _MOST_EXACT_PRODUCTS:
+    registers = y + outputs * e + 2 * e + 18 * columns + 2 * m / 16 * positions + (40 if itemsize == 2 else 66)
+    if not spec.expand:  # where x is read for every group, its addresses stay
+        registers += 2 * positions
+    if not matrix and m * outputs * out * tile.group / threads > _MOST_UNROLLED:
         registers = float("inf")
 
-    kept = positions * m * k if keep_x else m * chunk
-    shared = itemsize * (kept + (k if keep_x else chunk) * tile.group + max(outputs * m, out) * tile.group)
+    x, expand, project = positions * m * k, k * tile.group, out * tile.group
+    if not keep_x:
+        x, expand = m * chunk, chunk * tile.group
+    weights, stages = itemsize * (expand + project) + 44 * tile.group, tile.num_stages - 1
+    d = outputs * m * tile.group
+    shared = itemsize * (x + d) + (stages * weights if stages else itemsize * (expand + project))
 
     expand_flops, project_flops = 2 * m * positions * k * tile.group, 2 * m * outputs * tile.group * out
     flops = expand_flops + project_flops
-    weights = tile.group * (k + out) * itemsize / 16 / threads  # loads of 16 bytes
-    slots = positions * 5 * e + 9 * outputs * e + outputs * 5 * e + 5 * weights + 18 * columns + 100
+    loads = tile.group * (k + out) * itemsize / 16 / threads  # of 16 bytes
+    slots = positions * 5 * e + 9 * outputs * e + outputs * 5 * e + 5 * loads + 18 * columns + 100
     if matrix:
         products = 16 * 8 * (32 // itemsize)  # multiply-adds of one instruction
         slots += flops / 2 / products / warps * 1.5 + m / 16 * positions * k / 16  # with reads from shared memory
@@ -191,7 +193,7 @@ def rim(size: int, stride: int) -> int:
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 30, 60)
 # Above this the compiler spills; the estimate runs below what is used.
 _MOST_ESTIMATED = 205
-_MOST_EXACT_PRODUCTS = 5  # projections of a program and group, in float32 without tensor cores
+_MOST_UNROLLED = 1280  # multiply-adds of a thread, projecting one group in float32 without tensor cores
 
 
 def _plan_of(
@@ -207,13 +209,13 @@ def _plan_of(
     """The plan with this configuration, or None if it asks for more registers or shared memory than there are."""
     n, _, height, width = shape
     out_height, out_width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
-    chunk, out_tile = _chunk(spec.in_channels, matrix), _out_tile(spec.out_channels, tile.num_warps)
+    chunk, out_tile = _chunk(spec.in_channels, itemsize), _out_tile(spec.out_channels, tile.num_warps)
     out_tiles = _ceil_div(spec.out_channels, out_tile)
     chunks = _ceil_div(spec.in_channels, chunk)
     most_registers = float("inf") if forced else _MOST_ESTIMATED  # who forces a plan may spill
     while True:
-        for keep_x in (True, False) if matrix and chunks > 1 else (matrix,):
-            found = _estimate(spec, itemsize, matrix, tile, chunk, keep_x, out_tile * out_tiles, out_tile)
+        for keep_x in (True, False) if matrix and chunks > 1 else (chunks == 1,):
+            found = _estimate(spec, itemsize, matrix, tile, chunk, keep_x, out_tile * out_tiles)
             if found.registers <= most_registers and found.shared_bytes <= gpu.shared_per_block:
                 break
         else:
@@ -300,7 +302,7 @@ def best_plans(
     """One plan for each configuration that fits, best first: all that is ever tried for this call."""
     matrix = dtype != torch.float32 or tf32
     best: dict[Tile, TritonPlan] = {}
-    for tile in TILES:
+    for tile in TILES if matrix else [tile._replace(num_stages=1) for tile in TILES]:
         groups = _ceil_div(spec.hidden_channels, tile.group)
         found = [
             _plan_of(spec, shape, dtype.itemsize, matrix, gpu, tile, splits) for splits in _SPLITS if splits <= groups

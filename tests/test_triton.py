@@ -275,8 +275,8 @@ def test_offsets_beyond_2_31_elements():
 # What is taken out of the kernel, and what the tests above must then notice.
 MUTATIONS = {
     "halo mask": ("tl.where(inside, 6.0, 0.0)", "tl.where(inside, 6.0, 6.0)"),
-    "expand bias": ("e = tl.full((M, hidden.shape[0]), 0.0, tl.float32) + bias[None, :]", "e = tl.full((M, hidden.shape[0]), 0.0, tl.float32)"),
-    "depthwise bias": ("d = d + (tl.full((M, GROUP), 0.0, tl.float32) + bias[None, :],)", "d = d + (tl.full((M, GROUP), 0.0, tl.float32),)"),
+    "expand bias": ("0.0, tl.float32) + bias[None, :]\n    if KEEP_X", "0.0, tl.float32)\n    if KEEP_X"),
+    "depthwise bias": ("(M, GROUP), 0.0, tl.float32) + bias", "(M, GROUP), 0.0, tl.float32) + 0 * bias"),
     "project bias": ("result += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]", "result += 0.0"),
     "residual": ("result += tl.load(x_at, mask=stored_at, other=0.0).to(tl.float32)", "result += 0.0"),
     "order of taps": ("return 3 * row + col if", "return 3 * col + row if"),
