@@ -37,9 +37,14 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _triton_reason(device: torch.device | None) -> str | None:
-    """Why the Triton kernel cannot run on ``device``, or on any here."""
+    """Why the Triton kernel cannot run on ``device``, or on any here; None when it can."""
+    return _triton_reason_here(device)
+
+
+@functools.cache
+def _triton_reason_here(device: torch.device | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if triton_interpreted():

@@ -31,7 +31,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def quick_interpreter():
     """The interpreter patches triton.language anew for each helper a kernel calls, which is half of the time.
 
@@ -48,16 +48,21 @@ def quick_interpreter():
             return patching(self, *args, **options)
 
         InterpretedFunction.__call__ = call
+        yield
+        InterpretedFunction.__call__ = patching
+    else:
+        yield
 
 
 @pytest.mark.skipif(REASON is None, reason="the kernel's tests run in this process")
 def test_in_the_interpreter():
-    """Every test of the kernel below, with a process for each processor."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
+    """Every test of the kernel, here and in test_triton_op.py, in two processes at a time."""
+    files = __file__, str(Path(__file__).with_name("test_triton_op.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     halves = [
         subprocess.Popen([*command, half], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for half in ("mobilenet", "not mobilenet")
+        for half in ("mobilenet or op", "not mobilenet and not op")
     ]
     for half in halves:
         output, _ = half.communicate()
