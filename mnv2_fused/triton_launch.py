@@ -14,9 +14,7 @@ from . import ops, triton_tune
 from .block import BlockSpec, check_input
 from .fold import PackedWeights
 from .triton_kernels import add_splits_kernel, inverted_residual_kernel
-from .triton_plan import H200, Gpu, TritonPlan, best_plans, triton_plan
-
-_TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+from .triton_plan import H200, Gpu, TritonPlan, best_plans, triton_plan, unsupported
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -65,11 +63,8 @@ def inverted_residual_triton(
     packed = PackedWeights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
     if x.dim() != 4:
         check_input(x, -1)
-    if x.dtype not in _TRITON_DTYPES:
-        raise TypeError(
-            f"x must be float16, bfloat16 or float32 for backend 'triton', got {x.dtype}; convert it with x.float() "
-            "or use backend='eager'"
-        )
+    if (why := unsupported(x.dtype)) is not None:
+        raise TypeError(why)
     if (w_expand is None) != (b_expand is None):
         raise RuntimeError("w_expand and b_expand must both be given or both be None")
     _check_weights(x.dtype, x.device, packed)

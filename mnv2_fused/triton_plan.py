@@ -358,6 +358,8 @@ def triton_plan(
     if unknown := set(values) - set(names):
         raise TypeError(f"what can be forced is {', '.join(names)}, got {', '.join(sorted(unknown))}")
     chosen = dict(zip(names, forced if forced is not None else automatic.forced(), strict=True)) | values
+    if "splits" not in values and values.get("group", 0) > 0:  # the automatic number belongs to the automatic group
+        chosen["splits"] = min(chosen["splits"], _ceil_div(spec.hidden_channels, values["group"]))
     _check(chosen, spec)
     splits = chosen.pop("splits")
     matrix = dtype != torch.float32 or tf32
@@ -371,13 +373,12 @@ def triton_plan(
 
 
 def _check(chosen: dict[str, int], spec: BlockSpec) -> None:
-    groups = _ceil_div(spec.hidden_channels, chosen["group"]) if chosen["group"] > 0 else 1
-    limits = {"tile_rows": 8, "tile_cols": 8, "splits": groups, "num_stages": 8}
-    for name, limit in limits.items():
-        if not 1 <= chosen[name] <= limit:
-            raise ValueError(f"plan: {name} must be 1 to {limit}, got {chosen[name]}")
     powers = {"patches": (16, 128), "group": (PANEL, 256), "num_warps": (1, 16)}
     for name, (least, most) in powers.items():
         value = chosen[name]
         if not least <= value <= most or value & (value - 1):
             raise ValueError(f"plan: {name} must be a power of two, {least} to {most}, got {value}")
+    groups = _ceil_div(spec.hidden_channels, chosen["group"])
+    for name, limit in {"tile_rows": 8, "tile_cols": 8, "splits": groups, "num_stages": 8}.items():
+        if not 1 <= chosen[name] <= limit:
+            raise ValueError(f"plan: {name} must be 1 to {limit}, got {chosen[name]}")
