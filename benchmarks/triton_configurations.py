@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from mnv2_fused import BlockSpec, TritonPlan, triton_kernels, triton_plan
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_launch import constants
+from mnv2_fused.triton_launch import constants, constants_of_adding
 from mnv2_fused.triton_plan import H200, Gpu
 
 RESULTS = Path(__file__).parent / "results" / "triton-configurations.md"
@@ -49,24 +49,58 @@ class Compiled:
         return resident * plan.num_warps / _WARPS
 
 
-def compile_for(plan: TritonPlan, spec: BlockSpec, dtype: torch.dtype, capability: int, tf32: bool = False) -> Compiled:
-    """The kernel as it is launched on channels_last input of many channels: pointers and strides of whole 16 bytes."""
-    kernel = triton_kernels.inverted_residual_kernel
-    fixed = constants(plan, spec, tf32) | {"y_channel": 1, "x_channel": 1}
-    product, other = f"*{DTYPES[dtype]}", "*fp32"
+def compile_for(
+    plan: TritonPlan,
+    spec: BlockSpec,
+    dtype: torch.dtype,
+    capability: int,
+    tf32: bool = False,
+    integers: str | int = "i32",
+) -> Compiled:
+    """The kernel as it is launched on channels_last input of many channels: pointers and strides of whole 16 bytes.
+
+    ``integers``: type of sizes and strides, or the value 1, which triton compiles into the kernel.
+    """
+    product = f"*{DTYPES[dtype]}"
     pointers = dict.fromkeys(("x", "w_expand", "w_project"), product)
-    pointers |= dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project"), other)
-    pointers["y"] = other if plan.splits > 1 else product
+    pointers |= dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project"), "*fp32")
+    pointers["y"] = "*fp32" if plan.splits > 1 else product
+    return _compile(
+        triton_kernels.inverted_residual_kernel,
+        pointers,
+        constants(plan, spec, tf32) | {"y_channel": 1},
+        capability,
+        integers,
+        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+    )
+
+
+def compile_adding(spec: BlockSpec, dtype: torch.dtype, capability: int, integers: str | int = "i32") -> Compiled:
+    """The kernel that adds the splits' sums."""
+    pointers = {"partial": "*fp32", "b_project": "*fp32", "x": f"*{DTYPES[dtype]}", "y": f"*{DTYPES[dtype]}"}
+    fixed = constants_of_adding(5, spec) | {"y_channel": 1}
+    return _compile(triton_kernels.add_splits_kernel, pointers, fixed, capability, integers, {})
+
+
+def _compile(
+    kernel: triton.JITFunction,
+    pointers: dict[str, str],
+    fixed: dict[str, object],
+    capability: int,
+    integers: str | int,
+    options: dict[str, int],
+) -> Compiled:
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in fixed else pointers.get(n, "i32") for n in names}
-    aligned = [n for n in names if n in pointers or (n.startswith(("x_", "y_")) and n not in fixed)]
+    if integers == 1:
+        fixed = dict.fromkeys([n for n in names if n not in pointers], 1) | fixed
+    signature = {n: "constexpr" if n in fixed else pointers.get(n, integers) for n in names}
+    aligned = [n for n in names if n not in fixed and (n in pointers or n.startswith(("x_", "y_")))]
     source = ASTSource(
         kernel,
         signature,
-        constexprs={(names.index(n),): value for n, value in fixed.items() if n in names},
+        constexprs={(names.index(n),): value for n, value in fixed.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(found.asm["cubin"])

@@ -117,6 +117,17 @@ def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object
 _ADDED_PIXELS, _ADDED_CHANNELS = 16, 64  # 1024 sums a program: eight for each of 128 threads
 
 
+def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
+    """The same of the kernel that adds the splits' sums."""
+    return {
+        "SPLITS": splits,
+        "C_OUT": spec.out_channels,
+        "RESIDUAL": spec.residual,
+        "M": _ADDED_PIXELS,
+        "OUT_TILE": _ADDED_CHANNELS,
+    }
+
+
 def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, y: Tensor, tf32: bool) -> None:
     """Runs ``plan`` on the current stream of ``x``'s device. ``x``: channels together; ``y``: any strides."""
     n, _, height, width = x.shape
@@ -152,9 +163,5 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
             *(pixels, out_height, out_width),
             *x_strides,
             *y_strides,
-            SPLITS=plan.splits,
-            C_OUT=spec.out_channels,
-            RESIDUAL=spec.residual,
-            M=_ADDED_PIXELS,
-            OUT_TILE=_ADDED_CHANNELS,
+            **constants_of_adding(plan.splits, spec),
         )

@@ -344,10 +344,11 @@ def triton_plan(
     if (why := unsupported(dtype)) is not None:
         raise ValueError(why)
     out_pixels = n * ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
-    if max(out_pixels, height, width) >= 2**31 or max(spec.hidden_channels, spec.out_channels) * 9 >= 2**24:
+    channels = max(spec.in_channels, spec.hidden_channels, spec.out_channels)
+    if max(out_pixels, height, width) > 2**30 or channels > 2**15:  # 32-bit numbers in the kernel, and their products
         raise ValueError(
-            f"the Triton kernel takes fewer than 2^31 output pixels and 2^20 channels, got {out_pixels} and "
-            f"{max(spec.hidden_channels, spec.out_channels)}; split the batch"
+            f"the Triton kernel takes at most 2^30 output pixels, rows and columns, and 2^15 channels, got "
+            f"{out_pixels}, {height}, {width} and {channels}; split the batch, or use backend='eager'"
         )
     automatic = best_plans(spec, shape, dtype, tf32, gpu)[0]
     if forced is None and not values:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnv2_fused import ops
+from mnv2_fused import BlockSpec, ops, triton_plan
 from mnv2_fused.testing import mobilenet_v2_blocks
 
 if importlib.util.find_spec("triton") is None:
@@ -21,7 +21,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-from triton_configurations import ARCHITECTURES, RESULTS, compile_for, digest, gpu_with  # noqa: E402
+from triton_configurations import ARCHITECTURES, RESULTS, compile_adding, compile_for, digest, gpu_with  # noqa: E402
 
 from mnv2_fused.triton_plan import TILES, best_plans  # noqa: E402
 
@@ -69,6 +69,17 @@ def test_fits_and_does_not_spill(tile, kind, capability):
     assert not re.search(r"\b(?:red|atom)\.", found.ptx), "atomics would make results depend on timing"
 
 
+@pytest.mark.parametrize("integers", ["i32", "i64", 1])
+def test_every_kind_of_size_compiles(integers):
+    """Strides beyond 2^31, and sizes of 1, which triton compiles into the kernel, as of one image of one pixel."""
+    for spec in (BlockSpec(24, 144, 24, residual=True), BlockSpec(32, 32, 16, expand=False)):
+        for splits in (1, 3):
+            if splits <= -(-spec.hidden_channels // 32):
+                plan = triton_plan(spec, (1, spec.in_channels, 8, 8), **TILES[-1]._asdict(), splits=splits)
+                assert compile_for(plan, spec, torch.float16, 90, integers=integers).stack <= MOST_STACK
+        assert compile_adding(spec, torch.float16, 90, integers).stack == 0
+
+
 def test_the_table_is_of_this_kernel():
     import triton
 
@@ -81,3 +92,9 @@ def test_the_table_is_of_this_kernel():
 def test_every_configuration_is_some_blocks_choice_or_fits_it():
     for tile in TILES:
         assert hardest(tile, "float16", 90) is not None, tile
+
+
+def test_the_prediction_is_of_this_planner():
+    from triton_prediction import NOTES, notes
+
+    assert NOTES.read_text() == notes(), "run: python benchmarks/triton_prediction.py"
