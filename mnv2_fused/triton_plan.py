@@ -304,6 +304,8 @@ def best_plans(
     best: dict[Tile, TritonPlan] = {}
     for tile in TILES if matrix else [tile._replace(num_stages=1) for tile in TILES]:
         groups = _ceil_div(spec.hidden_channels, tile.group)
+        if not matrix:  # a loop of one group becomes straight code, which ptxas was seen to spill by kilobytes
+            groups = _ceil_div(groups, 2)
         found = [
             _plan_of(spec, shape, dtype.itemsize, matrix, gpu, tile, splits) for splits in _SPLITS if splits <= groups
         ]

@@ -87,6 +87,11 @@ def test_the_table_is_of_this_kernel():
     if f"triton {triton.__version__}," not in text:
         pytest.skip("made with another triton")
     assert f"sources {digest()}." in text, "run: python benchmarks/triton_configurations.py"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    stack, shared = rows[0].index("stack"), rows[0].index("shared KiB")
+    assert len(rows) > 60
+    for row in rows[2:]:
+        assert int(row[stack]) <= MOST_STACK and int(row[shared]) <= 227, row
 
 
 def test_every_configuration_is_some_blocks_choice_or_fits_it():
