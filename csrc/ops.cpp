@@ -284,11 +284,14 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
 }  // namespace
 }  // namespace mnv2_fused
 
+// One block; its op by compiled kernels, and by the Triton kernel, which Python implements.
+#define MNV2_BLOCK_ARGUMENTS                                                                \
+  "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor b_depthwise, " \
+  "Tensor w_project, Tensor b_project, int stride, bool residual, int[] plan=[]) -> Tensor"
+
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
-  m.def(
-      "inverted_residual(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, "
-      "Tensor b_depthwise, Tensor w_project, Tensor b_project, int stride, bool residual, "
-      "int[] plan=[]) -> Tensor");
+  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS);
+  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS);
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
 }
 

@@ -5,6 +5,7 @@ from .convert import Report, fuse, report, unfuse
 from .fold import BlockWeights, PackedWeights, pack
 from .module import FusedInvertedResidual
 from .plan import Plan, plan
+from .triton_plan import TritonPlan, triton_plan
 
 __version__ = "0.1.0"
 
@@ -15,11 +16,13 @@ __all__ = [
     "PackedWeights",
     "Plan",
     "Report",
+    "TritonPlan",
     "fuse",
     "inverted_residual",
     "inverted_residual_reference",
     "pack",
     "plan",
     "report",
+    "triton_plan",
     "unfuse",
 ]

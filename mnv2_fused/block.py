@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from . import ops
 from .fold import PANEL, BlockWeights, PackedWeights, pack, unpack
 from .plan import Plan
+from .triton_plan import TritonPlan
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def inverted_residual(
     stride: int = 1,
     residual: bool = False,
     backend: str = "auto",
-    plan: Plan | None = None,
+    plan: Plan | TritonPlan | None = None,
 ) -> Tensor:  # [N, C_out, H', W'], H' = (H - 1) // stride + 1, in x's dtype and memory format
     """The block as one kernel, one group of expanded channels at a time; the expanded tensor never exists.
 
@@ -170,22 +171,30 @@ def inverted_residual(
     Differentiable in ``x`` and the weights, by recomputing the expansion. Folded weights are packed on every
     call: pass ``mnv2_fused.pack(weights)`` for repeated calls, or use :class:`FusedInvertedResidual`.
 
-    ``plan`` forces the CPU kernel's tiling (see :func:`mnv2_fused.plan`). Raises ValueError for shapes, strides or
-    plans out of range, TypeError for an ``x`` that is not floating point, RuntimeError when no kernel takes the
-    call. Paper: section 5.1.
+    On a GPU float16, bfloat16 and float32 compute in their own precision (float32 rounds its products to TF32 where
+    ``torch.backends.cudnn.allow_tf32``, as convolutions do), with sums and the depthwise stage in float32.
+
+    ``plan`` forces the tiling (see :func:`mnv2_fused.plan` and :func:`mnv2_fused.triton_plan`). Raises ValueError for
+    shapes, strides or plans out of range, TypeError for an ``x`` that is not floating point, RuntimeError when no
+    kernel takes the call. Paper: section 5.1.
     """
     spec = BlockSpec.of(weights, stride, residual, _channels_of(x))
     check_input(x, spec.in_channels)
-    if ops.resolve_backend(backend, x.device) == "eager":
+    backend = ops.resolve_backend(backend, x.device)
+    if backend == "eager":
         return inverted_residual_reference(x, weights, stride=stride, residual=residual)
     if forward_ad._current_level >= 0:
         raise RuntimeError("the kernel has no forward-mode derivative; use backend='eager'")
-    packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype)
+    packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype, backend)
     forced = ()
     if plan is not None:
         forced = plan.forced()
+        if isinstance(plan, TritonPlan) != (backend == "triton"):
+            maker = "triton_plan" if backend == "triton" else "plan"
+            raise ValueError(f"plan: backend {backend!r} takes one of mnv2_fused.{maker}, got a {type(plan).__name__}")
+    if isinstance(plan, Plan):
         limits = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
         for name, value, limit in zip(("tile_rows", "tile_cols"), forced, limits, strict=False):
             if not 1 <= value <= limit:
                 raise ValueError(f"plan: {name} must be 1 to {limit} for this input, got {value}")
-    return ops.packed_inverted_residual(x, packed, stride, residual, forced)
+    return ops.packed_inverted_residual(x, packed, stride, residual, forced, backend)

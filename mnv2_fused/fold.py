@@ -15,6 +15,8 @@ dot-product instruction multiplies; the rest stays float32::
     w_expand     [E16, ceil(C_in/2), 16, 2]       w_expand[p, i, l, h]  = W_e[16 p + l, 2 i + h]
     w_project    [ceil(C_out/16), E/2, 16, 2]     w_project[q, e, l, h] = W_p[16 q + l, 2 e + h]
 
+On a GPU, ``w_expand`` and ``w_project`` are of the activations' dtype, without pairs, and the rest is float32.
+
 A group of expanded channels is one contiguous block of ``w_expand`` and ``w_depthwise`` and one run of rows in
 each panel of ``w_project``; a kernel's inner loop reads 16 neighbouring output channels per multiplied value.
 ``w_project`` and ``b_project`` are not padded along E and C_out, so the packed shapes alone carry the geometry. (For
@@ -103,37 +105,44 @@ def _pairs(panels: Tensor) -> Tensor:
 def packed_dtypes(dtype: torch.dtype, device: torch.device, hidden: int = 0) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of a product's packed weights and of all others, for activations of ``dtype``.
 
-    CPU kernels multiply float32, float64 and pairs of bfloat16, which an odd number of ``hidden`` channels does not
-    come in, and sum bfloat16 in float32. float16 activations are widened to float32.
+    Half precision is summed in float32, to which biases and depthwise weights belong. CPU kernels multiply float32,
+    float64 and pairs of bfloat16, which an odd number of ``hidden`` channels does not come in; float16 activations
+    are widened to float32.
     """
-    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16):
         return dtype, dtype
+    if device.type != "cpu":
+        return dtype, torch.float32
     return torch.bfloat16 if dtype == torch.bfloat16 and hidden % 2 == 0 else torch.float32, torch.float32
 
 
-def _pack_product(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _pack_product(weight: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[C, K] -> panels of ``dtype``, those of bfloat16 on the CPU in pairs."""
     panels = _panels(weight.to(dtype))
-    return _pairs(panels) if dtype == torch.bfloat16 and weight.device.type == "cpu" else panels
+    return _pairs(panels) if dtype == torch.bfloat16 and device.type == "cpu" else panels
 
 
-def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32) -> PackedWeights:
-    """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding."""
-    products, others = packed_dtypes(dtype, weights.w_project.device, weights.w_project.shape[1])
+def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str = "auto") -> PackedWeights:
+    """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding.
+
+    For the kernels of the weights' own device, unless ``backend`` is ``"triton"``, whose interpreter runs on the CPU.
+    """
+    device = torch.device("cuda") if backend == "triton" else weights.w_project.device
+    products, others = packed_dtypes(dtype, device, weights.w_project.shape[1])
 
     def padded(t: Tensor) -> Tensor:
         return F.pad(t.to(others), (0, -t.shape[0] % PANEL))
 
     w_expand = b_expand = None
     if weights.w_expand is not None and weights.b_expand is not None:
-        w_expand = _pack_product(weights.w_expand.flatten(1), products)
+        w_expand = _pack_product(weights.w_expand.flatten(1), products, device)
         b_expand = padded(weights.b_expand)
     return PackedWeights(
         w_expand,
         b_expand,
         _panels(weights.w_depthwise.to(others).flatten(1)),
         padded(weights.b_depthwise),
-        _pack_product(weights.w_project.flatten(1), products),
+        _pack_product(weights.w_project.flatten(1), products, device),
         weights.b_project.to(others).contiguous(),
     )
 
@@ -150,7 +159,7 @@ def pack_conv(weight: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32) 
     if products == torch.bfloat16 and weight.device.type == "cpu":
         taps = F.pad(taps, (0, weight.shape[1] % 2))
     return (
-        _pack_product(taps.flatten(1), products),
+        _pack_product(taps.flatten(1), products, weight.device),
         F.pad(bias.to(others), (0, -bias.shape[0] % PANEL)),
     )
 

@@ -22,7 +22,11 @@ from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
 class _Ready:
     """A block found fit to run fused on ``packed``, while its ``watch`` holds."""
 
-    def __init__(self, block: FusedInvertedResidual, sources: list[Tensor | None], next_hook: int) -> None:
+    def __init__(
+        self, block: FusedInvertedResidual, sources: list[Tensor | None], next_hook: int, backend: str
+    ) -> None:
+        self.backend = backend
+        self.is_cpu = sources[0].is_cpu
         self.sources = sources
         self.tensors = [t for t in sources if t is not None]
         self.eps = [norm.eps for _, norm in block._pairs]
@@ -69,12 +73,12 @@ class _Recomputed(torch.autograd.Function):
     """Forward by the fused op; backward through :func:`_unfolded`, computed again from the saved input."""
 
     @staticmethod
-    def forward(ctx, x, packed, eps, stride, residual, *sources):
+    def forward(ctx, x, packed, eps, stride, residual, backend, *sources):
         ctx.save_for_backward(x, *sources)
         ctx.eps, ctx.stride, ctx.residual = eps, stride, residual
         device = ctx.device = x.device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return ops.packed_inverted_residual(x, packed, stride, residual)
+        return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend)
 
     @staticmethod
     def backward(ctx, grad):
@@ -83,7 +87,7 @@ class _Recomputed(torch.autograd.Function):
                 "a fused block has no second derivative here (create_graph=True); run it with backend='eager' or "
                 "unfuse the model"
             )
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         leaves = [
             None if t is None else t.detach().requires_grad_(need)
             for t, need in zip(ctx.saved_tensors, needed, strict=True)
@@ -94,7 +98,7 @@ class _Recomputed(torch.autograd.Function):
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad))
         x_grad, *source_grads = (next(found) if need else None for need in needed)
-        return x_grad, None, None, None, None, *source_grads
+        return x_grad, None, None, None, None, None, *source_grads
 
 
 class FusedInvertedResidual(nn.Module):
@@ -227,23 +231,26 @@ class FusedInvertedResidual(nn.Module):
         ready = self._ready
         if ops.transformed():
             return self._forward_modules(x)
-        if ready is None or x.dtype is not ready.dtype or not x.is_cpu or not ready.watch.holds():
+        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.watch.holds():
             # Mode and backend are looked at here only: while the watch holds, they are what they were.
-            if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+            if self.training or (backend := ops.resolve_backend(self.backend, x.device)) == "eager":
                 return self._forward_modules(x)
-            ready = self._prepare(x)
+            ready = self._prepare(x, backend)
             if ready is None:
                 return self._forward_modules(x)
         sources = ready.sources
         try:
             if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
-                return _Recomputed.apply(x, ready.packed, ready.eps, ready.stride, self.use_res_connect, *sources)
-            return ops.packed_inverted_residual(x, ready.packed, ready.stride, self.use_res_connect)
+                geometry = ready.eps, ready.stride, self.use_res_connect, ready.backend
+                return _Recomputed.apply(x, ready.packed, *geometry, *sources)
+            return ops.packed_inverted_residual(
+                x, ready.packed, ready.stride, self.use_res_connect, backend=ready.backend
+            )
         except RuntimeError:
             check_input(x, self._pairs[0][0].in_channels)  # says it better, if x is what is wrong
             raise
 
-    def _prepare(self, x: Tensor) -> _Ready | None:
+    def _prepare(self, x: Tensor, backend: str) -> _Ready | None:
         """Looks at everything and folds what changed; None when the inner modules must run."""
         next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
         if (why := self.why_modules()) is not None:
@@ -254,9 +261,10 @@ class FusedInvertedResidual(nn.Module):
         if self._norms_train():
             return None
         sources, eps = self._sources()
-        ready = _Ready(self, sources, next_hook)
-        ready.packed = self._cache.get(sources, eps, self._compute_dtype(x, sources))
-        if ready.lasting and x.dtype == ready.dtype:  # else autocast allows it, for now
+        ready = _Ready(self, sources, next_hook, backend)
+        dtype = self._compute_dtype(x, sources, backend)
+        ready.packed = self._cache.get(sources, eps, dtype, backend)
+        if ready.lasting and x.dtype == ready.dtype == dtype:  # else autocast allows it, for now
             self._ready = ready
         return ready
 
@@ -287,28 +295,32 @@ class FusedInvertedResidual(nn.Module):
             sources += parameters_of(*pair)
         return sources, [norm.eps for _, norm in self._pairs]
 
-    def _compute_dtype(self, x: Tensor, sources: list[Tensor | None]) -> torch.dtype:
-        dtype = sources[0].dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    def _compute_dtype(self, x: Tensor, sources: list[Tensor | None], backend: str) -> torch.dtype:
+        dtype, device = sources[0].dtype, x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if x.dtype != dtype and not autocast:
             raise TypeError(
                 f"x is {x.dtype} but the block's parameters are {dtype}; convert one of them or use autocast"
             )
-        return x.dtype if x.dtype == torch.float64 else dtype
+        if x.dtype == torch.float64:
+            return x.dtype
+        return torch.get_autocast_dtype(device) if autocast and backend == "triton" else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+        if self.training or (backend := ops.resolve_backend(self.backend, x.device)) == "eager":
             return self._forward_modules(x)
         if _why_modules(self._token) is not None or self._norms_train():
             return self._forward_modules(x)
         sources, eps = self._sources()
-        dtype = self._compute_dtype(x, sources)
+        dtype = self._compute_dtype(x, sources, backend)
         check_input(x, self._pairs[0][0].in_channels)
         stride, residual = layers.stride_of(self._pairs[-2][0]), self.use_res_connect
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
         if recording or torch.compiler.is_exporting():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
-            return ops.packed_inverted_residual(x, fold_and_pack(sources, eps, dtype), stride, residual)
-        return torch.ops.mnv2_fused.cached_inverted_residual(x, sources, eps, stride, residual, self._token)
+            packed = fold_and_pack(sources, eps, dtype, backend)
+            return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend)
+        return torch.ops.mnv2_fused.cached_inverted_residual(x, sources, eps, stride, residual, self._token, backend)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -319,14 +331,15 @@ class FusedInvertedResidual(nn.Module):
 # there too, and folding stays out of the graph. No autograd: FusedInvertedResidual folds in the graph for that.
 _library = torch.library.Library("mnv2_fused", "FRAGMENT")
 _library.define(
-    "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache) -> Tensor"
+    "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache, "
+    'str backend="cpu") -> Tensor'
 )
 
 
-def _cached_inverted_residual(x, sources, eps, stride, residual, cache):
+def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu"):
     found = _caches.get(cache) or PackedCache()
-    packed = found.get(sources, eps, x.dtype)
-    return ops.packed_inverted_residual(x, packed, stride, residual)
+    packed = found.get(sources, eps, x.dtype, backend)
+    return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend)
 
 
 _library.impl("cached_inverted_residual", _cached_inverted_residual, "CompositeExplicitAutograd")
@@ -335,8 +348,13 @@ _library.impl(
     ops.autocast_rule(torch.ops.mnv2_fused.cached_inverted_residual.default),
     "AutocastCPU",
 )
+_library.impl(
+    "cached_inverted_residual",
+    ops.half_autocast_rule(torch.ops.mnv2_fused.cached_inverted_residual.default, "CUDA"),
+    "AutocastCUDA",
+)
 
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
-def _(x, sources, eps, stride, residual, cache):
+def _(x, sources, eps, stride, residual, cache, backend="cpu"):
     return ops.empty_output(x, sources[-6].shape[0], stride)

@@ -1,12 +1,15 @@
-"""The compiled op: loading, backend choice, fake kernel, autograd and autocast.
+"""The ops: loading, backend choice, fake kernel, autograd and autocast.
 
 ``torch.ops.mnv2_fused.inverted_residual`` takes packed weights (see :mod:`mnv2_fused.fold`). Its schema and CPU
 kernel are registered from C++ (``csrc/ops.cpp``); everything here is what the C++ stable ABI has no call for.
+``inverted_residual_triton`` is the same by the Triton kernel (:mod:`mnv2_fused.triton_launch`).
 """
 
 from __future__ import annotations
 
 import enum
+import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -25,19 +28,53 @@ except ImportError as error:  # a source checkout that was never built, or a tor
 else:
     _load_error = None
 
-BACKENDS = ("auto", "cpu", "eager")
+BACKENDS = ("auto", "cpu", "triton", "eager")
+_LEAST_CAPABILITY = (8, 0)  # of a GPU that Triton compiles for
 
 
-def backend_reasons() -> dict[str, str | None]:
-    """Per backend, why it cannot run on this machine, or None when it can."""
-    cpu = None
+def triton_interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@torch.compiler.assume_constant_result
+def _triton_reason(device: torch.device | None) -> str | None:
+    """Why the Triton kernel cannot run on ``device``, or on any here; None when it can."""
+    return _triton_reason_here(device)
+
+
+@functools.cache
+def _triton_reason_here(device: torch.device | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if triton_interpreted():
+        return None
+    if device is not None and device.type != "cuda":
+        return f"it takes CUDA tensors, got one on {device}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        least = ".".join(map(str, _LEAST_CAPABILITY))
+        return f"it needs compute capability {least}, {torch.cuda.get_device_name(device)} has {capability}"
+    return None
+
+
+def backend_reasons(device: torch.device | None = None) -> dict[str, str | None]:
+    """Per backend, why it cannot run on this machine, or on tensors of ``device``; None when it can."""
     if _load_error is not None:
-        cpu = f"the compiled library does not load: {_load_error}"
-    return {"cpu": cpu, "eager": None}
+        missing = f"the compiled library does not load: {_load_error}"
+        return {"cpu": missing, "triton": missing, "eager": None}
+    cpu = None if device is None or device.type == "cpu" else f"it takes CPU tensors, got one on {device}"
+    return {"cpu": cpu, "triton": _triton_reason(device), "eager": None}
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs tensors on ``device``: ``"cpu"`` or ``"eager"``.
+    """The backend that runs tensors on ``device``: ``"cpu"``, ``"triton"`` or ``"eager"``.
+
+    ``"auto"`` is the CPU's own kernel, and Triton on a GPU.
 
     ``MNV2_FUSED_BACKEND`` overrides ``backend``. Raises ValueError for an unknown name and RuntimeError, with
     each backend's reason, when none can run.
@@ -51,9 +88,12 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if name not in BACKENDS:
         source = "MNV2_FUSED_BACKEND" if override else "backend"
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    reason = backend_reasons()["cpu"] or f"it takes CPU tensors, got one on {device}"
+    reasons = backend_reasons(device)
+    if (name == "triton" or (name == "auto" and device.type == "cuda")) and reasons["triton"] is None:
+        return "triton"
+    asked = {b: why for b, why in reasons.items() if why is not None and name in ("auto", b)}
     raise RuntimeError(
-        f"no kernel takes this call (backend={name!r}): cpu: {reason}; "
+        f"no kernel takes this call (backend={name!r}): {'; '.join(f'{b}: {why}' for b, why in asked.items())}; "
         "move the model and its input with .cpu(), or use backend='eager'"
     )
 
@@ -69,13 +109,16 @@ def packed_inverted_residual(
     stride: int,
     residual: bool,
     plan: Sequence[int] = (),
+    backend: str = "cpu",
 ) -> Tensor:  # [N, C_out, H', W']
     """The op itself, skipping the Python part of autograd where nothing records."""
+    family = torch.ops.mnv2_fused
+    op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
     arguments = (x, *packed, stride, residual, plan) if plan else (x, *packed, stride, residual)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return torch.ops.mnv2_fused.inverted_residual.default(*arguments)
+        return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mnv2_fused.inverted_residual.default(*arguments)
+        return op(*arguments)
 
 
 def sequence(x: Tensor, weights: Tensor, geometry: list[int]) -> Tensor:
@@ -161,7 +204,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(backend: str, ctx, grad: Tensor):
     """Recomputes both expanded tensors; only the block's input and weights were kept.
 
     Made of differentiable torch ops, so that it traces under torch.compile and has a derivative itself.
@@ -212,7 +255,7 @@ def _backward(ctx, grad: Tensor):
         w_project=g_w_project,
         b_project=grad.sum(sum_pixels),
     )
-    return g_x.to(x.dtype), *pack(grads, packed_weights.w_project.dtype), None, None, None
+    return g_x.to(x.dtype), *pack(grads, packed_weights.w_project.dtype, backend), None, None, None
 
 
 def autocast_rule(op: torch._ops.OpOverload):
@@ -236,10 +279,45 @@ def autocast_rule(op: torch._ops.OpOverload):
     return run
 
 
+def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequence[int] = ()):
+    """Under autocast the kernel computes in autocast's dtype, as a GPU's convolutions do.
+
+    ``products``: which of the arguments after x are weights of 1x1 products, to be cast with it.
+    """
+    place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+    def run(x: Tensor, *rest):
+        dtype = torch.get_autocast_dtype(device.lower())
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            if x.dtype == torch.float64:  # autocast leaves double alone
+                return op(x, *rest)
+            cast = [t.to(dtype) if i in products and t is not None else t for i, t in enumerate(rest)]
+            if not rest[place] or torch.promote_types(x.dtype, dtype) == dtype:
+                return op(x.to(dtype), *cast)
+            cast[place] = False  # a convolution's result plus x, which autocast leaves as it is
+            return op(x.to(dtype), *cast) + x
+
+    return run
+
+
+def _inverted_residual_triton(*arguments):
+    from .triton_launch import inverted_residual_triton  # imports triton, which takes its time
+
+    return inverted_residual_triton(*arguments)
+
+
 if _C is not None:
-    torch.library.register_fake("mnv2_fused::inverted_residual", _fake)
-    torch.library.register_autograd("mnv2_fused::inverted_residual", _backward, setup_context=_setup_context)
+    for _name, _kernels in ("inverted_residual", "auto"), ("inverted_residual_triton", "triton"):
+        torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
+        torch.library.register_autograd(
+            f"mnv2_fused::{_name}", functools.partial(_backward, _kernels), setup_context=_setup_context
+        )
     torch.library.register_fake("mnv2_fused::sequence", _sequence_fake)
     torch.library.register_autograd("mnv2_fused::sequence", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
+    for _device in ("CUDA", "CPU") if triton_interpreted() else ("CUDA",):
+        _op = torch.ops.mnv2_fused.inverted_residual_triton.default
+        _library.impl("inverted_residual_triton", _inverted_residual_triton, _device)
+        _library.impl("inverted_residual_triton", half_autocast_rule(_op, _device, (0, 4)), f"Autocast{_device}")

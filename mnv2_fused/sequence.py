@@ -148,7 +148,7 @@ def _is_conv(module: nn.Module, name: str) -> bool:
 
 
 def _block_can_run(block: FusedInvertedResidual) -> bool:
-    if block.backend == "eager" or "forward" in vars(block) or layers.has_hooks(block):
+    if block.backend not in ("auto", "cpu") or "forward" in vars(block) or layers.has_hooks(block):
         return False
     return block.fits_sequence()
 
@@ -237,11 +237,8 @@ class RunsFused:
         children, _ = self.fusable_children()
         found = list(layers_of(children)) if ops._C is not None and not self.training else []
         on_kernels = [layer for layer in found if isinstance(layer, Layer)]
-        return (
-            on_kernels
-            if any(isinstance(m, FusedInvertedResidual) for layer in on_kernels for m in layer.modules)
-            else []
-        )
+        blocks = [m for layer in on_kernels for m in layer.modules if isinstance(m, FusedInvertedResidual)]
+        return on_kernels if blocks and all(t.is_cpu for block in blocks for t in block.parameters()) else []
 
     def _prepare(self, x: Tensor) -> _Prepared | None:
         self._prepared = None  # the watch counts attributes, this one too
@@ -250,7 +247,7 @@ class RunsFused:
             return None
         if torch_module._has_any_global_hook():  # which would miss the modules inside
             return None
-        if ops.resolve_backend("auto", x.device) == "eager":
+        if ops.resolve_backend("auto", x.device) != "cpu":
             return None
         try:
             prepared = _Prepared(*self.fusable_children(), next_hook)

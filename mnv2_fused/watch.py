@@ -14,12 +14,14 @@ from . import layers, ops
 from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
 
 
-def fold_and_pack(sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
+def fold_and_pack(
+    sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
+) -> PackedWeights:
     """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
     folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
     for i, e in enumerate(eps):
         folded += fold_conv_bn(*sources[6 * i : 6 * i + 6], e)
-    return pack(BlockWeights(*folded), dtype)
+    return pack(BlockWeights(*folded), dtype, backend)
 
 
 def parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
@@ -53,19 +55,21 @@ class PackedCache:
     def clear(self) -> None:
         self._entry = None
 
-    def get(self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype) -> PackedWeights:
+    def get(
+        self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
+    ) -> PackedWeights:
         """Arguments as those of :func:`fold_and_pack`, which runs when any of them changed."""
         tensors = [t for t in sources if t is not None]
         if not lasting(tensors):
-            return fold_and_pack(sources, eps, dtype)
-        stamp = [dtype, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
+            return fold_and_pack(sources, eps, dtype, backend)
+        stamp = [dtype, backend, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
         # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
         stamp += [t.stride() for t in tensors if t.dim() == 4]
         stamp += [t.shape for t in tensors if t.dim() == 4]
         entry = self._entry
         if entry is None or stamp != entry[0]:
             with torch.no_grad():
-                packed = fold_and_pack(sources, eps, dtype)
+                packed = fold_and_pack(sources, eps, dtype, backend)
             # Aliases keep the storages alive, so that no other tensor can appear at the same address.
             self._entry = entry = stamp, [t.detach() for t in tensors], packed
         return entry[2]

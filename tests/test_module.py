@@ -54,9 +54,9 @@ def ran(monkeypatch):
 
     calls, original = [], ops.packed_inverted_residual
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(ops, "packed_inverted_residual", counted)
     return calls
@@ -241,7 +241,7 @@ def test_unrecognisable_layers_can_be_printed():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, eager, got 'cude'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, triton, eager, got 'cude'"):
         FusedInvertedResidual(8, 8, 1, 6, backend="cude")
 
 

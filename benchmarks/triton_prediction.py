@@ -1,0 +1,75 @@
+"""What the Triton planner expects of each block on an H200, before anyone measured it.
+
+``python benchmarks/triton_prediction.py`` writes ``benchmarks/notes-triton.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mnv2_fused import triton_plan
+from mnv2_fused.testing import mobilenet_v2_blocks, multiply_adds
+from mnv2_fused.triton_plan import H200
+
+NOTES = Path(__file__).parent / "notes-triton.md"
+BATCH = 256
+_MATRIX_FLOPS = 780e12  # measured of wgmma, which the floor is allowed and this kernel's mma.sync is not
+
+HEAD = f"""# The Triton kernel on an H200: a prediction
+
+Made by `python benchmarks/triton_prediction.py` from the planner's numbers alone; **nothing here was measured**. Blocks
+of MobileNetV2 1.0 at 224, float16, batch {BATCH}, on an {H200.name}: {H200.processors} processors,
+{H200.shared_per_block // 1024} KiB of shared memory a program, {H200.copy_bytes / 1e12:.1f} TB/s copied,
+{_MATRIX_FLOPS / 1e12:.0f} TFLOP/s in products ({H200.matrix_flops / 1e12:.0f} by `mma.sync`),
+{H200.fp32_flops / 1e12:.0f} in float32.
+
+- MB: to and from memory, x, y and weights once. Products: GFLOP of the 1x1 products, with recompute and padding.
+  Beside them: GFLOP in float32, of bias, ReLU6 and depthwise, with recompute.
+- Floor: the largest of bytes, useful products and useful depthwise, each at the rate above. Expected: the planner's
+  estimate; it is instructions issued that bound it, a minimum or maximum counting as two.
+"""
+
+TAIL = """
+What would prove it wrong, and what to try then:
+
+- Processors hold 8 warps at a time, two for each scheduler (255 registers a thread). If latency shows, `num_warps=8`
+  with a group of 64 halves the registers, and patches of 1x2 take two thirds of them.
+- Weights come from L2 once for each program of 64 outputs: 600 KB for the last blocks. If L2 bounds those, 32 patches
+  a program halve it.
+- The expansion at the rim is computed four times an output. Whoever has shared memory to shift in computes it 1.3
+  times: at best a third of the instructions fall away.
+- A launch of some 40 arguments from Python takes tens of microseconds, which batch 1 sees unless CUDA graphs replay it.
+
+Beside each of these the planner's other configurations are at hand: `triton_plan(spec, shape, num_warps=8)` forces one
+value, `MNV2_FUSED_AUTOTUNE=1` measures all of them once.
+"""
+
+
+def notes() -> str:
+    lines = [
+        "| block | input | plan | MB | products | beside | floor us | expected us | over floor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    floors = expected = 0.0
+    for spec, (height, width) in mobilenet_v2_blocks(224):
+        shape = (BATCH, spec.in_channels, height, width)
+        p = triton_plan(spec, shape, dtype=torch.float16)
+        pixels = BATCH * ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
+        depthwise = 2 * 9 * pixels * spec.hidden_channels
+        useful = 2 * multiply_adds(spec, shape) - depthwise
+        floor = max(p.bytes / H200.copy_bytes, useful / _MATRIX_FLOPS, depthwise / H200.fp32_flops)
+        floors, expected = floors + floor, expected + p.seconds
+        plan = f"{p.tile_rows}x{p.tile_cols} x{p.patches}, group {p.group}, {p.num_warps} warps, {p.programs} programs"
+        lines.append(
+            f"| {spec} | {height}x{width} | {plan} | {p.bytes / 1e6:.0f} | {p.matrix_flops / 1e9:.0f} "
+            f"| {p.flops / 1e9:.1f} | {floor * 1e6:.0f} | {p.seconds * 1e6:.0f} | {p.seconds / floor:.1f} |"
+        )
+    lines.append(f"| all | | | | | | {floors * 1e6:.0f} | {expected * 1e6:.0f} | {expected / floors:.1f} |")
+    return HEAD + "\n" + "\n".join(lines) + "\n" + TAIL
+
+
+if __name__ == "__main__":
+    NOTES.write_text(notes())
+    print(NOTES.read_text())

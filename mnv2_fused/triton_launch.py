@@ -1,0 +1,167 @@
+"""``mnv2_fused::inverted_residual_triton``: checks, planning, allocation and launch of the Triton kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from . import ops, triton_tune
+from .block import BlockSpec, check_input
+from .fold import PackedWeights
+from .triton_kernels import add_splits_kernel, inverted_residual_kernel
+from .triton_plan import H200, Gpu, TritonPlan, best_plans, triton_plan, unsupported
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU at ``device``; what the interpreter runs on the CPU is planned for an H200."""
+    return Gpu.of(device) if device.type == "cuda" else H200
+
+
+def _check_weights(x_dtype: torch.dtype, device: torch.device, packed: PackedWeights) -> None:
+    for name, t in zip(packed._fields, packed, strict=True):
+        if t is None:
+            continue
+        expected = x_dtype if name in ("w_expand", "w_project") else torch.float32
+        if t.dtype != expected:
+            raise RuntimeError(
+                f"mnv2_fused::inverted_residual_triton: {name} must be {expected} for x of {x_dtype}, got {t.dtype}; "
+                "pack the weights with mnv2_fused.pack(weights, x.dtype, 'triton')"
+            )
+        if t.device != device:
+            raise RuntimeError(f"x is on {device} but {name} is on {t.device}; move one with .to()")
+        if not t.is_contiguous():
+            raise RuntimeError(f"{name} must be contiguous {list(t.shape)}, as mnv2_fused.pack makes it")
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, stride: int, residual: bool) -> BlockSpec:
+    """The block that weights of these shapes are of; kept, since it takes longer than a launch."""
+    meta = PackedWeights(*(None if s is None else torch.empty(s, device="meta") for s in shapes))
+    spec = BlockSpec.of(meta, stride, residual, x_shape[1])
+    check_input(torch.empty(x_shape, device="meta"), spec.in_channels)
+    return spec
+
+
+def inverted_residual_triton(
+    x: Tensor,  # [N, C_in, H, W]
+    w_expand: Tensor | None,  # [E/16, C_in, 16]
+    b_expand: Tensor | None,  # [E/16 * 16]
+    w_depthwise: Tensor,  # [E/16, 9, 16]
+    b_depthwise: Tensor,  # [E/16 * 16]
+    w_project: Tensor,  # [C_out/16, E, 16]
+    b_project: Tensor,  # [C_out]
+    stride: int,
+    residual: bool,
+    plan: Sequence[int] = (),
+) -> Tensor:  # [N, C_out, H', W'], in x's memory format
+    """The op. Raises ValueError or RuntimeError, naming value, limit and way out, for what the kernel cannot take."""
+    packed = PackedWeights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
+    if x.dim() != 4:
+        check_input(x, -1)
+    if (why := unsupported(x.dtype)) is not None:
+        raise TypeError(why)
+    if (w_expand is None) != (b_expand is None):
+        raise RuntimeError("w_expand and b_expand must both be given or both be None")
+    _check_weights(x.dtype, x.device, packed)
+    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual)
+    y = ops.empty_output(x, spec.out_channels, stride)
+    if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together
+        x = x.contiguous(memory_format=torch.channels_last)
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    gpu = gpu_of(x.device)
+
+    def run(chosen: TritonPlan) -> Tensor:
+        launch(chosen, spec, x, packed, y, tf32)
+        return y
+
+    if plan:
+        chosen = triton_plan(spec, x.shape, dtype=x.dtype, gpu=gpu, tf32=tf32, forced=plan)
+    elif triton_tune.wanted() and x.is_cuda and y.numel() and not torch.cuda.is_current_stream_capturing():
+        plans = best_plans(spec, tuple(x.shape), x.dtype, tf32, gpu)
+        chosen = triton_tune.fastest(plans, run, (gpu.name, spec, tuple(x.shape), x.dtype, tf32))
+    else:
+        chosen = triton_plan(spec, x.shape, dtype=x.dtype, gpu=gpu, tf32=tf32)
+    return run(chosen) if y.numel() else y
+
+
+def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object]:
+    """What the kernel is compiled for."""
+    groups = triton.cdiv(triton.cdiv(spec.hidden_channels, plan.group), plan.splits)
+    return {
+        "C_IN": spec.in_channels,
+        "HIDDEN": spec.hidden_channels,
+        "C_OUT": spec.out_channels,
+        "STRIDE": spec.stride,
+        "EXPAND": spec.expand,
+        "RESIDUAL": spec.residual,
+        "PARTIAL": plan.splits > 1,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ROWS": plan.tile_rows,
+        "COLS": plan.tile_cols,
+        "M": plan.patches,
+        "GROUP": plan.group,
+        "GROUPS": groups,
+        "RAGGED": spec.hidden_channels != groups * plan.splits * plan.group,
+        "CHUNK": plan.chunk,
+        "KEEP_X": plan.keep_x,
+        "OUT_TILE": plan.out_tile,
+        "OUT_TILES": plan.out_tiles,
+    }
+
+
+_ADDED_PIXELS, _ADDED_CHANNELS = 16, 64  # 1024 sums a program: eight for each of 128 threads
+
+
+def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
+    """The same of the kernel that adds the splits' sums."""
+    return {
+        "SPLITS": splits,
+        "C_OUT": spec.out_channels,
+        "RESIDUAL": spec.residual,
+        "M": _ADDED_PIXELS,
+        "OUT_TILE": _ADDED_CHANNELS,
+    }
+
+
+def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, y: Tensor, tf32: bool) -> None:
+    """Runs ``plan`` on the current stream of ``x``'s device. ``x``: channels together; ``y``: any strides."""
+    n, _, height, width = x.shape
+    out_height, out_width = y.shape[2:]
+    patches = n * triton.cdiv(out_height, plan.tile_rows) * triton.cdiv(out_width, plan.tile_cols)
+    out_blocks = triton.cdiv(spec.out_channels, plan.out_tile * plan.out_tiles)
+    x_strides = x.stride(0), x.stride(2), x.stride(3)
+    y_strides = y.stride(0), y.stride(2), y.stride(3), y.stride(1)
+    partial, strides = y, (0, *y_strides)
+    if plan.splits > 1:
+        partial = torch.empty(
+            (plan.splits, n, out_height, out_width, spec.out_channels), dtype=torch.float32, device=x.device
+        )
+        strides = partial.stride()
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        inverted_residual_kernel[(triton.cdiv(patches, plan.patches), plan.splits, out_blocks)](
+            x,
+            *(x if t is None else t for t in packed),  # without an expansion the kernel reads none
+            partial,
+            *(patches, height, width, out_height, out_width),
+            *x_strides,
+            *strides,
+            **constants(plan, spec, tf32),
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+        if plan.splits == 1:
+            return
+        pixels = n * out_height * out_width
+        grid = triton.cdiv(pixels, _ADDED_PIXELS), triton.cdiv(spec.out_channels, _ADDED_CHANNELS)
+        add_splits_kernel[grid](
+            *(partial, packed.b_project, x, y),
+            *(pixels, out_height, out_width),
+            *x_strides,
+            *y_strides,
+            **constants_of_adding(plan.splits, spec),
+        )
