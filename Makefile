@@ -31,7 +31,8 @@ test-pinned: $(VENV)/built
 test-next: $(VENV_NEXT)/installed
 	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_inputs.py test_op.py test_plan.py
 
-bench: $(VENV)/peers
+bench: $(VENV)/peers build/kernel_chain
+	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json
 	$(BIN)/python -m mnv2_fused bench --results benchmarks/results/cpu.json --output benchmarks/results/cpu.png
 

@@ -18,3 +18,8 @@ def test_model(benchmark, keep, case):
 def test_resident_growth(benchmark, keep):
     keep.resident.update(benchmark.pedantic(bench.measure_resident, rounds=1))
     benchmark.extra_info.update(keep.resident)
+
+
+def test_growth(benchmark, keep):
+    keep.growth.update(benchmark.pedantic(bench.measure_growth, rounds=1))
+    benchmark.extra_info.update(keep.growth)

@@ -1,7 +1,6 @@
 """One table per benchmark file, printed after pytest-benchmark's own; with --results FILE also kept as JSON."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,7 @@ import torch
 
 from mnv2_fused import bench
 
-
-@dataclass
-class Kept:
-    """Measured by bench_model.py."""
-
-    rows: list[bench.Row] = field(default_factory=list)
-    resident: dict[str, int] = field(default_factory=dict)
-
-
-_kept = Kept()
+_kept = bench.Results()
 _tables: dict[str, list[dict[str, str]]] = defaultdict(list)
 
 
@@ -29,7 +19,7 @@ def table(request):
 
 
 @pytest.fixture
-def keep() -> Kept:
+def keep() -> bench.Results:
     """Whole networks' results, printed at the end and written with --results."""
     return _kept
 
@@ -41,7 +31,7 @@ def pytest_addoption(parser):
 def pytest_sessionfinish(session):
     path = session.config.getoption("--results")
     if path and (_kept.rows or _tables):
-        bench.save(Path(path), _kept.rows, _kept.resident, **_tables)
+        bench.save(Path(path), _kept, **_tables)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +43,7 @@ def inference():
 def pytest_terminal_summary(terminalreporter):
     if _kept.rows:
         terminalreporter.section("bench_model")
-        terminalreporter.write_line("\n\n".join(bench.tables(_kept.rows, _kept.resident)))
+        terminalreporter.write_line("\n\n".join(bench.tables(_kept)))
     for name, rows in _tables.items():
         terminalreporter.section(name)
         columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -232,6 +232,14 @@ void run(int rounds) {
     sum += l.best;
     work += 2 * l.multiply_adds;
   }
+  double blocks = 0, blocks_work = 0;
+  for (const Layer<S>& l : layers) {
+    if (!l.is_block) continue;
+    blocks += l.best;
+    blocks_work += 2 * l.multiply_adds;
+  }
+  std::printf("17 blocks, the first with the stem: %.0f us, %.1f%% of peak\n", blocks * 1e6,
+              100 * blocks_work / blocks / flops);
   std::nth_element(totals.begin(), totals.begin() + rounds / 2, totals.end());
   std::printf("sum of best %.0f us, best pass %.0f, median pass %.0f: %.0f%% of peak\n", sum * 1e6,
               all * 1e6, totals[rounds / 2] * 1e6, 100 * work / all / flops);

@@ -130,16 +130,16 @@ def run_bench(args: argparse.Namespace) -> int:
         raise RuntimeError(f"the folder of --output {args.output} does not exist; create it first")
     if args.results:
         try:
-            rows, resident, _ = bench.load(Path(args.results))
+            results, _ = bench.load(Path(args.results))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RuntimeError(f"{args.results} is no result of this benchmark: {error}") from error
-        return bench.show(rows, resident, plot)
+        return bench.show(results, plot)
     if ops.resolve_backend("auto", torch.device("cpu")) == "eager":
         raise RuntimeError("MNV2_FUSED_BACKEND=eager leaves nothing to measure; unset it")
     cases = bench.QUICK[:1] if args.quick else bench.QUICK
     if args.threads:
         cases = tuple(dataclasses.replace(case, threads=args.threads) for case in cases)
-    return bench.run(cases, seconds=args.seconds, plot=plot, resident=not args.quick)
+    return bench.run(cases, seconds=args.seconds, plot=plot, quick=args.quick)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from . import __version__, ops, testing
 from .engines import CHANNELS_LAST, ENGINES, FUSED, PEERS, Call, EngineMissing, as_tensor
 
 HIGH_RESOLUTION = (1088, 1920)
+GROWTH = ((128, 128), (224, 224), (448, 448), (736, 1280), HIGH_RESOLUTION)
 V1 = "MobileNetV1"
 _SETTLE = 0.02  # seconds until the thread pool of the engine before has gone to sleep
 
@@ -59,8 +62,7 @@ CASES = (
         for t in (1, 2)
     ),
     *(Case(width=width, engines=_TORCH_AND_PEERS) for width in (0.35, 1.4)),
-    *(Case((side, side), engines=_TORCH_AND_PEERS) for side in (96, 128, 160, 192, 448)),
-    Case((736, 1280), engines=_TORCH_AND_PEERS),
+    *(Case((side, side), engines=_TORCH_AND_PEERS) for side in (96, 128, 160, 192)),
 )
 QUICK = tuple(case for case in CASES if case.width == 1 and case.threads == 1 and case.v1)
 
@@ -79,6 +81,15 @@ class Row:
     peak_bytes: dict[str, int] = field(default_factory=dict)  # activations that torch's allocator held at most
     error: dict[str, float] = field(default_factory=dict)  # largest deviation from float64, first image
     missing: dict[str, str] = field(default_factory=dict)  # engines that could not run, and why
+
+
+@dataclass
+class Results:
+    """All that a run of the benchmark found."""
+
+    rows: list[Row] = field(default_factory=list)
+    resident: dict[str, int] = field(default_factory=dict)  # bytes by engine, see measure_resident
+    growth: dict[str, dict[str, float]] = field(default_factory=dict)  # ns per pixel by engine and size
 
 
 def bfloat16(engine: str) -> str:
@@ -229,6 +240,35 @@ def measure_resident(threads: int = 1) -> dict[str, int]:
     return found
 
 
+def measure_growth(sizes: Sequence[tuple[int, int]] = GROWTH, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Nanoseconds per pixel of the feature extractor on one image, one thread: all engines and sizes in one run.
+
+    Without the classifier, whose cost does not grow with the image. Engines that are not installed are left out.
+    Raises RuntimeError for a wrong result.
+    """
+    engines = [(e, torch.float32) for e in _TORCH_AND_PEERS] + [(e, torch.bfloat16) for e in ("OpenVINO", FUSED)]
+    calls: dict[tuple[str, tuple[int, int]], Call] = {}
+    with testing.threads(1), torch.inference_mode(False), torch.no_grad():
+        features = mobilenet_v2(1.0).features
+        for size in sizes:
+            x = torch.randn(1, 3, *size)
+            for engine, dtype in engines:
+                name = engine if dtype == torch.float32 else bfloat16(engine)
+                rounded = copy.deepcopy(features).to(dtype)
+                with contextlib.suppress(EngineMissing):
+                    call = ENGINES[engine](features, x, dtype, 1)
+                    if size == sizes[0]:
+                        _check(name, call, rounded(x.to(dtype)), rounded.double()(x.to(dtype).double()))
+                    calls[name, size] = call
+        # Small images several times a turn, so that every turn takes long enough to be timed.
+        repeat = {at: max(1, 300_000 // (at[1][0] * at[1][1])) for at in calls}
+        timings = testing.interleave(calls, rounds=rounds, warmup=1, calls=repeat)
+    found: dict[str, dict[str, float]] = {}
+    for (name, (height, width)), timing in timings.items():
+        found.setdefault(name, {})[f"{height}x{width}"] = timing.median / (height * width) * 1e9
+    return found
+
+
 def machine() -> dict[str, str]:
     """What a result was measured on: processor, instruction set, versions and commit."""
     versions = {"mnv2_fused": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -258,17 +298,23 @@ def machine() -> dict[str, str]:
     }
 
 
-def save(path: Path, rows: Iterable[Row], resident: dict[str, int], **tables: Any) -> None:
+def save(path: Path, results: Results, **tables: Any) -> None:
     """Writes results with the machine they came from, as JSON."""
-    content = {"machine": machine(), "models": [asdict(row) for row in rows], "resident": resident, **tables}
+    content = {
+        "machine": machine(),
+        "models": [asdict(row) for row in results.rows],
+        "resident": results.resident,
+        "growth": results.growth,
+        **tables,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def load(path: Path) -> tuple[list[Row], dict[str, int], dict[str, Any]]:
-    """What :func:`save` wrote: rows, resident growth, everything."""
+def load(path: Path) -> tuple[Results, dict[str, Any]]:
+    """What :func:`save` wrote: the results, and everything."""
     content = json.loads(path.read_text())
-    return [Row(**row) for row in content["models"]], content["resident"], content
+    return Results([Row(**row) for row in content["models"]], content["resident"], content["growth"]), content
 
 
 def table(rows: Sequence[Row], engines: Sequence[str]) -> str:
@@ -326,14 +372,26 @@ def puzzle_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def tables(rows: Sequence[Row], resident: dict[str, int]) -> list[str]:
+def growth_table(growth: dict[str, dict[str, float]]) -> str:
+    """Markdown: ns per pixel of the feature extractor, and how far the sizes lie apart."""
+    sizes = list(dict.fromkeys(size for found in growth.values() for size in found))
+    lines = ["| ns per pixel | " + " | ".join(sizes) + " | most over least |", "|---|" + "---|" * (len(sizes) + 1)]
+    for name, found in growth.items():
+        cells = " | ".join(f"{found[size]:.1f}" if size in found else "" for size in sizes)
+        lines.append(f"| {name} | {cells} | {max(found.values()) / min(found.values()):.2f} |")
+    return "\n".join(lines)
+
+
+def tables(results: Results) -> list[str]:
     """Everything worth printing."""
+    rows = results.rows
     main = [row for row in rows if V1 in row.milliseconds]
     rest = [row for row in rows if row not in main]
     found = [table(main, FLOAT32_COLUMNS), table(main, BFLOAT16_COLUMNS)]
     if rest:
         found.append(table(rest, (CHANNELS_LAST, *PEERS, FUSED, *BFLOAT16_COLUMNS[1:])))
-    return [*found, memory_table(main, resident), puzzle_table(main)]
+    found += [memory_table(main, results.resident), puzzle_table(main)]
+    return [*found, growth_table(results.growth)] if results.growth else found
 
 
 _COLOURS = {
@@ -353,14 +411,15 @@ def _style(name: str) -> dict[str, Any]:
     return {"color": colour, "alpha": 0.55 if half else 1.0}
 
 
-def draw(rows: Sequence[Row], resident: dict[str, int], output: Path) -> None:
+def draw(results: Results, output: Path) -> None:
     """Writes the picture: latency over fused's, memory, growth with pixels, and the puzzle of V1 and V2."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    one = [row for row in rows if row.threads == 1 and V1 in row.milliseconds]
+    resident = results.resident
+    one = [row for row in results.rows if row.threads == 1 and V1 in row.milliseconds]
     figure, ((latency, memory), (growth, puzzle)) = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
 
     names = [n for n in (*FLOAT32_COLUMNS, *BFLOAT16_COLUMNS) if any(n in row.milliseconds for row in one)]
@@ -386,17 +445,14 @@ def draw(rows: Sequence[Row], resident: dict[str, int], output: Path) -> None:
     memory.margins(x=0.1)
     memory.set_title("MB by which a process grows, one 1088x1920 image")
 
-    single = sorted(
-        (r for r in rows if r.batch == 1 and r.threads == 1 and "width" not in r.case), key=lambda r: r.pixels
-    )
-    for name in (CHANNELS_LAST, *PEERS, FUSED, bfloat16("OpenVINO"), bfloat16(FUSED)):
-        found = [(r.pixels / 1e6, r.milliseconds[name] / r.pixels * 1e6) for r in single if name in r.milliseconds]
-        if found:
-            line = "--" if name.endswith("bfloat16") else "-"
-            growth.plot(*zip(*found, strict=True), f"{line}o", label=name, markersize=4, **_style(name))
+    for name, found in results.growth.items():
+        megapixels = [math.prod(map(int, size.split("x"))) / 1e6 for size in found]
+        line = "--" if name.endswith("bfloat16") else "-"
+        growth.plot(megapixels, found.values(), f"{line}o", label=name, markersize=4, **_style(name))
     growth.set(xscale="log", xlabel="megapixels", ylabel="ns per input pixel", ylim=(0, None))
-    growth.set_title("time per pixel, batch 1, one thread")
-    growth.legend(fontsize=8)
+    growth.set_title("time per pixel of the feature extractor, batch 1, one thread")
+    if results.growth:
+        growth.legend(fontsize=8)
 
     for i, name in enumerate((CHANNELS_LAST, FUSED, bfloat16(FUSED))):
         values = [row.over_fused[name] / row.over_fused[V1] for row in one]
@@ -414,21 +470,25 @@ def draw(rows: Sequence[Row], resident: dict[str, int], output: Path) -> None:
     plt.close(figure)
 
 
-def run(cases: Sequence[Case], *, seconds: float, plot: Path | None, resident: bool) -> int:
-    """Measures the cases, prints their tables and draws them; returns the exit code."""
-    rows = []
+def run(cases: Sequence[Case], *, seconds: float, plot: Path | None, quick: bool) -> int:
+    """Measures the cases, and unless ``quick`` memory and growth; prints and draws them; returns the exit code."""
+    results = Results()
     for case in cases:
         print(f"{case.name}, {case.threads} thread(s) ...", file=sys.stderr, flush=True)
-        rows.append(measure(case, seconds))
-    return show(rows, measure_resident() if resident else {}, plot)
+        results.rows.append(measure(case, seconds))
+    if not quick:
+        results.resident = measure_resident()
+        print("growth with the image ...", file=sys.stderr, flush=True)
+        results.growth = measure_growth()
+    return show(results, plot)
 
 
-def show(rows: Sequence[Row], resident: dict[str, int], plot: Path | None) -> int:
+def show(results: Results, plot: Path | None) -> int:
     """Prints the tables and draws the picture; returns the exit code."""
-    print("\n\n".join(tables(rows, resident)))
-    for name, reason in {name: why for row in rows for name, why in row.missing.items()}.items():
+    print("\n\n".join(tables(results)))
+    for name, reason in {name: why for row in results.rows for name, why in row.missing.items()}.items():
         print(f"\nnot measured: {name}: {reason}")
     if plot is not None:
-        draw(rows, resident, plot)
+        draw(results, plot)
         print(f"\nplot: {plot}")
     return 0

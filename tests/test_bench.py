@@ -10,7 +10,7 @@ pytest.importorskip("torchvision")
 
 from mnv2_fused import bench, engines
 from mnv2_fused.__main__ import main
-from mnv2_fused.bench import Case, Row, bfloat16
+from mnv2_fused.bench import Case, Results, Row, bfloat16
 from mnv2_fused.engines import CHANNELS_LAST, FUSED
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,12 @@ def test_every_engine_gives_the_network(engine):
         torch.testing.assert_close(engines.as_tensor(call()), model(x), atol=1e-4, rtol=1e-4)
 
 
+def test_growth_is_per_pixel():
+    growth = bench.measure_growth(sizes=((32, 32), (64, 32)), rounds=1)
+    assert {CHANNELS_LAST, FUSED, bfloat16(FUSED)} <= growth.keys()
+    assert all(found.keys() == {"32x32", "64x32"} and min(found.values()) > 0 for found in growth.values())
+
+
 def test_resident_growth_is_that_of_one_process():
     grown = bench.resident_growth(CHANNELS_LAST, torch.float32, (512, 512), 1)
     assert 20e6 < grown < 500e6  # eager's largest pair of tensors is 50 MB
@@ -91,16 +97,18 @@ def test_resident_growth_is_that_of_one_process():
 
 def test_results_come_back_as_they_were_kept(tmp_path, row):
     path = tmp_path / "new folder" / "cpu.json"
-    bench.save(path, [row], {FUSED: 10**6}, bench_block=[{"block": "1"}])
-    rows, resident, everything = bench.load(path)
-    assert rows == [row] and resident == {FUSED: 10**6}
+    results = Results([row], {FUSED: 10**6}, {FUSED: {"8x8": 1.5}})
+    bench.save(path, results, bench_block=[{"block": "1"}])
+    found, everything = bench.load(path)
+    assert found == results
     assert everything["bench_block"] == [{"block": "1"}]
     assert everything["machine"]["torch"] == torch.__version__
     assert {"processor", "cores", "instruction set", "commit"} <= everything["machine"].keys()
 
 
 def test_tables(row):
-    first, second, memory, puzzle = bench.tables([row], {FUSED: 12_000_000})
+    results = Results([row], {FUSED: 12_000_000}, {FUSED: {"8x8": 1.0, "16x8": 1.25}, "OpenVINO": {"16x8": 3.0}})
+    first, second, memory, puzzle, growth = bench.tables(results)
     assert first.splitlines()[0] == (
         "| MobileNetV2 | threads | eager | eager channels_last | torch.compile | ONNX Runtime | OpenVINO | fused |"
     )
@@ -108,11 +116,13 @@ def test_tables(row):
     assert first.splitlines()[2].startswith("| 64 | 1 |  | ") and first.endswith(f"x |  |  |  | **{fused_ms}** |")
     assert "fused bfloat16" in second and "x less" in memory and "12 MB" in memory
     assert puzzle.splitlines()[2].startswith("| 64 | 1 | ")
+    assert growth.splitlines()[0] == "| ns per pixel | 8x8 | 16x8 | most over least |"
+    assert growth.splitlines()[2:] == ["| fused | 1.0 | 1.2 | 1.25 |", "| OpenVINO |  | 3.0 | 1.00 |"]
 
 
 def test_the_command_line_shows_results(tmp_path, capsys, row):
     path, plot = tmp_path / "cpu.json", tmp_path / "bench.png"
-    bench.save(path, [row, Row("224", 1, 1, 50176, missing={"OpenVINO": "not here"})], {FUSED: 10**6})
+    bench.save(path, Results([row, Row("224", 1, 1, 50176, missing={"OpenVINO": "not here"})], {FUSED: 10**6}))
     assert main(["bench", "--results", str(path), "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "| 64 | 1 |" in out and "not measured: OpenVINO: not here" in out
@@ -139,21 +149,21 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):
 
 def test_readme_shows_the_kept_results():
     """Every table of the README comes from the file of results, unchanged."""
-    rows, resident, _ = bench.load(RESULTS)
+    results, _ = bench.load(RESULTS)
     text = (ROOT / "README.md").read_text()
-    for table in bench.tables(rows, resident):
+    for table in bench.tables(results):
         assert table in text, table
 
 
 def test_kept_results_were_right():
     """Every engine's error was kept beside its time, and every time belongs to an engine that is known."""
-    rows, resident, everything = bench.load(RESULTS)
+    results, everything = bench.load(RESULTS)
     names = [*engines.ENGINES, *map(bfloat16, engines.ENGINES), bench.V1]
-    for row in rows:
+    for row in results.rows:
         assert set(row.milliseconds) <= set(names)
         assert row.error.keys() == row.milliseconds.keys() - {bench.V1}
         assert row.over_fused.keys() == row.milliseconds.keys()
         if bfloat16(FUSED) in row.milliseconds:
             assert row.error[bfloat16(FUSED)] > row.error[FUSED]
-    assert set(resident) <= set(names)
+    assert set(results.resident) | set(results.growth) <= set(names)
     assert len(everything["machine"]["commit"]) >= 7
