@@ -1,6 +1,7 @@
 # make demo   photographs through eager and fused MobileNetV2: table and demo.png
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make chain  the layers one by one, straight on the kernels
+# make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
 # make test   the whole test suite, under the pinned torch and under a newer one
 # Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed.
 
@@ -16,7 +17,7 @@ TORCH_NEXT := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
 
-.PHONY: demo test test-pinned test-next bench chain lint format clean
+.PHONY: demo test test-pinned test-next bench gpu-report chain lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -35,6 +36,14 @@ bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json
 	$(BIN)/python -m mnv2_fused bench --results benchmarks/results/cpu.json --output benchmarks/results/cpu.png
+
+# Python as it is if that has torch, so that nothing is installed; else the virtual environment.
+gpu-report:
+	$(if $(OUT),,$(error say where to write: make gpu-report OUT=folder))
+	$(PYTHON) benchmarks/gpu_report.py --check
+	if $(PYTHON) -c 'import torch' 2> /dev/null; then python=$(PYTHON); \
+	else $(MAKE) $(VENV)/packages && python=$(BIN)/python; fi && \
+	$$python benchmarks/gpu_report.py --output $(OUT)
 
 chain: build/kernel_chain
 	build/kernel_chain float32

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mnv2_fused import triton_plan
+from mnv2_fused import BlockSpec, TritonPlan, triton_plan
 from mnv2_fused.testing import mobilenet_v2_blocks, multiply_adds
 from mnv2_fused.triton_plan import H200
 
@@ -47,23 +48,51 @@ value, `MNV2_FUSED_AUTOTUNE=1` measures all of them once.
 """
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of one block at one batch size, in float16."""
+
+    spec: BlockSpec
+    size: tuple[int, int]
+    plan: TritonPlan
+    products: int  # useful operations of the 1x1 products
+    depthwise: int  # useful operations of the depthwise convolution
+
+    def floor(
+        self,
+        copy_bytes: float = H200.copy_bytes,
+        matrix_flops: float = _MATRIX_FLOPS,
+        fp32_flops: float = H200.fp32_flops,
+    ) -> float:
+        """Seconds below which nothing can go, at these rates a second."""
+        return max(self.plan.bytes / copy_bytes, self.products / matrix_flops, self.depthwise / fp32_flops)
+
+
+def predictions(batch: int = BATCH) -> list[Prediction]:
+    """One for each block of MobileNetV2 1.0 at 224."""
+    found = []
+    for spec, (height, width) in mobilenet_v2_blocks(224):
+        shape = (batch, spec.in_channels, height, width)
+        pixels = batch * ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
+        depthwise = 2 * 9 * pixels * spec.hidden_channels
+        products = 2 * multiply_adds(spec, shape) - depthwise
+        plan = triton_plan(spec, shape, dtype=torch.float16)
+        found.append(Prediction(spec, (height, width), plan, products, depthwise))
+    return found
+
+
 def notes() -> str:
     lines = [
         "| block | input | plan | MB | products | beside | floor us | expected us | over floor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     floors = expected = 0.0
-    for spec, (height, width) in mobilenet_v2_blocks(224):
-        shape = (BATCH, spec.in_channels, height, width)
-        p = triton_plan(spec, shape, dtype=torch.float16)
-        pixels = BATCH * ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
-        depthwise = 2 * 9 * pixels * spec.hidden_channels
-        useful = 2 * multiply_adds(spec, shape) - depthwise
-        floor = max(p.bytes / H200.copy_bytes, useful / _MATRIX_FLOPS, depthwise / H200.fp32_flops)
+    for found in predictions():
+        p, floor, (height, width) = found.plan, found.floor(), found.size
         floors, expected = floors + floor, expected + p.seconds
         plan = f"{p.tile_rows}x{p.tile_cols} x{p.patches}, group {p.group}, {p.num_warps} warps, {p.programs} programs"
         lines.append(
-            f"| {spec} | {height}x{width} | {plan} | {p.bytes / 1e6:.0f} | {p.matrix_flops / 1e9:.0f} "
+            f"| {found.spec} | {height}x{width} | {plan} | {p.bytes / 1e6:.0f} | {p.matrix_flops / 1e9:.0f} "
             f"| {p.flops / 1e9:.1f} | {floor * 1e6:.0f} | {p.seconds * 1e6:.0f} | {p.seconds / floor:.1f} |"
         )
     lines.append(f"| all | | | | | | {floors * 1e6:.0f} | {expected * 1e6:.0f} | {expected / floors:.1f} |")

@@ -115,9 +115,9 @@ def openvino(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> C
     return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)[0]
 
 
-def fused(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
+def fused(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int, backend: str = "auto") -> Call:
     """``mnv2_fused.fuse(model)``."""
-    return _torch(fuse(copy.deepcopy(model).to(dtype)), _channels_last(x.to(dtype)))
+    return _torch(fuse(copy.deepcopy(model).to(dtype), backend=backend), _channels_last(x.to(dtype)))
 
 
 ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype, int], Call]] = {

@@ -9,6 +9,9 @@ import hypothesis
 import pytest
 import torch
 
+# Without it cuBLAS refuses to run on a GPU once a test asks for deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # MNV2_FUSED_FUZZ=2000 asks for that many examples of each fuzz test.
 hypothesis.settings.register_profile(
     "mnv2_fused",

@@ -58,11 +58,12 @@ def quick_interpreter():
 def test_in_the_interpreter():
     """Every test of the kernel, here and in test_triton_op.py, in two processes at a time."""
     files = __file__, str(Path(__file__).with_name("test_triton_op.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k"]
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *files, "-k"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    first = "mobilenet or triton_op or sizes"  # about half of the time
     halves = [
         subprocess.Popen([*command, half], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for half in ("mobilenet or triton_op", "not mobilenet and not triton_op")
+        for half in (first, f"not ({first})")
     ]
     for half in halves:
         output, _ = half.communicate()
@@ -135,10 +136,10 @@ def test_the_planners_own_choice(spec, dtype):
 @st.composite
 def cases(draw):
     expand, residual = draw(st.booleans()), draw(st.booleans())
-    c_in = draw(st.integers(1, 48))
+    c_in = draw(st.integers(1, 40))
     spec = BlockSpec(
         c_in,
-        draw(st.integers(1, 96)) if expand else c_in,
+        draw(st.integers(1, 80)) if expand else c_in,
         c_in if residual else draw(st.integers(1, 70)),
         1 if residual else draw(st.sampled_from([1, 2])),
         expand=expand,
@@ -151,7 +152,7 @@ def cases(draw):
         "group": group,
         "splits": draw(st.integers(1, min(-(-spec.hidden_channels // group), 3))),
     }
-    shape = draw(st.integers(0, 3)), c_in, draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    shape = draw(st.integers(0, 2)), c_in, draw(st.integers(1, 7)), draw(st.integers(1, 7))
     memory = draw(st.sampled_from(FORMATS)), draw(st.booleans())
     return spec, shape, values, memory, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**31))
 
@@ -265,8 +266,9 @@ def test_a_non_finite_weight_spreads_as_in_eager(name, value):
 
 
 @kernel
-def test_offsets_beyond_2_31_elements():
+def test_offsets_beyond_2_31_elements(monkeypatch):
     """Two images 2^31 elements apart; no page between them is touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
         memory = torch.empty(2**31 + 8 * 81, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
