@@ -265,7 +265,9 @@ def measure_growth(sizes: Sequence[tuple[int, int]] = GROWTH, rounds: int = 5) -
                 with contextlib.suppress(EngineMissing):
                     call = ENGINES[engine](features, x, dtype, 1)
                     if size == sizes[0]:
-                        _check(name, call, rounded(x.to(dtype)), rounded.double()(x.to(dtype).double()))
+                        rounded_x = x.to(dtype)
+                        expected = rounded(rounded_x)
+                        check(name, as_tensor(call()), expected, rounded.double()(rounded_x.double()))
                     calls[name, size] = call
         # Small images several times a turn, so that every turn takes long enough to be timed.
         repeat = {at: max(1, 300_000 // (at[1][0] * at[1][1])) for at in calls}
