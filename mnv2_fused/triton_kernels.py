@@ -8,7 +8,8 @@ and its rim, one small product a position, and goes straight into the up to nine
 are is known at compile time, so that both ``e`` and ``d`` stay in registers: nothing is shifted, written or waited
 for. What that costs is the rim: ``(ROWS + 2)(COLS + 2) / (ROWS COLS)`` expansions an output at stride 1.
 
-SASS for sm_90, block 64 -> 384 -> 64, float16, instructions of one group's loop per thread and depthwise result:
+SASS of prototypes for sm_90, block 64 -> 384 -> 64, float16, counted by hand: instructions of one group's loop per
+thread and depthwise result:
 
 | taps by                                      | expansions | instructions | beside them                          |
 |----------------------------------------------|------------|--------------|--------------------------------------|
