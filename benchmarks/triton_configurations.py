@@ -6,9 +6,11 @@ shared memory and occupancy of each configuration. No GPU is needed.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,11 +137,20 @@ def chosen(
 
 
 def digest() -> str:
-    """Of what decides the table: kernel, planner and compiler."""
+    """Of the code that decides the table, which are kernel, planner and this file, without comments and docstrings."""
     package = Path(triton_kernels.__file__).parent
-    files = [package / "triton_kernels.py", package / "triton_plan.py", Path(__file__)]
-    text = "".join(f.read_text() for f in files) + triton.__version__
+    text = ""
+    for file in (package / "triton_kernels.py", package / "triton_plan.py", Path(__file__)):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        text += ast.dump(tree)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def compiler() -> str:
+    return f"triton {triton.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
 def table() -> str:
@@ -149,7 +160,7 @@ def table() -> str:
         "Made by `python benchmarks/triton_configurations.py` with no GPU: what `ptxas` reports of each kernel that",
         "MobileNetV2 1.0 at 224 runs as at batch 1, 16 or 256, for compute capability 9.0. Patch: outputs of one row",
         "of the products. Stack: bytes a thread spills, mostly. Instructions: of the whole kernel. Not a measurement",
-        f"of speed. triton {triton.__version__}, sources {digest()}.",
+        f"of speed. {compiler()}, sources {digest()}.",
         "",
         "| block | dtype | patch | patches | group | splits | warps | registers | estimated | stack | shared KiB "
         "| estimated | occupancy | instructions |",
