@@ -1,0 +1,116 @@
+// What the kernel is told about a call, and how it divides shared memory. No torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace mnv2_fused::cuda {
+
+constexpr int64_t kLanes = 32;
+// Of a thread block's outputs, each a column of 2 or 4.
+constexpr int64_t kStripsPerWarp = 8;
+
+// A kernel that is compiled. Its limit is a processor's 65536 registers: a lane's sums alone are
+// 8 tiles * out_panels of them, the depthwise and the expansion take 60 to 90 beside.
+struct Variant {
+  int64_t tiles;       // of 16 outputs that a warp sums at once
+  int64_t out_panels;  // of these outputs
+  int64_t most_warps;  // of a thread block
+  int64_t resident;    // thread blocks of so many warps that a processor's registers hold
+  int64_t expand_tiles, expand_panels;  // that a warp expands at once
+};
+constexpr Variant kVariants[] = {
+    {2, 2, 7, 2, 2, 2}, {2, 4, 6, 2, 2, 2},  {1, 4, 7, 2, 2, 2},  {1, 6, 7, 2, 2, 1},
+    {2, 6, 4, 2, 2, 2}, {1, 10, 6, 2, 2, 1}, {2, 10, 8, 1, 2, 2}, {1, 20, 8, 1, 2, 2},
+};
+// Exact float32 multiplies with twice the registers, so that two tiles or 20 panels are too many.
+constexpr bool compiled(const Variant& v, Precision p) {
+  return p != Precision::kFloat32 || (v.tiles == 1 && v.out_panels <= 10);
+}
+constexpr Variant variant_of(int64_t tiles, int64_t out_panels, Precision p) {
+  for (Variant v : kVariants) {
+    if (v.tiles != tiles || v.out_panels != out_panels) continue;
+    if (p == Precision::kFloat32) {
+      v.expand_tiles = 1;
+      if (v.out_panels == 10) v.most_warps = 4;
+    }
+    if (element_size(p) == 4) {
+      v.expand_panels = 1;
+      if (v.resident == 2 && v.most_warps > 6) v.most_warps = 6;
+    }
+    return v;
+  }
+  return {};
+}
+
+// Rows and columns under the depthwise windows of a tile.
+constexpr int64_t in_rows(int64_t out_rows, int64_t stride) { return (out_rows - 1) * stride + 3; }
+
+// Taps of a panel in half precision, words for each of 8 kinds of lanes: 24, and 4 that put the eight
+// into different banks.
+constexpr int64_t kTapWords = 28, kTapBytes = 8 * kTapWords * 4;
+
+// A thread block's shared memory, in bytes from its start.
+struct SharedLayout {
+  int32_t x_panel;  // of all pixels, the 16 channels of a panel
+  int32_t e, e_panel;
+  int32_t weights, stage;  // two stages, one computed with while the other is filled
+  // Within a stage.
+  int32_t w_project, w_depthwise, b_expand, b_depthwise;
+  int32_t taps;    // of the depthwise, as tensor cores take them
+  int32_t places;  // where in e each pixel of x belongs
+  int32_t bytes;
+};
+
+constexpr SharedLayout shared_layout(int64_t element, int64_t in_panels, int64_t out_panels,
+                                     int64_t stride, int64_t strip_rows, int64_t images,
+                                     int64_t tile_rows, int64_t tile_cols, int64_t group_panels,
+                                     int64_t height, int64_t width) {
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t rows = in_rows(round_up(tile_rows, strip_rows), stride);
+  const int64_t cols = in_rows(tile_cols, stride);
+  const int64_t pixels =
+      images * smaller(in_rows(tile_rows, stride), height) * smaller(cols, width);
+  const int64_t fragment = kPanel * kPanel * element;
+  SharedLayout l{};
+  l.x_panel = int32_t(pixels * kPanel * element);
+  l.e = int32_t(in_panels) * l.x_panel;
+  l.e_panel = int32_t(images * rows * cols * kPanel * element);
+  l.weights = l.e + int32_t(group_panels) * l.e_panel;
+  l.w_project = int32_t(group_panels * in_panels * fragment);
+  l.w_depthwise = l.w_project + int32_t(group_panels * out_panels * fragment);
+  l.b_expand = l.w_depthwise + int32_t(group_panels * 9 * kPanel * 4);
+  l.b_depthwise = l.b_expand + int32_t(group_panels * kPanel * 4);
+  l.stage = l.b_depthwise + int32_t(group_panels * kPanel * 4);
+  l.taps = l.weights + 2 * l.stage;
+  l.places = l.taps + int32_t(element == 2 ? group_panels * kTapBytes : 0);
+  l.bytes = l.places + int32_t(round_up(pixels * 2, 16));
+  return l;
+}
+
+struct Args {
+  const void* x;                  // [N, H, W, C_in] by the strides below, channels contiguous
+  int64_t x_image, x_row, x_col;  // element strides
+  // Fragments of kPanel x kPanel weights each, zeros where there is no channel; see fold.py.
+  const void* w_expand;      // [E/16, C_in/16, 256]; null when t = 1
+  const float* b_expand;     // [E/16 * 16]
+  const float* w_depthwise;  // [E/16, 9, 16]
+  const float* b_depthwise;  // [E/16 * 16]
+  const void* w_project;     // [E/16, C_out/16, 256]
+  const float* b_project;    // [C_out]
+  void* y;                   // [N, H', W', C_out], dense
+  float* partial;            // [splits, N, H', W', C_out], when there are several
+  int32_t batch, height, width, out_height, out_width;
+  int32_t in_channels, hidden_channels, out_channels;
+  int32_t images, tile_rows, tile_cols, group_panels, splits;  // of the plan
+  int32_t in_panels;                                           // 0 when t = 1
+  int32_t hidden_panels, out_panels;
+  int32_t panels_each;     // of hidden channels, for a split
+  int32_t e_rows, e_cols;  // under a tile's windows, whole strips of it
+  SharedLayout shared;
+  bool residual;
+  bool x_vectors, y_vectors;  // whether pixels of x and y come in aligned 16 bytes
+};
+
+}  // namespace mnv2_fused::cuda

@@ -1,0 +1,54 @@
+// Host side of a call: what the kernel is told, and its launch. No CUDA headers.
+#pragma once
+
+#include "kernel.h"
+
+namespace mnv2_fused::cuda {
+
+// Everything but pointers, strides and whether they are aligned.
+inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
+  Args a{};
+  a.batch = int32_t(s.batch);
+  a.height = int32_t(s.height);
+  a.width = int32_t(s.width);
+  a.out_height = int32_t(s.out_height());
+  a.out_width = int32_t(s.out_width());
+  a.in_channels = int32_t(s.in_channels);
+  a.hidden_channels = int32_t(s.hidden_channels);
+  a.out_channels = int32_t(s.out_channels);
+  a.images = int32_t(p.images);
+  a.tile_rows = int32_t(p.tile_rows);
+  a.tile_cols = int32_t(p.tile_cols);
+  a.group_panels = int32_t(p.group / kPanel);
+  a.splits = int32_t(p.splits);
+  a.in_panels = s.expand == Expand::kNone ? 0 : int32_t(ceil_div(s.in_channels, kPanel));
+  a.hidden_panels = int32_t(s.hidden_panels());
+  a.out_panels = int32_t(ceil_div(s.out_channels, kPanel));
+  const int64_t groups = ceil_div(s.hidden_channels, p.group);
+  a.panels_each = int32_t(ceil_div(groups, p.splits) * a.group_panels);
+  a.e_rows = int32_t(in_rows(round_up(p.tile_rows, p.strip_rows), s.stride));
+  a.e_cols = int32_t(in_rows(p.tile_cols, s.stride));
+  a.shared =
+      shared_layout(element_size(precision), a.in_panels, p.out_panels, s.stride, p.strip_rows,
+                    p.images, p.tile_rows, p.tile_cols, a.group_panels, s.height, s.width);
+  a.residual = s.residual;
+  return a;
+}
+
+// Threads of add_splits_kernel, each of four channels of a pixel.
+constexpr int64_t kAddThreads = 256;
+inline int64_t add_blocks(const BlockShape& s) {
+  return ceil_div(s.batch * s.out_height() * s.out_width() * ceil_div(s.out_channels, 4),
+                  kAddThreads);
+}
+
+// Runs the plan on a stream (a cudaStream_t) of the current device. Throws std::runtime_error that
+// says what CUDA says.
+void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Args& args,
+            void* stream);
+
+// The same, one translation unit each.
+template <Precision kPrecision>
+void launch_as(const BlockShape& shape, const Plan& plan, const Args& args, void* stream);
+
+}  // namespace mnv2_fused::cuda
