@@ -2,8 +2,10 @@
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make chain  the layers one by one, straight on the kernels
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
+# make gpu-sanitize   there, too: NVIDIA's memcheck, racecheck and synccheck over the CUDA kernel's tests
 # make test   the whole test suite, under the pinned torch and under a newer one
-# Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed.
+# Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed. Where a CUDA
+# toolkit is at hand, the CUDA kernel is built too; MNV2_FUSED_CUDA=0 leaves it out.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,11 +15,14 @@ TORCH := torch==2.11.0
 TORCHVISION := torchvision==0.26.0
 # The same wheel must also run here: the extension uses torch's stable ABI.
 TORCH_NEXT := torch==2.13.0
+# Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors half a minute. Name others in the
+# environment; pip install without make takes all.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
 
-.PHONY: demo test test-pinned test-next bench gpu-report chain lint format clean
+.PHONY: demo test test-pinned test-next bench gpu-report gpu-sanitize chain lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -30,7 +35,7 @@ test-pinned: $(VENV)/built
 
 # From tests/, so that the installed wheel is imported and not the source tree.
 test-next: $(VENV_NEXT)/installed
-	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_inputs.py test_op.py test_plan.py
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_inputs.py test_op.py test_plan.py test_cuda_op.py
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
@@ -45,6 +50,13 @@ gpu-report:
 	else $(MAKE) $(VENV)/packages && python=$(BIN)/python; fi && \
 	$$python benchmarks/gpu_report.py --output $(OUT)
 
+# Python as it is: torch and the extension, built in place, have to be there, as after make gpu-report.
+gpu-sanitize:
+	for tool in memcheck racecheck synccheck; do \
+	  PYTHONPATH=. MNV2_FUSED_FUZZ=10 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -x \
+	    -p no:cacheprovider tests/test_cuda_op.py -k "mobilenet or any_shape or channels or sizes" || exit 1; \
+	done
+
 chain: build/kernel_chain
 	build/kernel_chain float32
 	build/kernel_chain bfloat16
@@ -56,12 +68,12 @@ build/kernel_chain: benchmarks/kernel_chain.cpp csrc/plan.cpp $(shell find csrc 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -113,10 +113,14 @@ def unfit() -> str | None:
 
 
 def build(folder: Path) -> None:
-    """The extension, in place, for this Python; ninja's log goes to ``build.txt``."""
+    """The extension, in place, for this Python and this GPU; ninja's log goes to ``build.txt``."""
+    import torch
+
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    architecture = ".".join(map(str, torch.cuda.get_device_capability()))
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architecture}
     with (folder / "build.txt").open("w") as log:
-        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode != 0:
+        if subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode != 0:
             raise SystemExit(f"no GPU report: building failed, see {log.name}")
 
 
@@ -128,11 +132,11 @@ def counts(output: str) -> dict[str, int]:
 
 
 def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
-    """The kernel's tests on the GPU; interrupted after so many seconds, with what passed until then counted."""
+    """The kernels' tests on the GPU; interrupted after so many seconds, with what passed until then counted."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    command += ["tests/test_triton_op.py", "tests/test_triton.py"]
+    command += ["tests/test_cuda_op.py", "tests/test_gpu_op.py", "tests/test_triton.py"]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MNV2_FUSED_BACKEND")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment |= {"MNV2_FUSED_FUZZ": str(FUZZ), "PYTHONPATH": path}

@@ -16,7 +16,7 @@ from bench_block import eager_block
 from torch import Tensor, nn
 from triton_prediction import Prediction
 
-from mnv2_fused import bench, engines, ops, testing
+from mnv2_fused import bench, cuda_plan, engines, ops, testing
 from mnv2_fused.engines import CHANNELS_LAST, FUSED, Call
 from mnv2_fused.testing import Timing
 
@@ -47,7 +47,7 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)  # candidates that could not run, and why
     bytes: int = 0  # of a block: to and from memory, by its plan
     flops: int = 0  # useful operations of a block, no recompute
-    predicted: float = 0  # microseconds that the planner expects of an H200
+    predicted: float = 0  # microseconds that the first fused kernel's planner expects of an H200
     floor: float = 0  # microseconds: the largest of bytes, products and depthwise at the rates measured in this run
 
 
@@ -266,14 +266,15 @@ class Networks:
 def measure_block(
     index: int, found: Prediction, batch: int, limits: dict[str, float], flush: Call, device: str = "cuda"
 ) -> Row:
-    """One block in float16; its plan's bytes, its useful operations and what was predicted go beside the times."""
+    """One block in float16; its useful operations, and bytes and prediction of the first kernel's plan, go beside."""
     dtype = "fp16"
     block = eager_block(found.spec, DTYPES[dtype]).to(device)
     x = torch.randn(batch, found.spec.in_channels, *found.size, device=device)
     x = x.to(DTYPES[dtype], memory_format=torch.channels_last)
     row = Row(f"block {index + 1}: {found.spec}", list(x.shape), dtype)
-    row.bytes, row.flops = found.plan.bytes, found.products + found.depthwise
-    row.predicted = found.plan.seconds * 1e6
+    plan = cuda_plan(found.spec, x.shape, dtype=x.dtype) if backends()[0] == "cuda" else found.plan
+    row.bytes, row.flops = plan.bytes, found.products + found.depthwise
+    row.predicted = plan.seconds * 1e6
     row.floor = found.floor(limits["copy bytes"], limits["fp16 product flops"], limits["fp32 product flops"]) * 1e6
     return measure(row, block_builders(block, x), block, x, flush)
 
@@ -324,6 +325,7 @@ def device() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": triton.__version__,
+        "CUDA kernel": ops._cuda.architectures if ops._cuda else f"none: {ops.backend_reasons()['cuda']}",
         "cudnn.allow_tf32": str(torch.backends.cudnn.allow_tf32),
         "cudnn.benchmark": str(torch.backends.cudnn.benchmark),
     }

@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mnv2_fused import BlockSpec, TritonPlan, triton_kernels, triton_plan
+from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.testing import mobilenet_v2_blocks
 from mnv2_fused.triton_launch import constants, constants_of_adding
-from mnv2_fused.triton_plan import H200, Gpu
 
 RESULTS = Path(__file__).parent / "results" / "triton-configurations.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -137,10 +137,10 @@ def chosen(
 
 
 def digest() -> str:
-    """Of the code that decides the table, which are kernel, planner and this file, without comments and docstrings."""
+    """Of the code that decides the table: kernel, planner, GPUs and this file, without comments and docstrings."""
     package = Path(triton_kernels.__file__).parent
     text = ""
-    for file in (package / "triton_kernels.py", package / "triton_plan.py", Path(__file__)):
+    for file in (package / "triton_kernels.py", package / "triton_plan.py", package / "gpus.py", Path(__file__)):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:

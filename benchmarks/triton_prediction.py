@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from mnv2_fused import BlockSpec, TritonPlan, triton_plan
+from mnv2_fused.gpus import H200
 from mnv2_fused.testing import mobilenet_v2_blocks, multiply_adds
-from mnv2_fused.triton_plan import H200
 
 NOTES = Path(__file__).parent / "notes-triton.md"
 BATCH = 256

@@ -2,30 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <mutex>
-#include <unordered_map>
+
+#include "plan_cache.h"
 
 namespace mnv2_fused {
 namespace {
-
-std::string to_string(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << ']';
-  return text.str();
-}
-
-void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  bool same = t.dim() == int64_t(sizes.size()) && t.is_contiguous();
-  int64_t dim = 0;
-  for (const int64_t size : sizes) same = same && t.size(dim++) == size;
-  if (same) return;
-  std::ostringstream expected;
-  for (const int64_t size : sizes) expected << (expected.tellp() ? ", " : "") << size;
-  fail(name, " must be contiguous [", expected.str(), "], got ", to_string(t),
-       "; pack weights with mnv2_fused.pack");
-}
 
 // Bytes of one worker's slice of the scratch, which starts on its own cache lines.
 int64_t slice_bytes(const Plan& plan) { return round_up(plan.scratch_bytes, 256); }
@@ -75,18 +56,6 @@ void for_tasks(int64_t tasks, int64_t workers, F f) {
 }
 
 }  // namespace
-
-std::string to_string(const Sizes& s) {
-  std::ostringstream text;
-  text << '[' << s[0] << ", " << s[1] << ", " << s[2] << ", " << s[3] << ']';
-  return text.str();
-}
-
-Sizes sizes_of(const Tensor& x) {
-  if (x.dim() != 4)
-    fail("x must be [N, C_in, H, W], got ", to_string(x), "; add a batch with x[None]");
-  return {x.size(0), x.size(1), x.size(2), x.size(3)};
-}
 
 Activation activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
@@ -155,17 +124,6 @@ PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool poo
   return s;
 }
 
-bool is_channels_last(const Tensor& x) {
-  if (x.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
-    least = size > 1 ? stride * size : stride;
-  }
-  return true;
-}
-
 template <class S>
 Machine current_machine() {
   return cpu::kernels<S>(cpu::active()).machine(torch::stable::get_num_threads(), cpu::l2_bytes());
@@ -175,33 +133,15 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
   struct Key {
     BlockShape shape;
     Machine machine;
+    size_t hash() const {
+      return hash_of({machine.threads, machine.lanes, machine.element_size, machine.storage_size,
+                      machine.depth},
+                     hash_of(shape));
+    }
     bool operator==(const Key&) const = default;
   };
-  struct Hash {
-    size_t operator()(const Key& k) const {
-      const BlockShape& s = k.shape;
-      size_t h = 0;
-      for (const int64_t v : {s.batch, s.height, s.width, s.in_channels, s.hidden_channels,
-                              s.out_channels, s.stride, int64_t(s.expand) * 2 + int64_t{s.residual},
-                              s.image_height, s.image_width, k.machine.threads, k.machine.lanes,
-                              k.machine.element_size, k.machine.storage_size, k.machine.depth})
-        h = (h ^ size_t(v)) * size_t{0x9E3779B97F4A7C15};
-      return h;
-    }
-  };
-  constexpr size_t kMost = 4096;  // shapes; past it a caller with endless shapes starts afresh
-  static std::mutex mutex;
-  static std::unordered_map<Key, Plan, Hash> plans;
-  const Key key{shape, machine};
-  {
-    const std::lock_guard lock(mutex);
-    if (const auto it = plans.find(key); it != plans.end()) return it->second;
-  }
-  const Plan plan = make_plan(shape, machine);
-  const std::lock_guard lock(mutex);
-  if (plans.size() >= kMost) plans.clear();
-  plans.emplace(key, plan);
-  return plan;
+  static PlanCache<Key, Plan> plans;
+  return plans.get({shape, machine}, [&] { return make_plan(shape, machine); });
 }
 
 int64_t scratch_bytes(const Plan& plan) {

@@ -1,36 +1,10 @@
 // One layer at a time, from torch tensors to the CPU kernels: checks, plans, calls.
 #pragma once
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#pragma GCC diagnostic pop
-
-#include <array>
-#include <sstream>
-#include <stdexcept>
-
 #include "cpu/isa.h"
+#include "tensors.h"
 
 namespace mnv2_fused {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class... Args>
-[[noreturn]] void fail(const Args&... args) {
-  std::ostringstream message;
-  (message << ... << args);
-  throw std::runtime_error(message.str());
-}
-
-using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
-Sizes sizes_of(const Tensor& x);       // fails unless x has four dimensions
-std::string to_string(const Sizes& sizes);
 
 // What lies between two layers: sizes, and element strides in the order of the sizes.
 struct Activation {
@@ -58,10 +32,6 @@ BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expan
 template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual);
 PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool pool);
-
-// The strides test behind torch's suggest_memory_format, which the stable ABI lacks: channels_last
-// when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.
-bool is_channels_last(const Tensor& x);
 
 // Torch's names for S = float, double and BFloat16.
 template <class S>

@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "binding.h"
 #include "cpu/isa.h"
+#include "cuda/plan.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -11,12 +14,13 @@ using namespace mnv2_fused;
 
 namespace {
 
-BlockShape block_shape(int64_t batch, int64_t height, int64_t width, int64_t in_channels,
-                       int64_t hidden_channels, int64_t out_channels, int64_t stride, bool expand,
-                       bool residual) {
-  return {batch,           height,       width,  in_channels,
-          hidden_channels, out_channels, stride, expand ? Expand::kPointwise : Expand::kNone,
-          residual};
+// From [batch, height, width, in, hidden and out channels, stride, expand, residual].
+BlockShape block_shape(const py::args& dims) {
+  if (dims.size() != 9) throw py::value_error("plan takes 9 dimensions");
+  const auto at = [&](int i) { return dims[i].cast<int64_t>(); };
+  return {at(0),     at(1), at(2), at(3),
+          at(4),     at(5), at(6), at(7) != 0 ? Expand::kPointwise : Expand::kNone,
+          at(8) != 0};
 }
 
 // Whether the collector may look inside: it can come between a Python object's allocation and its
@@ -44,12 +48,40 @@ py::dict to_dict(const Plan& p) {
                   "bytes_never_written"_a = p.bytes_never_written, "cost"_a = p.cost);
 }
 
+cuda::Precision precision_of(const std::string& name) {
+  if (name == "float16") return cuda::Precision::kHalf;
+  if (name == "bfloat16") return cuda::Precision::kBFloat16;
+  if (name == "tf32") return cuda::Precision::kTf32;
+  if (name == "float32") return cuda::Precision::kFloat32;
+  throw py::value_error("precision must be float16, bfloat16, tf32 or float32, got " + name);
+}
+
+// In the order of gpus.Gpu.
+using GpuValues = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double>;
+
+py::dict to_dict(const cuda::Plan& p) {
+  using namespace py::literals;
+  return py::dict("images"_a = p.images, "tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols,
+                  "strip_rows"_a = p.strip_rows, "group"_a = p.group, "splits"_a = p.splits,
+                  "out_panels"_a = p.out_panels, "out_blocks"_a = p.out_blocks, "warps"_a = p.warps,
+                  "thread_blocks"_a = p.thread_blocks, "shared_bytes"_a = p.shared_bytes,
+                  "resident"_a = p.resident, "partial_bytes"_a = p.partial_bytes,
+                  "bytes_never_written"_a = p.bytes_never_written, "bytes"_a = p.bytes,
+                  "recompute"_a = p.recompute, "seconds"_a = p.seconds);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target") =
       (TORCH_TARGET_VERSION >> 56 & 0xff) * 100 + (TORCH_TARGET_VERSION >> 48 & 0xff);
+
+#ifdef MNV2_FUSED_NO_CUDA
+  m.attr("no_cuda") = MNV2_FUSED_NO_CUDA;
+#else
+  m.attr("no_cuda") = py::none();
+#endif
 
   m.def("instruction_sets", [] {
     std::vector<std::pair<std::string, bool>> names;
@@ -81,10 +113,7 @@ PYBIND11_MODULE(_C, m) {
       "plan",
       [](py::args dims, int64_t threads, const std::string& dtype,
          std::optional<std::vector<int64_t>> forced) {
-        if (dims.size() != 9) throw py::value_error("plan takes 9 dimensions");
-        const auto at = [&](int i) { return dims[i].cast<int64_t>(); };
-        const BlockShape s =
-            block_shape(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7) != 0, at(8) != 0);
+        const BlockShape s = block_shape(dims);
         const Machine machine = with_kernels(
             dtype, [&](const auto& kernels) { return kernels.machine(threads, cpu::l2_bytes()); });
         if (!forced) return to_dict(make_plan(s, machine));
@@ -95,6 +124,20 @@ PYBIND11_MODULE(_C, m) {
             make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]));
       },
       py::kw_only(), py::arg("threads"), py::arg("dtype"), py::arg("forced") = py::none());
+
+  // Built with the CUDA kernel or not, Python can plan for a GPU.
+  m.def(
+      "cuda_plan",
+      [](py::args dims, const std::string& precision, const GpuValues& gpu,
+         std::optional<std::vector<int64_t>> forced) {
+        const BlockShape s = block_shape(dims);
+        const cuda::Precision p = precision_of(precision);
+        const cuda::Gpu g = std::make_from_tuple<cuda::Gpu>(gpu);
+        if (const std::string why = cuda::unsupported(s, p, g.capability); !why.empty())
+          throw py::value_error(why);
+        return to_dict(forced ? cuda::make_plan(s, p, g, *forced) : cuda::make_plan(s, p, g));
+      },
+      py::kw_only(), py::arg("precision"), py::arg("gpu"), py::arg("forced") = py::none());
 
   // Runs the multiply-add loop of a dtype's products on each of torch's threads; returns the
   // floating-point operations done.

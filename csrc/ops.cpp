@@ -80,9 +80,8 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
 
     // The kernel reads any strides as long as a pixel's channels lie together.
     constexpr ScalarType kStored = type_of<S>;
-    Tensor source = type == kStored ? x : torch::stable::to(x, kStored);
-    if (source.stride(1) != 1 && shape.in_channels > 1)
-      source = torch::stable::contiguous(source, MemoryFormat::ChannelsLast);
+    const Tensor source =
+        with_channels_together(type == kStored ? x : torch::stable::to(x, kStored));
     if (!forced.empty() && forced.size() != 4)
       fail("plan must be [tile_rows, tile_cols, group, splits], got ", forced.size(), " values");
     const Machine machine = current_machine<S>();
@@ -257,8 +256,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     char* const first = static_cast<char*>(memory.mutable_data_ptr());
 
     Tensor source = type == kStored ? x : torch::stable::to(x, kStored);
-    if (all[0].kind != kStemAndBlock && source.stride(1) != 1 && source.size(1) > 1)
-      source = torch::stable::contiguous(source, MemoryFormat::ChannelsLast);
+    if (all[0].kind != kStemAndBlock) source = with_channels_together(source);
     const Tensor result = empty(sizes, kStored, true);
     Activation in = activation_of(source);
     for (size_t i = 0; i < all.size(); ++i) {
@@ -284,14 +282,18 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
 }  // namespace
 }  // namespace mnv2_fused
 
-// One block; its op by compiled kernels, and by the Triton kernel, which Python implements.
+// One block; its op by the CPU's kernels, by the Triton kernel, which Python implements, and by the
+// CUDA kernel (cuda/binding.cpp). That one has an op of its own because its weights are packed
+// otherwise, also in its derivative, and because whether float32 products may round to TF32 is a
+// setting of torch that the stable ABI does not reach.
 #define MNV2_BLOCK_ARGUMENTS                                                                \
   "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor b_depthwise, " \
-  "Tensor w_project, Tensor b_project, int stride, bool residual, int[] plan=[]) -> Tensor"
+  "Tensor w_project, Tensor b_project, int stride, bool residual, int[] plan=[]"
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
-  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS);
-  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS);
+  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS ") -> Tensor");
+  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS ") -> Tensor");
+  m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False) -> Tensor");
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
 }
 

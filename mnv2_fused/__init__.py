@@ -2,6 +2,7 @@
 
 from .block import BlockSpec, inverted_residual, inverted_residual_reference
 from .convert import Report, fuse, report, unfuse
+from .cuda_plan import CudaPlan, cuda_plan
 from .fold import BlockWeights, PackedWeights, pack
 from .module import FusedInvertedResidual
 from .plan import Plan, plan
@@ -12,11 +13,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSpec",
     "BlockWeights",
+    "CudaPlan",
     "FusedInvertedResidual",
     "PackedWeights",
     "Plan",
     "Report",
     "TritonPlan",
+    "cuda_plan",
     "fuse",
     "inverted_residual",
     "inverted_residual_reference",

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, ops, plan, testing
+from . import __version__, cuda_plan, ops, plan, testing
 from .demo import DemoError, aligned, run_demo
 from .digits import train_digits
+from .gpus import GPUS
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
@@ -47,6 +48,14 @@ def instruction_set_in_use() -> str:
         return f"none: {error}"
 
 
+def cuda_build() -> str:
+    """What the CUDA kernel was built with, or why there is none."""
+    if ops._cuda is None:
+        return f"none: {ops.backend_reasons()['cuda']}"
+    toolkit = ops._cuda.toolkit
+    return f"built with CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, for {ops._cuda.architectures}"
+
+
 def info(args: argparse.Namespace) -> int:
     """Prints what was built, what can run here, and why the rest cannot."""
     rows = [
@@ -65,6 +74,7 @@ def info(args: argparse.Namespace) -> int:
             ("", f"supported here: {', '.join(testing.available_instruction_sets())}"),
             ("", f"in use: {instruction_set_in_use()}"),
             ("L2 cache", f"{ops._C.l2_bytes() / 1024:.0f} KiB"),
+            ("CUDA kernel", cuda_build()),
         ]
     rows.append(("threads", str(torch.get_num_threads())))
     for name in ("MNV2_FUSED_ISA", "MNV2_FUSED_BACKEND"):
@@ -77,13 +87,39 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_gpu_plans(args: argparse.Namespace) -> int:
+    """Prints how the CUDA kernel tiles each of MobileNetV2's 17 blocks on a GPU, and how long it expects to take."""
+    header = "block|spec|input|tile|images|group|splits|thread blocks|warps|shared KiB|recompute|us|MiB never written"
+    rows, seconds, never_written = [header.split("|")], 0.0, 0
+    gpu, dtype = GPUS[args.gpu], DTYPES[args.dtype or "float16"]
+    for i, (spec, (height, width)) in enumerate(testing.mobilenet_v2_blocks(args.resolution), start=1):
+        p = cuda_plan(spec, (args.batch, spec.in_channels, height, width), dtype=dtype, gpu=gpu)
+        seconds, never_written = seconds + p.seconds, never_written + p.bytes_never_written
+        rows.append(
+            [
+                *(str(i), str(spec), f"{height}x{width}", f"{p.tile_rows}x{p.tile_cols}", str(p.images), str(p.group)),
+                *(str(p.splits), str(p.thread_blocks), str(p.warps), f"{p.shared_bytes / 1024:.0f}"),
+                *(f"{p.recompute:.3f}", f"{p.seconds * 1e6:.1f}", f"{p.bytes_never_written / 2**20:.2f}"),
+            ]
+        )
+    rows.append(["total", *[""] * 10, f"{seconds * 1e6:.1f}", f"{never_written / 2**20:.2f}"])
+    height, width = args.resolution
+    name = str(dtype).removeprefix("torch.")
+    print(f"MobileNetV2 1.0 at {height}x{width}, batch {args.batch}, {name}, CUDA kernel on {gpu.name}; us: expected\n")
+    print(aligned(rows))
+    return 0
+
+
 def print_plans(args: argparse.Namespace) -> int:
     """Prints how each of MobileNetV2's 17 blocks is tiled on this machine, and the memory that saves."""
+    if args.gpu:
+        return print_gpu_plans(args)
+    dtype = args.dtype or "float32"
     header = "block|spec|input|tile|group|splits|workers|scratch KiB|recompute|MiB never written"
     rows, total = [header.split("|")], 0
     for i, (spec, (height, width)) in enumerate(testing.mobilenet_v2_blocks(args.resolution), start=1):
         shape = (args.batch, spec.in_channels, height, width)
-        p = plan(spec, shape, dtype=DTYPES[args.dtype], threads=args.threads)
+        p = plan(spec, shape, dtype=DTYPES[dtype], threads=args.threads)
         total += p.bytes_never_written
         rows.append(
             [
@@ -96,7 +132,7 @@ def print_plans(args: argparse.Namespace) -> int:
     rows.append(["total", *[""] * 8, f"{total / 2**20:.2f}"])
     height, width = args.resolution
     threads = args.threads or torch.get_num_threads()
-    print(f"MobileNetV2 1.0 at {height}x{width}, batch {args.batch}, {args.dtype}, {threads} thread(s), ", end="")
+    print(f"MobileNetV2 1.0 at {height}x{width}, batch {args.batch}, {dtype}, {threads} thread(s), ", end="")
     print(f"{ops._C.instruction_set()}; scratch is that of all workers\n")
     print(aligned(rows))
     return 0
@@ -161,7 +197,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch", "-b", type=positive, default=1, metavar="N", help="images per call (1)")
     p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads to plan for (torch's number)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (float32)")
+    p.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (float32; float16 with --gpu)")
+    p.add_argument("--gpu", choices=GPUS, help="plans of the CUDA kernel instead; no GPU is needed")
     p.set_defaults(run=print_plans)
 
     help_demo = "MobileNetV2 on photographs: latency, memory and results, eager against fused"

@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .fold import PANEL, BlockWeights, PackedWeights, pack, unpack
+from .cuda_plan import CudaPlan
+from .fold import (
+    FRAGMENT,
+    PANEL,
+    BlockWeights,
+    PackedWeights,
+    fragment_channels,
+    hidden_channels,
+    in_fragments,
+    pack,
+    unpack,
+)
 from .plan import Plan
 from .triton_plan import TritonPlan
 
@@ -67,24 +78,36 @@ class BlockSpec:
             raise ValueError("w_expand and b_expand must both be given or both be None")
         packed = isinstance(weights, PackedWeights)
         pairs = packed and weights.w_project.dim() == 4 and weights.w_project.shape[3] == 2
+        fragments = packed and in_fragments(weights)
         for name, tensor in zip(weights._fields, weights, strict=True):
             is_product = name in ("w_expand", "w_project")
             dims = 1 if name.startswith("b_") else 3 if packed and not (pairs and is_product) else 4
             if tensor is not None and tensor.dim() != dims and (dims > 1 or packed):
                 raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
         if packed:
-            hidden, out_channels = weights.w_project.shape[1] * (1 + pairs), weights.b_project.shape[0]
+            hidden, out_channels = hidden_channels(weights), weights.b_project.shape[0]
         else:
             hidden, out_channels = weights.w_depthwise.shape[0], weights.w_project.shape[0]
         given, in_channels = in_channels, hidden if weights.w_expand is None else weights.w_expand.shape[1]
         if pairs and weights.w_expand is not None:
             in_channels = given if given == 2 * in_channels - 1 else 2 * in_channels
+        if fragments:
+            in_channels = fragment_channels(weights)
         panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
 
         def product(panels: int, terms: int) -> tuple[int, ...]:
             return (panels, (terms + 1) // 2, PANEL, 2) if pairs else (panels, terms, PANEL)
 
-        if packed:
+        if fragments:
+            shapes = [
+                (panels, -(-in_channels // PANEL), FRAGMENT),
+                (panels * PANEL + in_channels,),
+                (panels, 9, PANEL),
+                (hidden + PANEL,),
+                (panels, out_panels, FRAGMENT),
+                (out_channels,),
+            ]
+        elif packed:
             shapes = [
                 product(panels, in_channels),
                 (panels * PANEL,),
@@ -161,7 +184,7 @@ def inverted_residual(
     stride: int = 1,
     residual: bool = False,
     backend: str = "auto",
-    plan: Plan | TritonPlan | None = None,
+    plan: Plan | CudaPlan | TritonPlan | None = None,
 ) -> Tensor:  # [N, C_out, H', W'], H' = (H - 1) // stride + 1, in x's dtype and memory format
     """The block as one kernel, one group of expanded channels at a time; the expanded tensor never exists.
 
@@ -174,8 +197,9 @@ def inverted_residual(
     On a GPU float16, bfloat16 and float32 compute in their own precision (float32 rounds its products to TF32 where
     ``torch.backends.cudnn.allow_tf32``, as convolutions do), with sums and the depthwise stage in float32.
 
-    ``plan`` forces the tiling (see :func:`mnv2_fused.plan` and :func:`mnv2_fused.triton_plan`). Raises ValueError for
-    shapes, strides or plans out of range, TypeError for an ``x`` that is not floating point, RuntimeError when no
+    ``plan`` forces the tiling (see :func:`mnv2_fused.plan`, :func:`mnv2_fused.cuda_plan` and
+    :func:`mnv2_fused.triton_plan`). Raises ValueError for shapes, strides or plans out of range, and weights packed for
+    another backend, TypeError for an ``x`` that is not floating point, RuntimeError when no
     kernel takes the call. Paper: section 5.1.
     """
     spec = BlockSpec.of(weights, stride, residual, _channels_of(x))
@@ -186,11 +210,20 @@ def inverted_residual(
     if forward_ad._current_level >= 0:
         raise RuntimeError("the kernel has no forward-mode derivative; use backend='eager'")
     packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype, backend)
+    if in_fragments(packed) != (backend == "cuda"):
+        raise ValueError(
+            f"the weights are packed for another backend than {backend!r}, which runs here; pack them with "
+            f"mnv2_fused.pack(weights, x.dtype, {backend!r})"
+        )
     forced = ()
     if plan is not None:
         forced = plan.forced()
-        if isinstance(plan, TritonPlan) != (backend == "triton"):
-            maker = "triton_plan" if backend == "triton" else "plan"
+        maker, kind = {
+            "cpu": ("plan", Plan),
+            "cuda": ("cuda_plan", CudaPlan),
+            "triton": ("triton_plan", TritonPlan),
+        }[backend]
+        if not isinstance(plan, kind):
             raise ValueError(f"plan: backend {backend!r} takes one of mnv2_fused.{maker}, got a {type(plan).__name__}")
     if isinstance(plan, Plan):
         limits = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)

@@ -15,12 +15,28 @@ dot-product instruction multiplies; the rest stays float32::
     w_expand     [E16, ceil(C_in/2), 16, 2]       w_expand[p, i, l, h]  = W_e[16 p + l, 2 i + h]
     w_project    [ceil(C_out/16), E/2, 16, 2]     w_project[q, e, l, h] = W_p[16 q + l, 2 e + h]
 
-On a GPU, ``w_expand`` and ``w_project`` are of the activations' dtype, without pairs, and the rest is float32.
+For Triton, ``w_expand`` and ``w_project`` are of the activations' dtype, without pairs, and the rest is float32.
 
 A group of expanded channels is one contiguous block of ``w_expand`` and ``w_depthwise`` and one run of rows in
 each panel of ``w_project``; a kernel's inner loop reads 16 neighbouring output channels per multiplied value.
 ``w_project`` and ``b_project`` are not padded along E and C_out, so the packed shapes alone carry the geometry. (For
 the same reason a block with an odd E is packed for float32, whatever its activations.)
+
+For the CUDA kernel (backend ``"cuda"``) both products come in fragments, as the lanes of a warp hold them, padded with
+zeros to 16 x 16 weights each; ``C16`` and ``O16`` count the panels of C_in and C_out::
+
+    w_expand     [E16, C16, 256]           w_expand[p, i]  = fragment of W_e[16 p :, 16 i :]
+    b_expand     [16 E16 + C_in]
+    w_depthwise  [E16, 9, 16]
+    b_depthwise  [E + 16]
+    w_project    [E16, O16, 256]           w_project[p, q] = fragment of W_p[16 q :, 16 p :]
+    b_project    [C_out]
+
+A fragment of a weight W [16, 16], rows being output channels, is held by 32 lanes: lane ``4 g + t`` (g of 8, t of 4)
+has ``W[4 (g // 2) + 2 j + g % 2, 4 t : 4 t + 4]`` for j = 0 and 1, so that four neighbouring channels of an activation,
+one load, are what it multiplies. In memory ``[lane, j, 4]`` where an element has two bytes, ``[j, lane, 4]`` where it
+has more: 16 bytes of each lane side by side. Both biases end in zeros, C_in and 16 of them, so that their lengths tell
+C_in and E, which padded shapes do not, and a kernel may read whole panels of them.
 """
 
 from __future__ import annotations
@@ -32,6 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PANEL = 16
+FRAGMENT = PANEL * PANEL
 
 
 class BlockWeights(NamedTuple):
@@ -102,6 +119,42 @@ def _pairs(panels: Tensor) -> Tensor:
     return panels.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
 
 
+def _fragments(t: Tensor) -> Tensor:
+    """[N, K] -> [ceil(N/16), ceil(K/16), 256], zeros past N and K."""
+    t = F.pad(t, (0, -t.shape[1] % PANEL, 0, -t.shape[0] % PANEL))
+    rows, columns = t.shape[0] // PANEL, t.shape[1] // PANEL
+    split = t.reshape(rows, 4, 2, 2, columns, 4, 4)  # g // 2, j, g % 2, and t
+    lanes = split.permute(0, 4, 1, 3, 5, 2, 6).reshape(rows, columns, 32, 2, 4)
+    return (lanes if t.itemsize == 2 else lanes.transpose(2, 3)).reshape(rows, columns, FRAGMENT)
+
+
+def _of_fragments(t: Tensor) -> Tensor:
+    """The inverse of :func:`_fragments`, padding included."""
+    lanes = t.unflatten(2, (32, 2, 4)) if t.itemsize == 2 else t.unflatten(2, (2, 32, 4)).transpose(2, 3)
+    split = lanes.unflatten(2, (4, 2, 4))
+    return split.permute(0, 2, 5, 3, 1, 4, 6).reshape(PANEL * t.shape[0], PANEL * t.shape[1])
+
+
+def cast_fragments(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K, 256] in another dtype, in the order that belongs to it."""
+    if (t.itemsize == 2) != (dtype.itemsize == 2):
+        lanes = t.unflatten(2, (32, 2, 4) if t.itemsize == 2 else (2, 32, 4))
+        t = lanes.transpose(2, 3).flatten(2)
+    return t.to(dtype)
+
+
+def in_fragments(packed: PackedWeights) -> bool:
+    """Whether weights are packed for the CUDA kernel."""
+    return packed.w_project.dim() == 3 and packed.w_project.shape[2] == FRAGMENT
+
+
+def fragment_channels(packed: PackedWeights) -> int:
+    """C_in of weights packed in fragments."""
+    if packed.w_expand is None:
+        return hidden_channels(packed)
+    return packed.b_expand.shape[0] - PANEL * packed.w_expand.shape[0]
+
+
 def packed_dtypes(dtype: torch.dtype, device: torch.device, hidden: int = 0) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of a product's packed weights and of all others, for activations of ``dtype``.
 
@@ -125,24 +178,38 @@ def _pack_product(weight: Tensor, dtype: torch.dtype, device: torch.device) -> T
 def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str = "auto") -> PackedWeights:
     """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding.
 
-    For the kernels of the weights' own device, unless ``backend`` is ``"triton"``, whose interpreter runs on the CPU.
+    For the kernel that ``backend`` names; ``"auto"`` is the one that runs on the weights' own device.
     """
-    device = torch.device("cuda") if backend == "triton" else weights.w_project.device
+    device = weights.w_project.device
+    if device.type == "cuda" and backend == "auto":
+        from . import ops  # which imports this module
+
+        backend = ops.gpu_backend(device)
+    if backend in ("cuda", "triton"):  # neither rests on where the weights are now
+        device = torch.device("cuda")
     products, others = packed_dtypes(dtype, device, weights.w_project.shape[1])
 
     def padded(t: Tensor) -> Tensor:
         return F.pad(t.to(others), (0, -t.shape[0] % PANEL))
 
+    def product(weight: Tensor) -> Tensor:
+        weight = weight.flatten(1)
+        return _fragments(weight.to(products)) if backend == "cuda" else _pack_product(weight, products, device)
+
     w_expand = b_expand = None
     if weights.w_expand is not None and weights.b_expand is not None:
-        w_expand = _pack_product(weights.w_expand.flatten(1), products, device)
-        b_expand = padded(weights.b_expand)
+        w_expand, b_expand = product(weights.w_expand), padded(weights.b_expand)
+    w_project, b_depthwise = product(weights.w_project), padded(weights.b_depthwise)
+    if backend == "cuda":
+        w_project = w_project.transpose(0, 1).contiguous()
+        b_depthwise = F.pad(weights.b_depthwise.to(others), (0, PANEL))
+        b_expand = None if b_expand is None else F.pad(b_expand, (0, weights.w_expand.shape[1]))
     return PackedWeights(
         w_expand,
         b_expand,
         _panels(weights.w_depthwise.to(others).flatten(1)),
-        padded(weights.b_depthwise),
-        _pack_product(weights.w_project.flatten(1), products, device),
+        b_depthwise,
+        w_project,
         weights.b_project.to(others).contiguous(),
     )
 
@@ -164,16 +231,27 @@ def pack_conv(weight: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32) 
     )
 
 
+def hidden_channels(packed: PackedWeights) -> int:
+    """E of packed weights."""
+    if in_fragments(packed):
+        return packed.b_depthwise.shape[0] - PANEL
+    return packed.w_project.shape[1] * (packed.w_project.dim() - 2)  # one channel, or pairs of them
+
+
 def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeights:
     """The inverse of :func:`pack`. Differentiable. ``in_channels``, if odd, cannot be told from packed pairs."""
     out_channels = packed.b_project.shape[0]
 
     def rows(t: Tensor, count: int) -> Tensor:
+        if t.shape[-1] == FRAGMENT:
+            return _of_fragments(t)[:count]
         if t.dim() == 4:
             t = t.transpose(2, 3).flatten(1, 2)
         return t.transpose(1, 2).reshape(-1, t.shape[1])[:count]
 
-    hidden = packed.w_project.shape[1] * (packed.w_project.dim() - 2)  # one channel, or pairs of them
+    hidden, w_project = hidden_channels(packed), packed.w_project
+    if in_fragments(packed):
+        in_channels, w_project = fragment_channels(packed), w_project.transpose(0, 1)
     w_expand = b_expand = None
     if packed.w_expand is not None and packed.b_expand is not None:
         w_expand = rows(packed.w_expand, hidden)[:, :in_channels, None, None]
@@ -183,6 +261,6 @@ def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeight
         b_expand,
         rows(packed.w_depthwise, hidden).reshape(hidden, 1, 3, 3),
         packed.b_depthwise[:hidden],
-        rows(packed.w_project, out_channels)[:, :, None, None],
+        rows(w_project, out_channels)[:, :hidden, None, None],
         packed.b_project,
     )

@@ -304,7 +304,7 @@ class FusedInvertedResidual(nn.Module):
             )
         if x.dtype == torch.float64:
             return x.dtype
-        return torch.get_autocast_dtype(device) if autocast and backend == "triton" else dtype
+        return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
         if self.training or (backend := ops.resolve_backend(self.backend, x.device)) == "eager":

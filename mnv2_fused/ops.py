@@ -2,7 +2,8 @@
 
 ``torch.ops.mnv2_fused.inverted_residual`` takes packed weights (see :mod:`mnv2_fused.fold`). Its schema and CPU
 kernel are registered from C++ (``csrc/ops.cpp``); everything here is what the C++ stable ABI has no call for.
-``inverted_residual_triton`` is the same by the Triton kernel (:mod:`mnv2_fused.triton_launch`).
+``inverted_residual_cuda`` is the same by the CUDA kernel (``csrc/cuda/binding.cpp``), ``inverted_residual_triton`` by
+the Triton kernel (:mod:`mnv2_fused.triton_launch`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import enum
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .fold import PackedWeights, pack, unpack
+from .fold import FRAGMENT, PackedWeights, cast_fragments, pack, unpack
 
 try:
     from . import _C
@@ -28,8 +30,79 @@ except ImportError as error:  # a source checkout that was never built, or a tor
 else:
     _load_error = None
 
-BACKENDS = ("auto", "cpu", "triton", "eager")
-_LEAST_CAPABILITY = (8, 0)  # of a GPU that Triton compiles for
+
+def _load_cuda():
+    """The CUDA kernel's library, or why there is none. It needs CUDA's own, which another torch may not bring."""
+    if _C is None:
+        return None, f"the compiled library does not load: {_load_error}"
+    if _C.no_cuda is not None:
+        return None, f"it was not built: {_C.no_cuda}"
+    try:
+        from . import _cuda
+    except ImportError as error:
+        return None, f"it does not load with torch {torch.__version__}: {error}"
+    return _cuda, None
+
+
+_cuda, _cuda_error = _load_cuda()
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
+# Of a GPU, at least: csrc/cuda has code for Turing's tensor cores, Triton none for what came before the A100.
+_LEAST_CAPABILITY = {"cuda": (7, 5), "triton": (8, 0)}
+
+
+def _gpu_reason(backend: str, device: torch.device | None) -> str | None:
+    """Why no GPU here is one that ``backend`` could run on; None when one is."""
+    if device is not None and device.type != "cuda":
+        return f"it takes CUDA tensors, got one on {device}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU here"
+    capability, least = torch.cuda.get_device_capability(device), _LEAST_CAPABILITY[backend]
+    if capability < least:
+        name = torch.cuda.get_device_name(device)
+        return f"it needs compute capability {_dotted(least)}, {name} has {_dotted(capability)}"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+@torch.compiler.assume_constant_result
+def _cuda_reason(device: torch.device | None) -> str | None:
+    """Why the CUDA kernel cannot run on ``device``, or on any here; None when it can."""
+    return _cuda_reason_here(device)
+
+
+@functools.cache
+def _cuda_reason_here(device: torch.device | None) -> str | None:
+    if _cuda_error is not None:
+        return _cuda_error
+    if (why := _gpu_reason("cuda", device)) is not None:
+        return why
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(_cuda.architectures, capability):
+        return (
+            f"it was built for {_cuda.architectures}, {torch.cuda.get_device_name(device)} has compute capability "
+            f"{_dotted(capability)}: build it with TORCH_CUDA_ARCH_LIST={_dotted(capability)}"
+        )
+    return None
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, "sm_80 sm_90 compute_90", runs on a GPU of this capability.
+
+    Code of an architecture runs on later ones of the same generation, PTX ("compute") on all later ones.
+    """
+    number = 10 * capability[0] + capability[1]
+    for kind, digits, exact in re.findall(r"(sm|compute)_(\d+)(\w?)", architectures):
+        built = int(digits)
+        same = built // 10 == number // 10
+        if built == number or (not exact and built < number and (kind == "compute" or same)):
+            return True
+    return False
 
 
 def triton_interpreted() -> bool:
@@ -49,32 +122,22 @@ def _triton_reason_here(device: torch.device | None) -> str | None:
         return "triton is not installed: pip install triton"
     if triton_interpreted():
         return None
-    if device is not None and device.type != "cuda":
-        return f"it takes CUDA tensors, got one on {device}"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "there is no CUDA GPU here"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        least = ".".join(map(str, _LEAST_CAPABILITY))
-        return f"it needs compute capability {least}, {torch.cuda.get_device_name(device)} has {capability}"
-    return None
+    return _gpu_reason("triton", device)
 
 
 def backend_reasons(device: torch.device | None = None) -> dict[str, str | None]:
     """Per backend, why it cannot run on this machine, or on tensors of ``device``; None when it can."""
     if _load_error is not None:
         missing = f"the compiled library does not load: {_load_error}"
-        return {"cpu": missing, "triton": missing, "eager": None}
+        return {"cpu": missing, "cuda": missing, "triton": missing, "eager": None}
     cpu = None if device is None or device.type == "cpu" else f"it takes CPU tensors, got one on {device}"
-    return {"cpu": cpu, "triton": _triton_reason(device), "eager": None}
+    return {"cpu": cpu, "cuda": _cuda_reason(device), "triton": _triton_reason(device), "eager": None}
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs tensors on ``device``: ``"cpu"``, ``"triton"`` or ``"eager"``.
+    """The backend that runs tensors on ``device``: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"eager"``.
 
-    ``"auto"`` is the CPU's own kernel, and Triton on a GPU.
+    ``"auto"`` is the CPU's own kernel, and on a GPU the CUDA kernel, or Triton's where that cannot run.
 
     ``MNV2_FUSED_BACKEND`` overrides ``backend``. Raises ValueError for an unknown name and RuntimeError, with
     each backend's reason, when none can run.
@@ -89,13 +152,35 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         source = "MNV2_FUSED_BACKEND" if override else "backend"
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     reasons = backend_reasons(device)
-    if (name == "triton" or (name == "auto" and device.type == "cuda")) and reasons["triton"] is None:
-        return "triton"
+    on_gpu = ("cuda", "triton") if device.type == "cuda" else ()
+    for candidate in on_gpu if name == "auto" else (name,):
+        if reasons[candidate] is None:
+            return candidate
     asked = {b: why for b, why in reasons.items() if why is not None and name in ("auto", b)}
     raise RuntimeError(
         f"no kernel takes this call (backend={name!r}): {'; '.join(f'{b}: {why}' for b, why in asked.items())}; "
         "move the model and its input with .cpu(), or use backend='eager'"
     )
+
+
+def gpu_backend(device: torch.device) -> str:
+    """The kernel, ``"cuda"`` or ``"triton"``, that weights on a GPU are packed for when nobody names one."""
+    try:
+        backend = resolve_backend("auto", device)
+    except RuntimeError:
+        backend = "eager"
+    if backend in ("cuda", "triton"):
+        return backend
+    return "triton" if _cuda_reason(device) else "cuda"
+
+
+@torch.compiler.assume_constant_result
+def tf32_allowed() -> bool:
+    """Whether convolutions on a GPU may round float32 products to TF32. A graph keeps the answer it was traced with."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by torch's newer names, for convolutions and recurrent networks unlike
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def transformed() -> bool:
@@ -113,8 +198,12 @@ def packed_inverted_residual(
 ) -> Tensor:  # [N, C_out, H', W']
     """The op itself, skipping the Python part of autograd where nothing records."""
     family = torch.ops.mnv2_fused
-    op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
     arguments = (x, *packed, stride, residual, plan) if plan else (x, *packed, stride, residual)
+    if backend == "cuda":
+        op = family.inverted_residual_cuda.default
+        arguments = (x, *packed, stride, residual, plan, x.dtype == torch.float32 and tf32_allowed())
+    else:
+        op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -191,7 +280,7 @@ def empty_output(x: Tensor, out_channels: int, stride: int) -> Tensor:
     )
 
 
-def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=()):
+def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=(), tf32=False):
     torch._check(x.dim() == 4, lambda: f"x must be [N, C_in, H, W], got {list(x.shape)}")
     for t in (w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project):
         if t is not None and t.device != x.device:
@@ -200,8 +289,9 @@ def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project,
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.stride, ctx.residual, _ = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.stride, ctx.residual = inputs[7:9]
+    ctx.not_tensors = len(inputs) - 7
 
 
 def _backward(backend: str, ctx, grad: Tensor):
@@ -255,7 +345,7 @@ def _backward(backend: str, ctx, grad: Tensor):
         w_project=g_w_project,
         b_project=grad.sum(sum_pixels),
     )
-    return g_x.to(x.dtype), *pack(grads, packed_weights.w_project.dtype, backend), None, None, None
+    return g_x.to(x.dtype), *pack(grads, packed_weights.w_project.dtype, backend), *[None] * ctx.not_tensors
 
 
 def autocast_rule(op: torch._ops.OpOverload):
@@ -284,6 +374,10 @@ def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequenc
 
     ``products``: which of the arguments after x are weights of 1x1 products, to be cast with it.
     """
+
+    def cast_product(t: Tensor, dtype: torch.dtype) -> Tensor:
+        return cast_fragments(t, dtype) if t.shape[-1] == FRAGMENT else t.to(dtype)
+
     place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
@@ -292,7 +386,7 @@ def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequenc
         with torch._C._ExcludeDispatchKeyGuard(key):
             if x.dtype == torch.float64:  # autocast leaves double alone
                 return op(x, *rest)
-            cast = [t.to(dtype) if i in products and t is not None else t for i, t in enumerate(rest)]
+            cast = [cast_product(t, dtype) if i in products and t is not None else t for i, t in enumerate(rest)]
             if not rest[place] or torch.promote_types(x.dtype, dtype) == dtype:
                 return op(x.to(dtype), *cast)
             cast[place] = False  # a convolution's result plus x, which autocast leaves as it is
@@ -308,7 +402,11 @@ def _inverted_residual_triton(*arguments):
 
 
 if _C is not None:
-    for _name, _kernels in ("inverted_residual", "auto"), ("inverted_residual_triton", "triton"):
+    for _name, _kernels in (
+        ("inverted_residual", "auto"),
+        ("inverted_residual_cuda", "cuda"),
+        ("inverted_residual_triton", "triton"),
+    ):
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(
             f"mnv2_fused::{_name}", functools.partial(_backward, _kernels), setup_context=_setup_context
@@ -317,6 +415,8 @@ if _C is not None:
     torch.library.register_autograd("mnv2_fused::sequence", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
+    _op = torch.ops.mnv2_fused.inverted_residual_cuda.default
+    _library.impl("inverted_residual_cuda", half_autocast_rule(_op, "CUDA", (0, 4)), "AutocastCUDA")
     for _device in ("CUDA", "CPU") if triton_interpreted() else ("CUDA",):
         _op = torch.ops.mnv2_fused.inverted_residual_triton.default
         _library.impl("inverted_residual_triton", _inverted_residual_triton, _device)

@@ -13,8 +13,9 @@ from torch import Tensor
 from . import ops, triton_tune
 from .block import BlockSpec, check_input
 from .fold import PackedWeights
+from .gpus import H200, Gpu
 from .triton_kernels import add_splits_kernel, inverted_residual_kernel
-from .triton_plan import H200, Gpu, TritonPlan, best_plans, triton_plan, unsupported
+from .triton_plan import TritonPlan, best_plans, triton_plan, unsupported
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -72,7 +73,7 @@ def inverted_residual_triton(
     y = ops.empty_output(x, spec.out_channels, stride)
     if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together
         x = x.contiguous(memory_format=torch.channels_last)
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = x.dtype == torch.float32 and ops.tf32_allowed()
     gpu = gpu_of(x.device)
 
     def run(chosen: TritonPlan) -> Tensor:

@@ -14,39 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .fold import PANEL
+from .gpus import H200, Gpu
 
 if TYPE_CHECKING:
     from .block import BlockSpec
 
-
-class Gpu(NamedTuple):
-    """What the planner knows of a GPU."""
-
-    name: str
-    processors: int  # streaming multiprocessors
-    shared_per_block: int  # bytes a kernel may ask for
-    shared_per_processor: int
-    copy_bytes: float  # a second, to and from memory
-    matrix_flops: float  # a second, float16 products as ``mma.sync`` does them
-    fp32_flops: float  # a second, in float32
-
-    @staticmethod
-    @functools.cache
-    def of(device: torch.device) -> Gpu:
-        """The GPU at ``device``, with an H200's rates scaled to its number of processors."""
-        p = torch.cuda.get_device_properties(device)
-        share = p.multi_processor_count / H200.processors
-        return Gpu(
-            p.name,
-            p.multi_processor_count,
-            p.shared_memory_per_block_optin,
-            p.shared_memory_per_multiprocessor,
-            *(rate * share for rate in H200[4:]),
-        )
-
-
-# Copy and float32 rates as measured; mma.sync reaches about 0.62 of the 780 TFLOP/s measured of wgmma.
-H200 = Gpu("NVIDIA H200", 132, 227 * 1024, 228 * 1024, 4.3e12, 0.62 * 780e12, 67e12)
 _L2_BYTES = 5.5e12  # a second, of an H100's L2: only the choice between configurations rests on it
 _LAUNCH_SECONDS = 3e-6
 _REGISTERS = 65536  # 32-bit ones of a processor, 255 at most for a thread

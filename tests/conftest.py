@@ -32,6 +32,12 @@ def no_override(monkeypatch):
     monkeypatch.delenv("MNV2_FUSED_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """Which convolutions of eager round to TF32 is a matter of cuDNN's heuristics: no measure for a kernel."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def fresh_graphs():
     """For tests that compile: none sees another's graphs."""

@@ -11,6 +11,7 @@ import torch
 import mnv2_fused
 from mnv2_fused import demo, ops, testing
 from mnv2_fused.__main__ import main
+from mnv2_fused.gpus import GPUS
 
 
 def rows_of(output: str) -> list[list[str]]:
@@ -49,6 +50,8 @@ def test_info_as_a_command():
     assert re.search(r"backend cpu +(available|cannot run: .+)", ran.stdout)
     if ops._C is not None:
         assert f"in use: {ops._C.instruction_set()}" in ran.stdout
+        assert re.search(r"CUDA kernel +(built with CUDA \d+\.\d, for (sm|compute)_.+|none: .+)", ran.stdout)
+        assert re.search(r"backend cuda +(available|cannot run: .+)", ran.stdout)
 
 
 def test_info_without_the_compiled_library():
@@ -97,6 +100,26 @@ def test_plan(capsys, options, height, width, batch, itemsize):
     assert float(rows[-1][-1]) == pytest.approx(2 * batch * 960 * h * w * itemsize / 2**20, abs=0.006)
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_plan_for_a_gpu(capsys, gpu):
+    assert main(["plan", "--gpu", gpu, "--batch", "4", "--resolution", "96"]) == 0
+    output = capsys.readouterr().out
+    assert f"batch 4, float16, CUDA kernel on {GPUS[gpu].name}" in output
+    *rows, total = rows_of(output)
+    assert len(rows) == 17
+    for row, (spec, size) in zip(rows, testing.mobilenet_v2_blocks(96), strict=True):
+        assert row[1:3] == [str(spec), "{}x{}".format(*size)]
+        assert int(row[5]) % 16 == 0 and float(row[9]) <= GPUS[gpu].shared_per_block / 1024
+    assert float(total[-2]) == pytest.approx(sum(float(row[-2]) for row in rows), abs=1)
+
+
+def test_plan_for_a_gpu_that_lacks_the_dtype(capsys):
+    assert main(["plan", "--gpu", "t4", "--dtype", "bfloat16"]) == 1
+    assert "error: bfloat16 needs compute capability 8.0, this GPU has 7.5" in capsys.readouterr().err
+    assert main(["plan", "--gpu", "h200", "--dtype", "float64"]) == 1
+    assert "takes float32, float16 and bfloat16, got torch.float64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -107,6 +130,7 @@ def test_plan(capsys, options, height, width, batch, itemsize):
         ["plan", "--batch", "many"],
         ["plan", "--threads", "-1"],
         ["plan", "--dtype", "int8"],
+        ["plan", "--gpu", "geforce2"],
         ["demo", "--rounds", "0"],
     ],
 )

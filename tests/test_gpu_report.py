@@ -373,12 +373,13 @@ def test_counts_of_pytest():
 
 @pytest.fixture
 def other_tests(monkeypatch, tmp_path):
-    """Puts two files of tests in place of the kernel's; returns a function that runs them."""
+    """Puts two files of tests in place of the kernels'; returns a function that runs them."""
     (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_cuda_op.py").write_text("")
     (tmp_path / "pyproject.toml").write_text((BENCHMARKS.parent / "pyproject.toml").read_text())
 
     def run(first, second, seconds=60):
-        (tmp_path / "tests/test_triton_op.py").write_text(first)
+        (tmp_path / "tests/test_gpu_op.py").write_text(first)
         (tmp_path / "tests/test_triton.py").write_text(second)
         return gpu_report.run_tests(tmp_path, seconds)
 

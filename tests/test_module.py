@@ -241,7 +241,7 @@ def test_unrecognisable_layers_can_be_printed():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, triton, eager, got 'cude'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, cuda, triton, eager, got 'cude'"):
         FusedInvertedResidual(8, 8, 1, 6, backend="cude")
 
 

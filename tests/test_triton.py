@@ -56,11 +56,11 @@ def quick_interpreter():
 
 @pytest.mark.skipif(REASON is None, reason="the kernel's tests run in this process")
 def test_in_the_interpreter():
-    """Every test of the kernel, here and in test_triton_op.py, in two processes at a time."""
-    files = __file__, str(Path(__file__).with_name("test_triton_op.py"))
+    """Every test of the kernel, here and in test_gpu_op.py, in two processes at a time."""
+    files = __file__, str(Path(__file__).with_name("test_gpu_op.py"))
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *files, "-k"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    first = "mobilenet or triton_op or sizes"  # about half of the time
+    first = "mobilenet or gpu_op or sizes"  # about half of the time
     halves = [
         subprocess.Popen([*command, half], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for half in (first, f"not ({first})")

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnv2_fused import BlockSpec, TritonPlan, triton_plan
+from mnv2_fused.gpus import GPUS, H200
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_plan import H200, TILES, Gpu, best_plans
+from mnv2_fused.triton_plan import TILES, best_plans
 
 SPEC = BlockSpec(64, 384, 64, residual=True)
 SHAPE = (1, 64, 14, 14)
-SMALL = Gpu("a small GPU", 20, 99 * 1024, 100 * 1024, 3e11, 5e13, 1e13)
+SMALL = GPUS["l4"]._replace(processors=20, matrix_flops=5e13, fp32_flops=1e13)
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The Triton op as torch and the modules see it: gradients, autocast, graphs, fuse; on a GPU streams and devices."""
+"""The GPU kernels' ops as torch and the modules see them: gradients, autocast, graphs, fuse, streams, devices."""
 
 import copy
 import io
@@ -8,28 +8,83 @@ import sys
 import pytest
 import torch
 from test_op import layouts
-from test_triton import DEVICE, DTYPES, REASON, SPECS, forced, kernel, quick_interpreter, weights_of  # noqa: F401
+from test_triton import DEVICE, DTYPES, REASON, SPECS, kernel, quick_interpreter, weights_of  # noqa: F401
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mnv2_fused
-from mnv2_fused import BlockSpec, BlockWeights, FusedInvertedResidual, inverted_residual, ops, pack, triton_plan
+from mnv2_fused import (
+    BlockSpec,
+    BlockWeights,
+    FusedInvertedResidual,
+    cuda_plan,
+    inverted_residual,
+    ops,
+    pack,
+    triton_plan,
+)
 from mnv2_fused import inverted_residual_reference as reference
+from mnv2_fused.fold import PackedWeights
+from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.testing import agreement, perturb_batch_norm, random_weights
 
-op = torch.ops.mnv2_fused.inverted_residual_triton
-gpu = pytest.mark.skipif(DEVICE != "cuda" or REASON is not None, reason="needs a CUDA GPU")
+OPS = {
+    "cuda": torch.ops.mnv2_fused.inverted_residual_cuda,
+    "triton": torch.ops.mnv2_fused.inverted_residual_triton,
+}
+NO_CUDA = ops.backend_reasons(torch.device(DEVICE))["cuda"]
+STANDS_IN = NO_CUDA is not None and DEVICE == "cpu" and not ops.triton_interpreted()
+cuda = pytest.mark.skipif(NO_CUDA is not None and not STANDS_IN, reason=f"the CUDA kernel cannot run: {NO_CUDA}")
+cuda_itself = pytest.mark.skipif(NO_CUDA is not None, reason=f"the CUDA kernel cannot run: {NO_CUDA}")
+by_backend = pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=kernel), pytest.param("cuda", marks=cuda)]
+)
+by_kernel = pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=kernel), pytest.param("cuda", marks=cuda_itself)]
+)
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
 
 
-def make_block(inp=8, oup=8, stride=1, expand_ratio=6, dtype=torch.float32):
-    block = FusedInvertedResidual(inp, oup, stride, expand_ratio, backend="triton")
+def make_block(backend, inp=8, oup=8, stride=1, expand_ratio=6, dtype=torch.float32):
+    block = FusedInvertedResidual(inp, oup, stride, expand_ratio, backend=backend)
     return perturb_batch_norm(block).eval().to(DEVICE, dtype)
 
 
 def make_x(*shape, dtype=torch.float32):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return x.to(DEVICE, dtype).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stand_in():
+    """Where the CUDA kernel cannot run, the reference does: what is around the kernel is tested all the same."""
+    if not STANDS_IN:
+        yield
+        return
+
+    def inverted_residual_cuda(x, *arguments):
+        packed, (stride, residual) = PackedWeights(*arguments[:6]), arguments[6:8]
+        y = ops.empty_output(x, packed.b_project.shape[0], stride)
+        return y.copy_(reference(x, packed, stride=stride, residual=residual))
+
+    library = torch.library.Library("mnv2_fused", "IMPL")
+    library.impl("inverted_residual_cuda", inverted_residual_cuda, "CPU")
+    rule = ops.half_autocast_rule(OPS["cuda"].default, "CPU", (0, 4))
+    library.impl("inverted_residual_cuda", rule, "AutocastCPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_cuda_reason", lambda device: None)
+        yield
+    library._destroy()
+
+
+def split_plan(backend, spec, x, splits):
+    """A plan whose groups are shared by so many programs or thread blocks."""
+    if backend == "triton":
+        return triton_plan(spec, x.shape, dtype=x.dtype, tile_rows=2, tile_cols=1, group=16, splits=splits)
+    options = {"dtype": x.dtype, "gpu": Gpu.of(x.device) if x.is_cuda else H200}
+    *plan, _, _ = cuda_plan(spec, x.shape, **options).forced()
+    return cuda_plan(spec, x.shape, **options, forced=[*plan, 16, splits])
 
 
 def within(fused, block, x):
@@ -39,37 +94,37 @@ def within(fused, block, x):
     assert found.ok, found
 
 
-@kernel
+@by_backend
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_fake_strides_are_the_real_ones(spec):
-    packed, seen = pack(weights_of(spec), torch.float16, "triton"), 0
+def test_fake_strides_are_the_real_ones(backend, spec):
+    packed, seen = pack(weights_of(spec), torch.float16, backend), 0
     for n, h, w in [(2, 3, 4), (1, 1, 1), (0, 3, 3), (2, 4, 1)]:
         for name, x in layouts(n, spec.in_channels, h, w, torch.float16):
             x = x.to(DEVICE) if DEVICE == "cuda" else x
-            real = op(x, *packed, spec.stride, spec.residual)
+            real = OPS[backend](x, *packed, spec.stride, spec.residual)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                fake = op(mode.from_tensor(x), *packed, spec.stride, spec.residual)
+                fake = OPS[backend](mode.from_tensor(x), *packed, spec.stride, spec.residual)
             described = [(t.shape, t.stride(), t.dtype, t.device) for t in (real, fake)]
             assert described[0] == described[1], f"{name} {list(x.shape)}"
             seen += 1
     assert seen == 48
 
 
-@kernel
-def test_opcheck():
+@by_backend
+def test_opcheck(backend):
     pytest.importorskip("expecttest")  # opcheck imports it
     spec = BlockSpec(4, 24, 4, residual=True)
-    packed = [t.requires_grad_() for t in pack(weights_of(spec), torch.float32, "triton")]
+    packed = [t.requires_grad_() for t in pack(weights_of(spec), torch.float32, backend)]
     x = make_x(2, 4, 4, 3).requires_grad_()
-    torch.library.opcheck(op.default, (x, *packed, 1, True))
-    forced_plan = triton_plan(spec, x.shape, dtype=x.dtype, tile_rows=2, tile_cols=1, splits=1).forced()
-    torch.library.opcheck(op.default, (x.detach(), *packed, 1, True, forced_plan))
+    torch.library.opcheck(OPS[backend].default, (x, *packed, 1, True))
+    plan = split_plan(backend, spec, x, 2).forced()
+    torch.library.opcheck(OPS[backend].default, (x.detach(), *packed, 1, True, plan))
 
 
-@kernel
+@by_backend
 @by_dtype
 @pytest.mark.parametrize("spec", [BlockSpec(4, 24, 4, residual=True), BlockSpec(5, 5, 3, 2, expand=False)], ids=str)
-def test_gradients(spec, dtype):
+def test_gradients(backend, spec, dtype):
     weights, x = random_weights(spec), torch.randn(2, spec.in_channels, 5, 4, dtype=torch.float64)
     geometry = {"stride": spec.stride, "residual": spec.residual}
 
@@ -80,22 +135,22 @@ def test_gradients(spec, dtype):
         return torch.autograd.grad(y, present, torch.ones_like(y))
 
     wide, eager = gradients(reference, torch.float64), gradients(reference, dtype)
-    for f, e, r in zip(gradients(inverted_residual, dtype, backend="triton"), eager, wide, strict=True):
+    for f, e, r in zip(gradients(inverted_residual, dtype, backend=backend), eager, wide, strict=True):
         assert f.dtype == dtype
         found = agreement(f, e, r)
         assert found.ok, found
 
 
-@kernel
+@by_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_autocast(spec, dtype, x_dtype):
+def test_autocast(backend, spec, dtype, x_dtype):
     """The products run in autocast's dtype; a wider x that is added back makes the result as wide as in eager."""
     weights, x = weights_of(spec, dtype=torch.float32), make_x(2, 8, 5, 4, dtype=x_dtype)
     geometry = {"stride": spec.stride, "residual": spec.residual}
     with torch.autocast(DEVICE, dtype=dtype):
-        fused = inverted_residual(x, weights, backend="triton", **geometry)
+        fused = inverted_residual(x, weights, backend=backend, **geometry)
         eager = reference(x, weights, **geometry)
     assert fused.dtype == eager.dtype
     wide = reference(x.double(), weights_of(spec), **geometry)
@@ -103,15 +158,15 @@ def test_autocast(spec, dtype, x_dtype):
     assert found.ok, found
 
 
-@kernel
+@by_backend
 @by_dtype
-def test_a_block_follows_its_weights(dtype):
-    block, x = make_block(dtype=dtype), make_x(2, 8, 5, 4, dtype=dtype)
+def test_a_block_follows_its_weights(backend, dtype):
+    block, x = make_block(backend, dtype=dtype), make_x(2, 8, 5, 4, dtype=dtype)
     changes = [
         lambda: None,
         lambda: block.conv[0][0].weight.mul_(1.5),
         lambda: block.conv[1][1].running_var.mul_(2),
-        lambda: block.load_state_dict(perturb_batch_norm(make_block(dtype=dtype), seed=3).state_dict()),
+        lambda: block.load_state_dict(perturb_batch_norm(make_block(backend, dtype=dtype), seed=3).state_dict()),
         lambda: setattr(block.conv[3], "eps", 0.5),
     ]
     last = None
@@ -120,16 +175,16 @@ def test_a_block_follows_its_weights(dtype):
             change()
             y = block(x)
             within(y, block, x)
-            assert block._ready.backend == "triton" and torch.equal(block(x), y)
+            assert block._ready.backend == backend and torch.equal(block(x), y)
             assert last is None or not torch.equal(y, last)
             last = y
         block.backend = "eager"
         assert torch.equal(block(x), block._forward_modules(x))
 
 
-@kernel
-def test_a_block_trains_and_differentiates():
-    block, x = make_block(), make_x(2, 8, 5, 4).requires_grad_()
+@by_backend
+def test_a_block_trains_and_differentiates(backend):
+    block, x = make_block(backend), make_x(2, 8, 5, 4).requires_grad_()
     leaves = [x, *block.parameters()]
     found = torch.autograd.grad(block(x).square().sum(), leaves)
     expected = torch.autograd.grad(block._forward_modules(x).square().sum(), leaves)
@@ -139,10 +194,10 @@ def test_a_block_trains_and_differentiates():
     torch.testing.assert_close(block(x), block._forward_modules(x))
 
 
-@kernel
+@by_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_block_under_autocast(dtype):
-    block, x = make_block(), make_x(2, 8, 5, 4)
+def test_a_block_under_autocast(backend, dtype):
+    block, x = make_block(backend), make_x(2, 8, 5, 4)
     wide = copy.deepcopy(block).double()._forward_modules(x.double())
     with torch.no_grad():
         plain = block(x)
@@ -154,11 +209,11 @@ def test_a_block_under_autocast(dtype):
         assert torch.equal(block(x), plain), "outside autocast, what it packed there is used"
 
 
-@kernel
+@by_backend
 @pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("grad", [False, True])
-def test_compile(grad):
-    block, x = make_block(8, 7, 2), make_x(2, 8, 5, 4)
+def test_compile(backend, grad):
+    block, x = make_block(backend, 8, 7, 2), make_x(2, 8, 5, 4)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(compiled(x), block._forward_modules(x))
@@ -168,27 +223,27 @@ def test_compile(grad):
         torch.testing.assert_close(compiled(x), block._forward_modules(x))
 
 
-@kernel
-def test_export_round_trip():
-    block, x = make_block(), make_x(2, 8, 5, 4)
+@by_backend
+def test_export_round_trip(backend):
+    block, x = make_block(backend), make_x(2, 8, 5, 4)
     program = torch.export.export(block, (x,))
-    assert "mnv2_fused.inverted_residual_triton" in str(program.graph)
+    assert f"mnv2_fused.inverted_residual_{backend}" in str(program.graph)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     torch.testing.assert_close(torch.export.load(file).module()(x), block._forward_modules(x))
 
 
-@kernel
+@by_backend
 @pytest.mark.parametrize("how", ["half", "autocast"])
-def test_fuse_a_whole_model(how, monkeypatch):
+def test_fuse_a_whole_model(backend, how, monkeypatch):
     torchvision = pytest.importorskip("torchvision")
     model = perturb_batch_norm(torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=10)).eval().to(DEVICE)
     wide, x = copy.deepcopy(model).double(), make_x(2, 3, 32, 32)
     if how == "half":
         model, x = model.half(), x.half()
-    fused = mnv2_fused.fuse(model, backend="triton", strict=True)
-    assert {b.backend for b in mnv2_fused.report(fused).blocks} == {"triton"}
+    fused = mnv2_fused.fuse(model, backend=backend, strict=True)
+    assert {b.backend for b in mnv2_fused.report(fused).blocks} == {backend}
     assert not mnv2_fused.report(fused).layers
     calls, original = [], ops.packed_inverted_residual
 
@@ -199,48 +254,59 @@ def test_fuse_a_whole_model(how, monkeypatch):
     monkeypatch.setattr(ops, "packed_inverted_residual", counted)
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.float16, enabled=how == "autocast"):
         y, expected = fused(x), model(x)
-    assert calls == ["triton"] * 17
+    assert calls == [backend] * 17
     assert y.dtype == expected.dtype
     with torch.no_grad():
         found = agreement(y.half(), expected.half(), wide(x.double()))
     assert found.ok, found
 
 
-@kernel
-def test_the_environment_chooses(monkeypatch):
-    block, x = make_block(), make_x(1, 8, 5, 4)
+@by_backend
+def test_the_environment_chooses(backend, monkeypatch):
+    block, x = make_block(backend), make_x(1, 8, 5, 4)
     block.backend = "auto"
-    monkeypatch.setenv("MNV2_FUSED_BACKEND", "triton")
+    monkeypatch.setenv("MNV2_FUSED_BACKEND", backend)
     with torch.no_grad():
         block(x)
-        assert block._ready.backend == "triton"
+        assert block._ready.backend == backend
 
 
-@kernel
-def test_bad_input():
+@by_kernel
+def test_bad_input(backend):
     spec, x = SPECS[0], make_x(1, 8, 5, 4)
     weights = weights_of(spec)
-    packed = pack(weights, torch.float32, "triton")
+    packed = pack(weights, torch.float32, backend)
 
     def fails(error, match, *args, **options):
         with pytest.raises(error, match=match):
-            inverted_residual(*args, backend="triton", **options)
+            inverted_residual(*args, backend=backend, **options)
 
-    fails((TypeError, ValueError), "float64.*backend='eager'", x.double(), weights)
-    fails((RuntimeError, ValueError), "w_expand must be torch.float16.*pack", x.half(), packed)
+    fails((TypeError, RuntimeError), "float64.*backend='eager'", x.double(), weights)
+    fails((RuntimeError, ValueError), r"w_expand must be (torch\.)?float16.*pack", x.half(), packed)
     fails(ValueError, "must have 8 channels, got 3", make_x(1, 3, 5, 4), weights)
-    fails(ValueError, "takes one of mnv2_fused.triton_plan, got a Plan", x, packed, plan=mnv2_fused.plan(spec, x.shape))
+    made = f"takes one of mnv2_fused.{backend}_plan, got a Plan"
+    fails(ValueError, made, x, packed, plan=mnv2_fused.plan(spec, x.shape))
+    fails(
+        ValueError,
+        "packed for another backend than",
+        x,
+        pack(weights, torch.float32, {"cuda": "triton"}.get(backend, "cuda")),
+    )
     fails(RuntimeError, "meta", x, packed._replace(w_project=packed.w_project.to("meta")))
     fails(RuntimeError, "b_expand must be contiguous", x, packed._replace(b_expand=packed.b_expand.repeat(2)[::2]))
     fails(ValueError, "stride must be 1 or 2, got 3", x, weights, stride=3)
-    with pytest.raises(ValueError, match=r"plan must be .*got 2 values"):
-        op(x, *packed, 1, True, [1, 2])
-    with pytest.raises(ValueError, match="group must be a power of two, 16 to 256, got 48"):
-        op(x, *packed, 1, True, [1, 1, 16, 48, 1, 4, 1])
+    with pytest.raises((RuntimeError, ValueError), match=r"plan:? must be .*got 2 values"):
+        OPS[backend](x, *packed, 1, True, [1, 2])
+    group = {
+        "cuda": ([1, 5, 4, 2, 24, 1], "group must be a multiple of 16, got 24"),
+        "triton": ([1, 1, 16, 48, 1, 4, 1], "group must be a power of two, 16 to 256, got 48"),
+    }
+    with pytest.raises((RuntimeError, ValueError), match=group[backend][1]):
+        OPS[backend](x, *packed, 1, True, group[backend][0])
     with pytest.raises((RuntimeError, ValueError), match=r"\[N, C_in, H, W\]"):
-        op(x[0], *packed, 1, True)
+        OPS[backend](x[0], *packed, 1, True)
     with pytest.raises(RuntimeError, match="w_expand and b_expand must both"):
-        op(x, None, *packed[1:], 1, True)
+        OPS[backend](x, None, *packed[1:], 1, True)
 
 
 @pytest.mark.skipif(REASON is None, reason="Triton runs here")
@@ -254,7 +320,7 @@ def test_where_it_cannot_run_it_says_why():
 
 def test_info_tells():
     ran = subprocess.run([sys.executable, "-m", "mnv2_fused", "info"], capture_output=True, text=True)
-    assert "backend triton" in ran.stdout
+    assert "backend triton" in ran.stdout and "backend cuda" in ran.stdout and "CUDA kernel" in ran.stdout
 
 
 def test_import_leaves_the_kernel_alone():
@@ -265,16 +331,17 @@ def test_import_leaves_the_kernel_alone():
 
 
 @gpu
-def test_gpu_auto_is_triton():
-    assert ops.resolve_backend("auto", torch.device("cuda")) == "triton"
+def test_gpu_auto_is_cuda_where_it_runs():
+    assert ops.resolve_backend("auto", torch.device("cuda")) == ("cuda" if NO_CUDA is None else "triton")
 
 
 @gpu
-def test_gpu_graph_capture_replays():
+@by_kernel
+def test_gpu_graph_capture_replays(backend):
     spec = BlockSpec(64, 384, 64, residual=True)
-    x, packed = make_x(1, 64, 14, 14, dtype=torch.float16), pack(weights_of(spec), torch.float16)
-    assert triton_plan(spec, x.shape).splits > 1  # both kernels
-    call = lambda: inverted_residual(x, packed, residual=True)  # noqa: E731
+    x, packed = make_x(1, 64, 14, 14, dtype=torch.float16), pack(weights_of(spec), torch.float16, backend)
+    plan = split_plan(backend, spec, x, 4)  # both kernels
+    call = lambda: inverted_residual(x, packed, residual=True, backend=backend, plan=plan)  # noqa: E731
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -285,8 +352,9 @@ def test_gpu_graph_capture_replays():
 
 
 @gpu
-def test_gpu_reduce_overhead():
-    model = nn.Sequential(make_block(), make_block(8, 7, 2)).half()
+@by_kernel
+def test_gpu_reduce_overhead(backend):
+    model = nn.Sequential(make_block(backend), make_block(backend, 8, 7, 2)).half()
     compiled, x = torch.compile(model, mode="reduce-overhead", fullgraph=True), make_x(2, 8, 9, 9, dtype=torch.float16)
     with torch.no_grad():
         for _ in range(4):
@@ -294,28 +362,32 @@ def test_gpu_reduce_overhead():
 
 
 @gpu
-def test_gpu_runs_on_the_current_stream():
-    spec, packed = SPECS[0], pack(weights_of(SPECS[0]), torch.float16)
+@by_kernel
+def test_gpu_runs_on_the_current_stream(backend):
+    packed = pack(weights_of(SPECS[0]), torch.float16, backend)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # what runs beside this stream would read x too early
         x = torch.full((2, 8, 9, 9), 0.5, device="cuda", dtype=torch.float16)
-        y = inverted_residual(x, packed, residual=True)
+        y = inverted_residual(x, packed, residual=True, backend=backend)
     stream.synchronize()
-    assert torch.equal(y, inverted_residual(torch.full_like(x, 0.5), packed, residual=spec.residual))
+    assert torch.equal(y, inverted_residual(torch.full_like(x, 0.5), packed, residual=True, backend=backend))
 
 
 @gpu
+@by_kernel
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_gpu_other_devices():
-    spec = SPECS[0]
+def test_gpu_other_devices(backend):
     x = make_x(2, 8, 9, 9, dtype=torch.float16)
-    y = inverted_residual(x, pack(weights_of(spec), torch.float16), residual=True)
-    there = [None if t is None else t.to("cuda:1") for t in pack(weights_of(spec), torch.float16)]
-    assert torch.equal(op(x.to("cuda:1"), *there, 1, True).to("cuda:0"), y)
+    packed = pack(weights_of(SPECS[0]), torch.float16, backend)
+    y = inverted_residual(x, packed, residual=True, backend=backend)
+    there = [t.to("cuda:1") for t in packed]
+    assert torch.equal(OPS[backend](x.to("cuda:1"), *there, 1, True).to("cuda:0"), y)
+    assert torch.cuda.current_device() == 0
 
 
 @gpu
+@kernel
 def test_gpu_autotune_measures_once(monkeypatch, tmp_path):
     from mnv2_fused import triton_tune
 
@@ -323,8 +395,8 @@ def test_gpu_autotune_measures_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     triton_tune._chosen.clear()
     spec, x = SPECS[0], make_x(2, 8, 9, 9, dtype=torch.float16)
-    y = inverted_residual(x, weights_of(spec), residual=True)
+    y = inverted_residual(x, weights_of(spec), residual=True, backend="triton")
     assert triton_tune.cache_file().is_file()
     monkeypatch.setattr(triton_tune, "milliseconds", None)
     triton_tune._chosen.clear()
-    assert torch.equal(inverted_residual(x, weights_of(spec), residual=True), y)
+    assert torch.equal(inverted_residual(x, weights_of(spec), residual=True, backend="triton"), y)

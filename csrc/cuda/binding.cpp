@@ -1,0 +1,285 @@
+// The op on an NVIDIA GPU: checks, plan, allocation, launch. A shared object of its own, since the
+// CPU part has to load also where CUDA's libraries are missing.
+#include <Python.h>
+#include <cuda_runtime_api.h>
+
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "../plan_cache.h"
+#include "../tensors.h"
+#include "launch.h"
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#include <torch/csrc/stable/accelerator.h>
+#pragma GCC diagnostic pop
+
+namespace mnv2_fused::cuda {
+namespace {
+
+using torch::headeronly::DeviceType;
+
+constexpr int64_t kFragment = kPanel * kPanel;
+constexpr int64_t kAlignment = 16;  // bytes of the widest load
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call would report it again
+  fail(what, ": ", cudaGetErrorString(error));
+}
+
+int64_t attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "device attribute");
+  return value;
+}
+
+Gpu read_gpu(int device) {
+  const auto at = [&](cudaDeviceAttr name) { return attribute(name, device); };
+  Gpu g{};
+  g.capability = 10 * at(cudaDevAttrComputeCapabilityMajor) + at(cudaDevAttrComputeCapabilityMinor);
+  g.processors = at(cudaDevAttrMultiProcessorCount);
+  g.shared_per_block = at(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  g.shared_per_processor = at(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  g.threads_per_processor = at(cudaDevAttrMaxThreadsPerMultiProcessor);
+  g.l2_bytes = at(cudaDevAttrL2CacheSize);
+  // A copy on an H200 reached 0.87 of what its memory's clock and width give. Where a virtual GPU
+  // does not tell them, an H200's share.
+  constexpr double kReached = 0.87;
+  const double memory = 2e3 * double(at(cudaDevAttrMemoryClockRate)) *
+                        double(at(cudaDevAttrGlobalMemoryBusWidth)) / 8 * kReached;
+  const double clock = 1e3 * double(at(cudaDevAttrClockRate));
+  g.copy_bytes = memory > 0 ? memory : 4.3e12 / 132 * double(g.processors);
+  g.clock = clock > 0 ? clock : 1.98e9;
+  return g;
+}
+
+// Read once per device.
+const Gpu& gpu_at(int device) {
+  constexpr size_t kMost = 64;  // devices of a process, as torch has it
+  static std::once_flag once[kMost];
+  static Gpu gpus[kMost];
+  if (device < 0 || size_t(device) >= kMost) fail("device must be 0 to 63, got ", device);
+  std::call_once(once[device], [&] { gpus[device] = read_gpu(device); });
+  return gpus[device];
+}
+
+Precision precision_of(ScalarType type, bool tf32, const Gpu& gpu) {
+  switch (type) {
+    case ScalarType::Half:
+      return Precision::kHalf;
+    case ScalarType::BFloat16:
+      return Precision::kBFloat16;
+    case ScalarType::Float:  // what may be rounded to TF32, need not be
+      return tf32 && gpu.capability >= 80 ? Precision::kTf32 : Precision::kFloat32;
+    case ScalarType::Double:
+      fail("x must be float16, bfloat16 or float32 on a GPU, got float64; use backend='eager'");
+    default:
+      fail("x must be float16, bfloat16 or float32 on a GPU; convert it with x.half()");
+  }
+}
+
+const char* name_of(ScalarType type) {
+  return type == ScalarType::Half       ? "float16"
+         : type == ScalarType::BFloat16 ? "bfloat16"
+         : type == ScalarType::Float    ? "float32"
+                                        : "another dtype";
+}
+
+struct Weights {
+  const Tensor *w_expand, *b_expand;  // null without an expansion
+  const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
+};
+
+void check_weight(const char* name, const Tensor* t, ScalarType type, int device) {
+  if (!t) return;
+  if (!t->is_cuda() || t->get_device_index() != device)
+    fail("x is on cuda:", device, " but ", name, " is not; move one with .to()");
+  if (t->scalar_type() != type)
+    fail(name, " must be ", name_of(type), " for this x, got ", name_of(t->scalar_type()),
+         "; pack the weights with mnv2_fused.pack(weights, x.dtype, 'cuda')");
+  if (reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kAlignment != 0)
+    fail(name, " must start at a multiple of 16 bytes; clone() it");
+}
+
+void check_weights(const Weights& w, ScalarType type, int device) {
+  check_weight("w_expand", w.w_expand, type, device);
+  check_weight("w_project", w.w_project, type, device);
+  check_weight("b_expand", w.b_expand, ScalarType::Float, device);
+  check_weight("w_depthwise", w.w_depthwise, ScalarType::Float, device);
+  check_weight("b_depthwise", w.b_depthwise, ScalarType::Float, device);
+  check_weight("b_project", w.b_project, ScalarType::Float, device);
+}
+
+// The geometry that the packed weights carry, and x.
+BlockShape block_shape(const Sizes& x, const Weights& w, int64_t stride, bool residual) {
+  if (w.b_depthwise->dim() != 1 || w.b_depthwise->size(0) <= kPanel || w.b_project->dim() != 1)
+    fail("b_depthwise must be [E + 16] and b_project [C_out], got ", to_string(*w.b_depthwise),
+         " and ", to_string(*w.b_project), "; pack weights with mnv2_fused.pack");
+  const Expand expand = w.w_expand ? Expand::kPointwise : Expand::kNone;
+  const BlockShape s{
+      x[0],   x[2],   x[3],    x[1], w.b_depthwise->size(0) - kPanel, w.b_project->size(0),
+      stride, expand, residual};
+  const int64_t panels = s.hidden_panels();
+  if (w.b_expand && w.b_expand->dim() != 1)
+    fail("b_expand must be [E/16 * 16 + C_in], got ", to_string(*w.b_expand),
+         "; pack weights with mnv2_fused.pack");
+  const int64_t takes = w.b_expand ? w.b_expand->size(0) - panels * kPanel : s.hidden_channels;
+  if (takes != x[1]) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
+  if (w.w_expand) {
+    check_sizes("w_expand", *w.w_expand, {panels, ceil_div(x[1], kPanel), kFragment});
+    check_sizes("b_expand", *w.b_expand, {panels * kPanel + x[1]});
+  }
+  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
+  check_sizes("b_depthwise", *w.b_depthwise, {s.hidden_channels + kPanel});
+  check_sizes("w_project", *w.w_project, {panels, ceil_div(s.out_channels, kPanel), kFragment});
+  check_sizes("b_project", *w.b_project, {s.out_channels});
+  return s;
+}
+
+void check_shape(const BlockShape& s, Precision precision, const Gpu& gpu, const Sizes& x) {
+  if (const std::string why = unsupported(s, precision, gpu.capability); !why.empty())
+    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
+}
+
+// make_plan, searched once per shape, precision and device.
+Plan cached_plan(const BlockShape& shape, Precision precision, int device) {
+  struct Key {
+    BlockShape shape;
+    Precision precision;
+    int device;
+    size_t hash() const { return hash_of({int64_t(precision), device}, hash_of(shape)); }
+    bool operator==(const Key&) const = default;
+  };
+  static PlanCache<Key, Plan> plans;
+  return plans.get({shape, precision, device},
+                   [&] { return make_plan(shape, precision, gpu_at(device)); });
+}
+
+Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type, int device, MemoryFormat format) {
+  return torch::stable::empty(sizes, type, std::nullopt,
+                              torch::stable::Device(DeviceType::CUDA, device), std::nullopt,
+                              format);
+}
+
+bool in_vectors(const void* data, std::initializer_list<int64_t> elements, int64_t element) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % kAlignment == 0;
+  for (const int64_t n : elements) aligned = aligned && n * element % kAlignment == 0;
+  return aligned;
+}
+
+const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
+const float* floats(const Tensor* t) { return static_cast<const float*>(data(t)); }
+
+Args args_of(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
+             const Weights& w, const Tensor& y, float* partial) {
+  const int64_t element = element_size(precision);
+  Args a = make_args(shape, plan, precision);
+  a.x = x.const_data_ptr();
+  a.x_image = x.stride(0);
+  a.x_row = x.stride(2);
+  a.x_col = x.stride(3);
+  a.w_expand = data(w.w_expand);
+  a.b_expand = floats(w.b_expand);
+  a.w_depthwise = floats(w.w_depthwise);
+  a.b_depthwise = floats(w.b_depthwise);
+  a.w_project = data(w.w_project);
+  a.b_project = floats(w.b_project);
+  a.y = y.mutable_data_ptr();
+  a.partial = partial;
+  a.x_vectors = in_vectors(a.x, {shape.in_channels, a.x_image, a.x_row, a.x_col}, element);
+  a.y_vectors = in_vectors(a.y, {shape.out_channels}, element);
+  return a;
+}
+
+void run(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
+         const Weights& w, const Tensor& y, int device) {
+  std::optional<Tensor> partial;
+  if (plan.splits > 1)
+    partial = empty({&plan.partial_bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const Args args = args_of(shape, precision, plan, x, w, y,
+                            partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
+  try {
+    launch(precision, shape, plan, args, stream);
+  } catch (const std::runtime_error& error) {
+    fail(error.what(), "; plan: tile ", plan.tile_rows, "x", plan.tile_cols, " of ", plan.images,
+         " images, strips of ", plan.strip_rows, " rows, group ", plan.group, ", ", plan.splits,
+         " splits, ", plan.thread_blocks, " thread blocks of ", plan.warps, " warps and ",
+         plan.shared_bytes, " bytes of shared memory, on cuda:", device,
+         " (use backend='eager' to go on without this kernel)");
+  }
+}
+
+Tensor inverted_residual(const Tensor& x, const Weights& w, int64_t stride, bool residual,
+                         IntHeaderOnlyArrayRef forced, bool tf32) {
+  const Sizes sizes = sizes_of(x);
+  const ScalarType type = x.scalar_type();
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Gpu& gpu = gpu_at(device);
+  const Precision precision = precision_of(type, tf32, gpu);
+  check_weights(w, type, device);
+  const BlockShape shape = block_shape(sizes, w, stride, residual);
+  check_shape(shape, precision, gpu, sizes);
+
+  const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
+  const IntHeaderOnlyArrayRef y_list(y_sizes.data(), y_sizes.size());
+  const bool channels_last = is_channels_last(x);
+  const auto format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  if (shape.batch == 0) return empty(y_list, type, device, format);
+  const Plan plan = forced.empty()
+                        ? cached_plan(shape, precision, device)
+                        : make_plan(shape, precision, gpu, {forced.begin(), forced.end()});
+  const Tensor result = empty(y_list, type, device, MemoryFormat::ChannelsLast);
+  run(shape, precision, plan, with_channels_together(x), w, result, device);
+  if (channels_last) return result;
+  Tensor y = empty(y_list, type, device, format);
+  return torch::stable::copy_(y, result);
+}
+
+Tensor inverted_residual_cuda(const Tensor& x,                        // [N, C_in, H, W]
+                              const std::optional<Tensor>& w_expand,  // [E/16, C_in/16, 256]
+                              const std::optional<Tensor>& b_expand,  // [E/16 * 16 + C_in]
+                              const Tensor& w_depthwise,              // [E/16, 9, 16]
+                              const Tensor& b_depthwise,              // [E + 16]
+                              const Tensor& w_project,                // [E/16, C_out/16, 256]
+                              const Tensor& b_project,                // [C_out]
+                              int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
+                              bool tf32) {
+  try {
+    if (w_expand.has_value() != b_expand.has_value())
+      fail("w_expand and b_expand must both be given or both be None");
+    const Weights w{w_expand ? &*w_expand : nullptr,
+                    b_expand ? &*b_expand : nullptr,
+                    &w_depthwise,
+                    &b_depthwise,
+                    &w_project,
+                    &b_project};
+    return inverted_residual(x, w, stride, residual, forced, tf32);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("mnv2_fused::inverted_residual_cuda: ") + error.what());
+  }
+}
+
+}  // namespace
+}  // namespace mnv2_fused::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
+  m.impl("inverted_residual_cuda", TORCH_BOX(&mnv2_fused::cuda::inverted_residual_cuda));
+}
+
+// Importing it registers the op; it holds what `python -m mnv2_fused info` tells of the build.
+PyMODINIT_FUNC PyInit__cuda() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* const module = PyModule_Create(&definition);
+  if (module) {
+    PyModule_AddIntConstant(module, "toolkit", CUDART_VERSION);
+    PyModule_AddStringConstant(module, "architectures", MNV2_FUSED_ARCHITECTURES);
+  }
+  return module;
+}

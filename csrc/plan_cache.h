@@ -1,0 +1,49 @@
+// Plans that were searched for, by what they are for.
+#pragma once
+
+#include <initializer_list>
+#include <mutex>
+#include <unordered_map>
+
+#include "block.h"
+
+namespace mnv2_fused {
+
+inline size_t hash_of(std::initializer_list<int64_t> values, size_t h = 0) {
+  for (const int64_t v : values) h = (h ^ size_t(v)) * size_t{0x9E3779B97F4A7C15};
+  return h;
+}
+inline size_t hash_of(const BlockShape& s) {
+  return hash_of({s.batch, s.height, s.width, s.in_channels, s.hidden_channels, s.out_channels,
+                  s.stride, int64_t(s.expand) * 2 + int64_t{s.residual}, s.image_height,
+                  s.image_width});
+}
+
+// Key: a BlockShape and what else decides, with a hash() of all of it. Safe to share.
+template <class Key, class Plan>
+class PlanCache {
+ public:
+  // make() once per key.
+  template <class Make>
+  Plan get(const Key& key, Make make) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (const auto it = plans_.find(key); it != plans_.end()) return it->second;
+    }
+    const Plan plan = make();
+    const std::lock_guard lock(mutex_);
+    if (plans_.size() >= kMost) plans_.clear();
+    plans_.emplace(key, plan);
+    return plan;
+  }
+
+ private:
+  struct Hash {
+    size_t operator()(const Key& key) const { return key.hash(); }
+  };
+  static constexpr size_t kMost = 4096;  // past it a caller with endless shapes starts afresh
+  std::mutex mutex_;
+  std::unordered_map<Key, Plan, Hash> plans_;
+};
+
+}  // namespace mnv2_fused

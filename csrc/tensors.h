@@ -1,0 +1,83 @@
+// Torch tensors as every binding sees them: through the stable ABI, with checks that say what to do.
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <array>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace mnv2_fused {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+template <class List>
+std::string list_of(const List& values) {
+  std::ostringstream text;
+  text << '[';
+  const char* separator = "";
+  for (const int64_t value : values) {
+    text << separator << value;
+    separator = ", ";
+  }
+  text << ']';
+  return text.str();
+}
+
+using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
+inline std::string to_string(const Sizes& sizes) { return list_of(sizes); }
+inline std::string to_string(const Tensor& t) { return list_of(t.sizes()); }
+
+// Fails unless x has four dimensions.
+inline Sizes sizes_of(const Tensor& x) {
+  if (x.dim() != 4)
+    fail("x must be [N, C_in, H, W], got ", to_string(x), "; add a batch with x[None]");
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+inline void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == int64_t(sizes.size()) && t.is_contiguous();
+  int64_t dim = 0;
+  for (const int64_t size : sizes) same = same && t.size(dim++) == size;
+  if (!same)
+    fail(name, " must be contiguous ", list_of(sizes), ", got ", to_string(t),
+         "; pack weights with mnv2_fused.pack");
+}
+
+// The strides test behind torch's suggest_memory_format, which the stable ABI lacks: channels_last
+// when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
+    least = size > 1 ? stride * size : stride;
+  }
+  return true;
+}
+
+// x itself where the channels of a pixel lie together, else a copy where they do.
+inline Tensor with_channels_together(const Tensor& x) {
+  if (x.stride(1) == 1 || x.size(1) == 1) return x;
+  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+}  // namespace mnv2_fused

@@ -1,0 +1,92 @@
+"""The CUDA kernel's planner, ``csrc/cuda/plan.cpp``, as Python sees it. Needs neither CUDA nor a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import ops
+from .gpus import H200, Gpu
+
+if TYPE_CHECKING:
+    from .block import BlockSpec
+
+_FORCED = ("images", "tile_rows", "tile_cols", "strip_rows", "group", "splits")
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """How one call of a block is tiled on a GPU. ``print`` it; pass it as ``plan=`` to force it."""
+
+    images: int  # of a thread block
+    tile_rows: int  # outputs of each of its images
+    tile_cols: int
+    strip_rows: int  # outputs of a strip, one column wide; eight strips are a warp's
+    group: int  # expanded channels computed at a time, a multiple of 16
+    splits: int  # thread blocks that share a tile's groups; a second kernel adds their float32 sums in order
+    out_panels: int  # panels of 16 output channels that a thread's registers hold
+    out_blocks: int  # thread blocks that share the output channels
+    warps: int  # of a thread block
+    thread_blocks: int  # in all
+    shared_bytes: int  # of a thread block
+    resident: int  # thread blocks that a processor runs at once
+    partial_bytes: int  # of memory, the sums of each split
+    bytes_never_written: int  # the expanded tensors that an unfused block writes
+    bytes: int  # to and from memory: x, y, weights, partial sums
+    recompute: float  # expanded pixels computed / expanded pixels needed
+    seconds: float  # what the estimate says; good for comparing plans
+
+    def __str__(self) -> str:
+        return (
+            f"tile {self.tile_rows}x{self.tile_cols} of {self.images} image(s), strips of {self.strip_rows} rows, "
+            f"group {self.group}, splits {self.splits}, {self.thread_blocks} thread blocks of {self.warps} warps, "
+            f"{self.resident} a processor, shared {self.shared_bytes / 1024:.0f} KiB, recompute {self.recompute:.2f}, "
+            f"{self.bytes / 2**20:.2f} MiB, never written {self.bytes_never_written / 2**20:.2f} MiB, "
+            f"about {self.seconds * 1e6:.0f} us"
+        )
+
+    def forced(self) -> list[int]:
+        """What the op takes as its ``plan`` argument."""
+        return [getattr(self, name) for name in _FORCED]
+
+
+def cuda_plan(
+    spec: BlockSpec,
+    input_shape: Sequence[int],  # [N, C_in, H, W]
+    *,
+    dtype: torch.dtype = torch.float16,
+    gpu: Gpu = H200,
+    tf32: bool = False,
+    forced: Sequence[int] | None = None,
+) -> CudaPlan:
+    """The plan the CUDA kernel uses for this block and input on ``gpu``, or the one forced.
+
+    ``forced`` is what :meth:`CudaPlan.forced` returns. ``tf32``: whether float32 products may round to TF32, where
+    ``gpu`` can. Raises ValueError, naming the value and its limit, for what no kernel takes, and RuntimeError when the
+    compiled library is missing.
+    """
+    if ops._C is None:
+        raise RuntimeError(f"the planner needs the compiled library: {ops.backend_reasons()['cpu']}")
+    if len(input_shape) != 4:
+        raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
+    n, channels, height, width = input_shape
+    if channels != spec.in_channels:
+        raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
+    if min(input_shape) < 1 or n * channels * height * width >= 2**63:
+        raise ValueError(f"sizes must be at least 1, and less than 2^63 elements, got {tuple(input_shape)}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"the CUDA kernel takes float32, float16 and bfloat16, got {dtype}; use backend='eager'")
+    precision = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32 and tf32 and gpu.capability >= 80:
+        precision = "tf32"
+    values = ops._C.cuda_plan(
+        *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
+        *(spec.stride, spec.expand, spec.residual),
+        precision=precision,
+        gpu=gpu[1:9],
+        forced=None if forced is None else list(forced),
+    )
+    return CudaPlan(**values)
