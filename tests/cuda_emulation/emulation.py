@@ -1,0 +1,126 @@
+"""Builds and calls the CUDA kernel's emulation on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import astuple, fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnv2_fused import BlockSpec, CudaPlan, PackedWeights
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fmax-errors=3"]
+FLAGS = ["-std=c++20", "-O2", "-g0", "-shared", "-fPIC", *WARNINGS]
+
+
+def compiled(target: Path, source: Path, *options: str) -> subprocess.Popen:
+    """Starts to compile one shared library; see :func:`loaded`."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"the emulation switches stacks as an x86-64 does, this is {platform.machine()}")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs a C++ compiler, {compiler} is not installed")
+    command = [compiler, *FLAGS, f"-I{HERE}", *options, str(source), "-o", str(target)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def loaded(compilation: subprocess.Popen) -> ctypes.CDLL:
+    """The library, once it is compiled."""
+    output, _ = compilation.communicate()
+    assert compilation.returncode == 0, output
+    return ctypes.CDLL(compilation.args[-1])
+
+
+def compiled_kernel(
+    target: Path, precision: str, csrc: Path | None = None, only: tuple[int, int, int] | None = None
+) -> subprocess.Popen:
+    """Starts to compile the kernels of one precision, or the one of ``only``'s stride, tiles and output panels."""
+    options = [f"-I{(csrc or CSRC) / 'cuda'}", f"-DEMULATED_PRECISION={precision}"]
+    if only is not None:
+        names = "STRIDE", "TILES", "OUT_PANELS"
+        options += ["-w", "-O0"]  # what a change leaves unused is no error, and it runs only once
+        options += [f"-DEMULATED_{name}={value}" for name, value in zip(names, only, strict=True)]
+    return compiled(target, HERE / "emulate.cpp", *options)
+
+
+class _Shape(ctypes.Structure):  # csrc/block.h
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "in_channels", "hidden_channels")),
+        *((name, ctypes.c_int64) for name in ("out_channels", "stride")),
+        ("expand", ctypes.c_int8),
+        ("residual", ctypes.c_bool),
+        ("image_height", ctypes.c_int64),
+        ("image_width", ctypes.c_int64),
+    ]
+
+
+class _Plan(ctypes.Structure):  # csrc/cuda/plan.h
+    _fields_ = [
+        (field.name, {"int": ctypes.c_int64, "float": ctypes.c_double}[field.type]) for field in fields(CudaPlan)
+    ]
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
+
+
+def _buffer(t: Tensor | None) -> _Buffer:
+    """A tensor's memory, from its first element to its last, gaps included."""
+    if t is None:
+        return _Buffer(None, 0)
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return _Buffer(t.data_ptr(), (last + 1) * t.itemsize)
+
+
+def emulated_inverted_residual(
+    library: ctypes.CDLL,  # of one precision
+    x: Tensor,  # [N, C_in, H, W]
+    packed: PackedWeights,  # for backend "cuda" and x's dtype
+    spec: BlockSpec,
+    plan: CudaPlan,
+    seed: int = 0,
+) -> Tensor:  # [N, C_out, H', W']
+    """The block as the CUDA kernel computes it.
+
+    Raises RuntimeError where a thread does what a GPU must not be asked to do. ``seed`` decides the threads' order.
+    """
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    n, _, height, width = x.shape
+    out_height, out_width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
+    nan = float("nan")
+    y = torch.full((n, out_height, out_width, spec.out_channels), nan, dtype=x.dtype)
+    partial = torch.full((plan.splits, *y.shape), nan) if plan.splits > 1 else None
+    shape = _Shape(
+        n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels, spec.stride,
+        int(spec.expand), spec.residual,
+    )  # fmt: skip
+    tensors = (x, *packed, y, partial)
+    buffers = (_Buffer * len(tensors))(*map(_buffer, tensors))
+    strides = (ctypes.c_int64 * 3)(x.stride(0), x.stride(2), x.stride(3))
+
+    def in_vectors(t: Tensor, *elements: int) -> bool:
+        return t.data_ptr() % 16 == 0 and all(n * t.itemsize % 16 == 0 for n in elements)
+
+    library.emulate.restype = ctypes.c_char_p
+    error = library.emulate(
+        ctypes.byref(shape),
+        ctypes.byref(_Plan(*astuple(plan))),
+        buffers,
+        strides,
+        ctypes.c_bool(in_vectors(x, spec.in_channels, *strides)),
+        ctypes.c_bool(in_vectors(y, spec.out_channels)),
+        ctypes.c_uint64(seed),
+    )
+    if error is not None:
+        raise RuntimeError(error.decode())
+    return y.permute(0, 3, 1, 2)

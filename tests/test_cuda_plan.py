@@ -1,0 +1,130 @@
+"""The CUDA kernel's planner: pure, so that every generation of GPUs is planned for on any machine."""
+
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnv2_fused import BlockSpec, cuda_plan
+from mnv2_fused.gpus import GPUS, H200
+from mnv2_fused.testing import mobilenet_v2_blocks
+
+KINDS = {"float16": {}, "bfloat16": {"dtype": torch.bfloat16}, "float32": {"dtype": torch.float32}}
+KINDS["tf32"] = {"dtype": torch.float32, "tf32": True}
+SPEC = BlockSpec(64, 384, 64, residual=True)
+SHAPE = (8, 64, 14, 14)
+BLOCKS = [b for size in (224, 96, (1088, 1920)) for b in mobilenet_v2_blocks(size)]
+
+
+def takes(gpu, kind):
+    return gpu.capability >= 80 or kind in ("float16", "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_every_block_fits_every_generation(gpu, kind):
+    for spec, size in BLOCKS:
+        for batch in (1, 256):
+            shape = (batch, spec.in_channels, *size)
+            if not takes(gpu, kind) and kind == "bfloat16":
+                with pytest.raises(ValueError, match=r"needs compute capability 8.0, this GPU has 7.5; use"):
+                    cuda_plan(spec, shape, gpu=gpu, **KINDS[kind])
+                continue
+            p = cuda_plan(spec, shape, gpu=gpu, **KINDS[kind])
+            height, width = ((n - 1) // spec.stride + 1 for n in size)
+            assert p.shared_bytes <= gpu.shared_per_block
+            assert p.resident * (p.shared_bytes + 1024) <= gpu.shared_per_processor or p.resident == 1
+            assert p.resident * p.warps * 32 <= gpu.threads_per_processor
+            strips = p.images * -(-p.tile_rows // p.strip_rows) * p.tile_cols
+            assert 8 * (p.warps - 1) < strips <= 8 * p.warps
+            assert p.out_panels * p.out_blocks * 16 >= spec.out_channels
+            assert p.splits * p.group < spec.hidden_channels + p.group
+            tiles = -(-batch // p.images) * -(-height // p.tile_rows) * -(-width // p.tile_cols)
+            assert p.thread_blocks == tiles * p.splits * p.out_blocks
+            assert p.images == 1 or (p.tile_rows >= height and p.tile_cols >= width)
+            assert p.partial_bytes == (4 * p.splits * batch * spec.out_channels * height * width if p.splits > 1 else 0)
+            assert p.recompute >= 1 or spec.stride == 2
+            assert p.seconds > p.bytes / gpu.copy_bytes
+
+
+def test_registers_of_a_processor_suffice():
+    """65536, of which a warp's lanes have at most 255 each: 8 warps at least, whatever the variant."""
+    for spec, size in BLOCKS:
+        p = cuda_plan(spec, (256, spec.in_channels, *size))
+        sums = 32 * p.warps * p.resident * p.out_panels * p.strip_rows // 2 * 8
+        assert sums < 65536 * 0.7, p
+
+
+def test_forced_plans():
+    automatic = cuda_plan(SPEC, SHAPE)
+    assert cuda_plan(SPEC, SHAPE, forced=automatic.forced()) == automatic
+    p = cuda_plan(SPEC, SHAPE, forced=[1, 7, 5, 2, 48, 3])
+    assert p.forced() == [1, 7, 5, 2, 48, 3]
+    assert (p.warps, p.splits, p.thread_blocks) == (-(-4 * 5 // 8), 3, 8 * 2 * 3 * 3)
+    with pytest.raises(FrozenInstanceError):
+        p.group = 1
+    assert "tile 7x5" in str(p) and "splits 3" in str(p)
+
+
+@pytest.mark.parametrize(
+    ("forced", "message"),
+    [
+        ([1, 7, 7, 2, 48], r"must be \[images, .*splits\], got 5 values"),
+        ([9, 14, 14, 4, 48, 1], r"images must be 1 to the batch of 8, got 9"),
+        ([2, 7, 7, 2, 48, 1], r"several images need a tile of the whole image, got 7x7"),
+        ([1, 0, 7, 2, 48, 1], r"tile_rows must be 1 to 14, got 0"),
+        ([1, 7, 15, 2, 48, 1], r"tile_cols must be 1 to 14, got 15"),
+        ([1, 7, 7, 3, 48, 1], r"no kernel is compiled for strip_rows 3"),
+        ([1, 7, 7, 2, 40, 1], r"group must be a multiple of 16, got 40"),
+        ([1, 7, 7, 2, 0, 1], r"group must be a multiple of 16, got 0"),
+        ([1, 7, 7, 2, 400, 1], r"group must be 1 to 384, got 400"),
+        ([1, 7, 7, 2, 48, 9], r"splits must be 1 to 8, got 9"),
+        ([1, 7, 7, 2, 48, 5], r"splits of 5 leave one without any of the 8 groups"),
+        ([1, 14, 14, 2, 48, 1], r"at most 56 strips of 2 rows, got 98; choose a smaller tile"),
+        ([1, 8, 14, 4, 384, 1], r"bytes of shared memory, a thread block of this GPU has 232448; choose"),
+    ],
+)
+def test_a_bad_plan_names_the_value_and_the_limit(forced, message):
+    with pytest.raises(ValueError, match=message):
+        cuda_plan(SPEC, SHAPE, forced=forced)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "options", "message"),
+    [
+        (BlockSpec(8, 40000, 8), (1, 8, 4, 4), {}, r"at most 2\^15 channels, got 40000; use backend='eager'"),
+        (BlockSpec(8, 8, 8), (2**18, 8, 64, 128), {}, r"at most 2\^30 output pixels, .* split the batch"),
+        (BlockSpec(20000, 16, 16), (1, 20000, 4, 4), {}, r"no tile of 20000 -> 16 -> 16 channels fits into the 232448"),
+        (SPEC, (1, 64, 8, 8), {"dtype": torch.float64}, r"takes float32, float16 and bfloat16, got torch.float64"),
+        (SPEC, (1, 63, 8, 8), {}, r"input_shape has 63 channels, the block takes 64"),
+        (SPEC, (64, 8, 8), {}, r"input_shape must be \(N, C_in, H, W\)"),
+    ],
+)
+def test_what_no_kernel_takes(spec, shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        cuda_plan(spec, shape, **options)
+
+
+def test_small_batches_fill_the_processors():
+    """One image of 14x14 and 384 channels is one tile, yet most processors of an H200 get a part of it."""
+    p = cuda_plan(SPEC, (1, 64, 14, 14))
+    assert p.splits > 1 and p.thread_blocks >= H200.processors / 2
+
+
+def test_more_work_takes_longer():
+    seconds = [cuda_plan(SPEC, (n, 64, 14, 14)).seconds for n in (1, 32, 256, 1024)]
+    assert seconds == sorted(seconds) and seconds[-1] > 2 * seconds[-2]
+    slow = H200._replace(clock=H200.clock / 2, copy_bytes=H200.copy_bytes / 2)
+    assert cuda_plan(SPEC, (256, 64, 14, 14), gpu=slow).seconds > 1.5 * seconds[2]
+
+
+def test_the_notes_are_of_this_planner():
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    if not benchmarks.is_dir():
+        pytest.skip("needs the source tree")
+    sys.path.insert(0, str(benchmarks))
+    from cuda_prediction import NOTES, notes
+
+    assert NOTES.read_text() == notes(NOTES.read_text()), "run: python benchmarks/cuda_prediction.py"
