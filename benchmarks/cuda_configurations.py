@@ -1,0 +1,143 @@
+"""Compiles the CUDA kernels for GPUs that need not be here, and looks at the machine code.
+
+``python benchmarks/cuda_configurations.py`` writes ``benchmarks/results/cuda-configurations.md``: registers, spills and
+tensor-core instructions of every kernel on every architecture. Needs nvcc, and Triton for its disassembler; no GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch.utils.cpp_extension import CUDA_HOME
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+RESULTS = Path(__file__).parent / "results" / "cuda-configurations.md"
+# What setup.py builds for; 9.0 as 9.0a, which may have instructions of its own.
+ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
+PRECISIONS = ("half", "bfloat16", "tf32", "float32")
+# bfloat16 and TF32 products came with 8.0; for 7.5 nothing of them is ever launched.
+PAIRS = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if a != "75" or p in ("half", "float32")]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation, for one architecture."""
+
+    stride: int
+    strip_rows: int
+    out_channels: int  # that its sums have room for
+    registers: int
+    stack: int
+    spilled: int  # bytes stored and loaded
+    products: int  # tensor-core instructions
+    wide_loads: int  # 16 bytes from global memory to shared memory or registers
+    wide_stores: int  # 16 bytes to global memory
+    local: int  # instructions on local memory
+    instructions: int
+
+
+def nvcc() -> str | None:
+    """The compiler, if there is one."""
+    found = Path(CUDA_HOME or "/nowhere") / "bin" / "nvcc"
+    return str(found) if found.exists() else None
+
+
+@cache
+def compiler() -> str:
+    """Its version."""
+    text = subprocess.run([nvcc() or "nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return "nvcc " + re.findall(r"V([\d.]+)", text)[0]
+
+
+def _disassembler() -> str:
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None, "needs triton: pip install triton"
+    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def compile_for(architecture: str, precision: str) -> list[Kernel]:
+    """Every kernel of a precision; raises CalledProcessError when the compiler does."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-arch=sm_{architecture}"]
+        command += ["-cubin", "-o", str(cubin), str(SOURCES / f"launch_{precision}.cu")]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        dump = [_disassembler(), "-sass", str(cubin)]
+        code = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
+    found = []
+    pattern = r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+    for name, stack, stores, loads, registers in re.findall(pattern + r"Used (\d+) registers", report, re.DOTALL):
+        if "inverted_residual_kernel" not in name:
+            continue
+        stride, tiles, panels = map(int, re.findall(r"Li(\d+)E", name)[-3:])
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", bodies[name], re.MULTILINE)
+
+        def count(regex: str, lines: list[str] = lines) -> int:
+            return sum(re.search(regex, line) is not None for line in lines)
+
+        numbers = {
+            "products": count(r"\bHMMA\b"),
+            "wide_loads": count(r"\b(LDG|LDGSTS)\.\S*128"),
+            "wide_stores": count(r"\bSTG\.\S*128"),
+            "local": count(r"\b(LDL|STL)\b"),
+            "instructions": len(lines),
+        }
+        spilled = int(stores) + int(loads)
+        found.append(Kernel(stride, 2 * tiles, 16 * panels, int(registers), int(stack), spilled, **numbers))
+    return sorted(found, key=lambda k: (k.strip_rows, k.out_channels, k.stride))
+
+
+@cache
+def compiled() -> dict[tuple[str, str], list[Kernel]]:
+    """Of every architecture and precision, as many at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(PAIRS, pool.map(lambda pair: compile_for(*pair), PAIRS), strict=True))
+
+
+def digest() -> str:
+    """Of the sources."""
+    files = [SOURCES.parent / "block.h", *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]
+    text = "".join(re.sub(r"//.*", "", f.read_text()) for f in files)
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def table() -> str:
+    """The file."""
+    kernels = compiled()
+    lines = [
+        "# The CUDA kernels, compiled",
+        "",
+        "Made by `python benchmarks/cuda_configurations.py` with no GPU: what `ptxas` and the disassembly say of each",
+        "kernel. Strip rows, outputs: what a warp's sums have room for. Cells: registers a lane / tensor-core",
+        "instructions / 16-byte loads from and stores to global memory. No kernel spills a register or uses local",
+        f"memory. Not a measurement of speed. {compiler()}, sources {digest()}.",
+        "",
+        f"{sum(map(len, kernels.values()))} kernels, {max(len(k) for k in kernels.values())} at most of one precision.",
+    ]
+    for precision in PRECISIONS:
+        columns = [a for a, p in PAIRS if p == precision]
+        heads = ["strip rows, outputs, stride", *("sm_" + a for a in columns)]
+        lines += ["", f"## {precision}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        for row in zip(*(kernels[a, precision] for a in columns), strict=True):
+            first = row[0]
+            cells = [f"{k.registers} / {k.products} / {k.wide_loads}, {k.wide_stores}" for k in row]
+            assert not any(k.spilled or k.local for k in row), row
+            lines.append(f"| {first.strip_rows}, {first.out_channels}, {first.stride} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if nvcc() is None:
+        sys.exit("needs nvcc: install the CUDA toolkit, or point CUDA_HOME at it")
+    RESULTS.write_text(table())
