@@ -2,6 +2,7 @@
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make chain  the layers one by one, straight on the kernels
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
+# make gpu-profile OUT=folder  there, too: what bounds the CUDA kernel in its three slowest blocks, by Nsight Compute
 # make gpu-sanitize   there, too: NVIDIA's memcheck, racecheck and synccheck over the CUDA kernel's tests
 # make test   the whole test suite, under the pinned torch and under a newer one
 # Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed. Where a CUDA
@@ -22,7 +23,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
 
-.PHONY: demo test test-pinned test-next bench gpu-report gpu-sanitize chain lint format clean
+.PHONY: demo test test-pinned test-next bench gpu-report gpu-profile gpu-sanitize chain lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -51,6 +52,10 @@ gpu-report:
 	$$python benchmarks/gpu_report.py --output $(OUT)
 
 # Python as it is: torch and the extension, built in place, have to be there, as after make gpu-report.
+gpu-profile:
+	$(if $(OUT),,$(error say where to write: make gpu-profile OUT=folder))
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_profile.py --output $(OUT)
+
 gpu-sanitize:
 	for tool in memcheck racecheck synccheck; do \
 	  PYTHONPATH=. MNV2_FUSED_FUZZ=10 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -x \
