@@ -6,7 +6,6 @@ tensor-core instructions of every kernel on every architecture. Needs nvcc, and 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -105,13 +104,6 @@ def compiled() -> dict[tuple[str, str], list[Kernel]]:
         return dict(zip(PAIRS, pool.map(lambda pair: compile_for(*pair), PAIRS), strict=True))
 
 
-def digest() -> str:
-    """Of the sources."""
-    files = [SOURCES.parent / "block.h", *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]
-    text = "".join(re.sub(r"//.*", "", f.read_text()) for f in files)
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
-
-
 def table() -> str:
     """The file."""
     kernels = compiled()
@@ -121,7 +113,7 @@ def table() -> str:
         "Made by `python benchmarks/cuda_configurations.py` with no GPU: what `ptxas` and the disassembly say of each",
         "kernel. Strip rows, outputs: what a warp's sums have room for. Cells: registers a lane / tensor-core",
         "instructions / 16-byte loads from and stores to global memory. No kernel spills a register or uses local",
-        f"memory. Not a measurement of speed. {compiler()}, sources {digest()}.",
+        f"memory. Not a measurement of speed. {compiler()}.",
         "",
         f"{sum(map(len, kernels.values()))} kernels, {max(len(k) for k in kernels.values())} at most of one precision.",
     ]

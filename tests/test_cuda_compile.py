@@ -11,7 +11,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-from cuda_configurations import PAIRS, RESULTS, compiled, compiler, digest, nvcc, table  # noqa: E402
+from cuda_configurations import PAIRS, RESULTS, compiled, compiler, nvcc, table  # noqa: E402
 
 if nvcc() is None:
     pytest.skip("needs nvcc", allow_module_level=True)
@@ -34,5 +34,4 @@ def test_the_table_is_of_these_kernels():
     text = RESULTS.read_text()
     if compiler() not in text:
         pytest.skip("made with another nvcc")
-    assert f"sources {digest()}." in text, "run: python benchmarks/cuda_configurations.py"
-    assert text == table()
+    assert text == table(), "run: python benchmarks/cuda_configurations.py"

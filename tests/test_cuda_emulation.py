@@ -291,21 +291,34 @@ SPECS = [
     BlockSpec(24, 40, 32),
 ]
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
-BLOCKS = list(enumerate(mobilenet_v2_blocks(48)))
+
+
+def by_block(resolution):
+    blocks = list(enumerate(mobilenet_v2_blocks(resolution)))
+    ids = [f"{i}: {spec} at {size[0]}" for i, (spec, size) in blocks]
+    return pytest.mark.parametrize(("i", "spec", "size"), [(i, *block) for i, block in blocks], ids=ids)
 
 
 @by_precision
-@pytest.mark.parametrize(
-    ("i", "spec", "size"), [(i, *b) for i, b in BLOCKS], ids=[f"{i}: {b[0]} at {b[1][0]}" for i, b in BLOCKS]
-)
-def test_mobilenet_v2(kernels, i, spec, size, precision):
-    """Each block as the planner has it, and with splits, and either tiles that don't fit or several images a tile."""
-    x = input_of(spec, 2, size, precision)
-    weights = random_weights(spec)
+@by_block(224)
+def test_mobilenet_v2_at_224(kernels, i, spec, size, precision):
+    """As the planner has it for one image, and a part of what it has for many."""
+    x, weights = input_of(spec, 1, size, precision), random_weights(spec)
     check(kernels, x, weights, spec, precision)
+    many = cuda_plan(spec, (256, *x.shape[1:]), dtype=x.dtype, tf32=precision == "tf32")
+    x = input_of(spec, min(many.images, 2), size, precision)
+    names = "images", "tile_rows", "tile_cols", "strip_rows", "group", "splits"
+    check(kernels, x, weights, spec, precision, **dict(zip(names, many.forced(), strict=True)))
+
+
+@by_precision
+@by_block(48)
+def test_mobilenet_v2_at_48(kernels, i, spec, size, precision):
+    """With splits, and either tiles that don't fit or several images a tile."""
     splits = min(1 + i % 3, -(-spec.hidden_channels // 32))
     images = 2 if size[0] // spec.stride < 4 else 1
-    check(kernels, x, weights, spec, precision, tile_rows=3, tile_cols=5, images=images, group=32, splits=splits)
+    options = {"tile_rows": 3, "tile_cols": 5, "images": images, "group": 32, "splits": splits}
+    check(kernels, input_of(spec, 2, size, precision), random_weights(spec), spec, precision, **options)
 
 
 @st.composite

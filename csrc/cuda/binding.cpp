@@ -164,18 +164,11 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type, int device, MemoryFor
                               format);
 }
 
-bool in_vectors(const void* data, std::initializer_list<int64_t> elements, int64_t element) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % kAlignment == 0;
-  for (const int64_t n : elements) aligned = aligned && n * element % kAlignment == 0;
-  return aligned;
-}
-
 const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
 const float* floats(const Tensor* t) { return static_cast<const float*>(data(t)); }
 
 Args args_of(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
              const Weights& w, const Tensor& y, float* partial) {
-  const int64_t element = element_size(precision);
   Args a = make_args(shape, plan, precision);
   a.x = x.const_data_ptr();
   a.x_image = x.stride(0);
@@ -189,8 +182,7 @@ Args args_of(const BlockShape& shape, Precision precision, const Plan& plan, con
   a.b_project = floats(w.b_project);
   a.y = y.mutable_data_ptr();
   a.partial = partial;
-  a.x_vectors = in_vectors(a.x, {shape.in_channels, a.x_image, a.x_row, a.x_col}, element);
-  a.y_vectors = in_vectors(a.y, {shape.out_channels}, element);
+  find_vectors(a, precision);
   return a;
 }
 

@@ -1,11 +1,13 @@
 // Host side of a call: what the kernel is told, and its launch. No CUDA headers.
 #pragma once
 
+#include <initializer_list>
+
 #include "kernel.h"
 
 namespace mnv2_fused::cuda {
 
-// Everything but pointers, strides and whether they are aligned.
+// Everything but pointers and strides, and what find_vectors finds of them.
 inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
   Args a{};
   a.batch = int32_t(s.batch);
@@ -33,6 +35,17 @@ inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
                     p.images, p.tile_rows, p.tile_cols, a.group_panels, s.height, s.width);
   a.residual = s.residual;
   return a;
+}
+
+// Whether pixels of x and y come in aligned 16 bytes, once pointers and strides are known.
+inline void find_vectors(Args& a, Precision precision) {
+  const auto whole = [&](const void* data, std::initializer_list<int64_t> elements) {
+    bool found = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    for (const int64_t n : elements) found = found && n * element_size(precision) % 16 == 0;
+    return found;
+  };
+  a.x_vectors = whole(a.x, {a.in_channels, a.x_image, a.x_row, a.x_col});
+  a.y_vectors = whole(a.y, {a.out_channels});
 }
 
 // Threads of add_splits_kernel, each of four channels of a pixel.

@@ -39,7 +39,7 @@ struct Buffer {
 // Buffers: x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project; then y, partial.
 // Returns what is wrong with the kernel, or null.
 const char* emulate(const BlockShape* shape, const Plan* plan, const Buffer* buffers,
-                    const int64_t* x_strides, bool x_vectors, bool y_vectors, uint64_t seed) try {
+                    const int64_t* x_strides, uint64_t seed) try {
   Args args = make_args(*shape, *plan, kPrecision);
   args.x = buffers[0].data;
   args.x_image = x_strides[0], args.x_row = x_strides[1], args.x_col = x_strides[2];
@@ -51,7 +51,7 @@ const char* emulate(const BlockShape* shape, const Plan* plan, const Buffer* buf
   args.b_project = static_cast<const float*>(buffers[6].data);
   args.y = buffers[7].data;
   args.partial = static_cast<float*>(buffers[8].data);
-  args.x_vectors = x_vectors, args.y_vectors = y_vectors;
+  find_vectors(args, kPrecision);
 
   const auto memory = [&](bool adding) {
     std::vector<emulation::Range> ranges;

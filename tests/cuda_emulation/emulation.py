@@ -108,17 +108,12 @@ def emulated_inverted_residual(
     buffers = (_Buffer * len(tensors))(*map(_buffer, tensors))
     strides = (ctypes.c_int64 * 3)(x.stride(0), x.stride(2), x.stride(3))
 
-    def in_vectors(t: Tensor, *elements: int) -> bool:
-        return t.data_ptr() % 16 == 0 and all(n * t.itemsize % 16 == 0 for n in elements)
-
     library.emulate.restype = ctypes.c_char_p
     error = library.emulate(
         ctypes.byref(shape),
         ctypes.byref(_Plan(*astuple(plan))),
         buffers,
         strides,
-        ctypes.c_bool(in_vectors(x, spec.in_channels, *strides)),
-        ctypes.c_bool(in_vectors(y, spec.out_channels)),
         ctypes.c_uint64(seed),
     )
     if error is not None:
