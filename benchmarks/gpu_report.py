@@ -143,7 +143,15 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     written = folder / "tests.txt"
     finished = True
     with written.open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            # What a shell runs in the background ignores SIGINT, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -22,7 +22,7 @@ if importlib.util.find_spec("triton") is None:
 @pytest.mark.parametrize(("architecture", "precision"), PAIRS, ids=[f"sm_{a}-{p}" for a, p in PAIRS])
 def test_kernels(architecture, precision):
     kernels = compiled()[architecture, precision]
-    assert len(kernels) >= 8
+    assert len(kernels) == (6 if precision == "float32" else 16)  # exact products have no registers for more
     for kernel in kernels:
         assert kernel.stack == kernel.spilled == kernel.local == 0, kernel
         assert (kernel.products > 0) == (precision != "float32"), kernel

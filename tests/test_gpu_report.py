@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -398,8 +399,13 @@ def test_tests_are_counted(other_tests):
     assert found["bad"] == ["tests/test_triton.py::test_c"]
 
 
-def test_tests_that_take_too_long_are_interrupted(other_tests):
-    found = other_tests("def test_a(): pass", "import time\ndef test_b(): time.sleep(100)", seconds=20)
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_tests_that_take_too_long_are_interrupted(other_tests, handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        found = other_tests("def test_a(): pass", "import time\ndef test_b(): time.sleep(100)", seconds=12)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not found["finished"] and not found["ok"] and found["passed"] == 1
 
 
