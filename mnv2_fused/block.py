@@ -195,7 +195,8 @@ def inverted_residual(
     call: pass ``mnv2_fused.pack(weights)`` for repeated calls, or use :class:`FusedInvertedResidual`.
 
     On a GPU float16, bfloat16 and float32 compute in their own precision (float32 rounds its products to TF32 where
-    ``torch.backends.cudnn.allow_tf32``, as convolutions do), with sums and the depthwise stage in float32.
+    ``torch.backends.cudnn.allow_tf32``, as convolutions do), with sums in float32; the CUDA kernel rounds the taps of
+    the depthwise to half precision with the rest, Triton's keeps them in float32.
 
     ``plan`` forces the tiling (see :func:`mnv2_fused.plan`, :func:`mnv2_fused.cuda_plan` and
     :func:`mnv2_fused.triton_plan`). Raises ValueError for shapes, strides or plans out of range, and weights packed for
