@@ -57,9 +57,21 @@ void for_tasks(int64_t tasks, int64_t workers, F f) {
 
 }  // namespace
 
-Activation activation_of(const Tensor& x) {
+ActivationView activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
 }
+
+namespace {
+void check(const BlockShape& s, const Sizes& x, std::string why = "") {
+  if (why.empty()) why = unsupported(s);
+  if (why.empty() && !(s.kernel == 3 && s.dilation == 1 && s.activation == Activation::kRelu6 &&
+                       s.pad_left == 1 && s.pad_right == 1 && s.pad_top == 1 && s.pad_bottom == 1 &&
+                       s.out_activation == Activation::kIdentity && s.squeeze_channels == 0))
+    why = "the CPU kernel does not take this block yet";
+  if (!why.empty())
+    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
+}
+}  // namespace
 
 BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expand, int64_t stride,
                        bool residual) {
@@ -71,18 +83,17 @@ BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expan
     s.height = (x[2] - 1) / kStemStride + 1;
     s.width = (x[3] - 1) / kStemStride + 1;
   }
-  std::string why = unsupported(s);
-  if (stem && (x[2] < 1 || x[3] < 1)) why = "height and width must be at least 1";
-  if (!why.empty())
-    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
+  check(s, x, stem && (x[2] < 1 || x[3] < 1) ? "height and width must be at least 1" : "");
   return s;
 }
 
 template <class S>
-BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual) {
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
+                       const Options& options) {
   for (const Tensor* t : {w.w_expand, w.w_project})
     if (t) check_dtype<S, S>(*t);
-  for (const Tensor* t : {w.b_expand, w.w_depthwise, w.b_depthwise, w.b_project})
+  for (const Tensor* t : {w.b_expand, w.w_depthwise, w.b_depthwise, w.b_project, w.w_squeeze,
+                          w.b_squeeze, w.w_excite, w.b_excite})
     if (t) check_dtype<S, Compute<S>>(*t);
   if (w.w_project->dim() != kProductDims<S> || w.b_project->dim() != 1)
     fail("w_project must be ", product_layout<S>("C_out/16", "E"), " and b_project [C_out], got ",
@@ -98,18 +109,33 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bo
   // Packed pairs do not tell an odd number from the next.
   const bool fits = w.w_expand ? round_up(x[1], depth<S>) == takes : x[1] == takes;
   if (!fits) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
-  const BlockShape s =
-      block_shape(x, hidden, w.b_project->size(0), w.w_expand ? Expand::kPointwise : Expand::kNone,
-                  stride, residual);
+  BlockShape s{x[0],    x[2],
+               x[3],    x[1],
+               hidden,  w.b_project->size(0),
+               stride,  w.w_expand ? Expand::kPointwise : Expand::kNone,
+               residual};
+  set_options(s, options, *w.w_depthwise);
+  if (w.w_excite) {
+    if (w.w_excite->dim() != 3 || w.w_excite->size(1) < 1)
+      fail("w_excite must be [E/16, S, 16], got ", to_string(*w.w_excite));
+    s.squeeze_channels = w.w_excite->size(1);
+  }
+  check(s, x);
   const int64_t panels = s.hidden_panels();
   if (w.w_expand) {
     check_product<S>("w_expand", *w.w_expand, panels, s.in_channels);
     check_sizes("b_expand", *w.b_expand, {panels * kPanel});
   }
-  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
+  check_sizes("w_depthwise", *w.w_depthwise, {panels, s.taps(), kPanel});
   check_sizes("b_depthwise", *w.b_depthwise, {panels * kPanel});
   check_product<S>("w_project", *w.w_project, ceil_div(s.out_channels, kPanel), s.hidden_channels);
   check_sizes("b_project", *w.b_project, {s.out_channels});
+  if (w.w_excite) {
+    check_sizes("w_squeeze", *w.w_squeeze, {s.squeeze_panels(), hidden, kPanel});
+    check_sizes("b_squeeze", *w.b_squeeze, {s.squeeze_panels() * kPanel});
+    check_sizes("w_excite", *w.w_excite, {panels, s.squeeze_channels, kPanel});
+    check_sizes("b_excite", *w.b_excite, {panels * kPanel});
+  }
   return s;
 }
 
@@ -149,7 +175,7 @@ int64_t scratch_bytes(const Plan& plan) {
 }
 
 template <class S>
-void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
+void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& x,
                const BlockPointers& w, S* y, void* scratch, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
@@ -182,7 +208,7 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
 }
 
 template <class S>
-void run_pointwise(const PointwiseShape& shape, const Activation& x, const void* weight,
+void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const void* weight,
                    const void* bias, S* y, Compute<S>* sums, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
@@ -207,12 +233,13 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const void*
             [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
 }
 
-#define MNV2_INSTANTIATE(S)                                                             \
-  template Machine current_machine<S>();                                                \
-  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool); \
-  template void run_block<S>(const BlockShape&, const Plan&, const Activation&,         \
-                             const BlockPointers&, S*, void*, Next);                    \
-  template void run_pointwise<S>(const PointwiseShape&, const Activation&, const void*, \
+#define MNV2_INSTANTIATE(S)                                                                 \
+  template Machine current_machine<S>();                                                    \
+  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool,      \
+                                     const Options&);                                       \
+  template void run_block<S>(const BlockShape&, const Plan&, const ActivationView&,         \
+                             const BlockPointers&, S*, void*, Next);                        \
+  template void run_pointwise<S>(const PointwiseShape&, const ActivationView&, const void*, \
                                  const void*, S*, Compute<S>*, Next);
 MNV2_INSTANTIATE(float)
 MNV2_INSTANTIATE(double)

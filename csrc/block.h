@@ -40,7 +40,13 @@ constexpr int64_t kStemStride = 2;
 // What makes the expanded tensor: the input itself (t = 1), a 1x1 convolution, or the network's stem.
 enum class Expand : int8_t { kNone, kPointwise, kStem };
 
-// Expand -> 3x3 depthwise, padding 1 -> 1x1 project (+ x when residual).
+// In the order of block.py's ACTIVATIONS and GATES, which are what the op takes.
+enum class Activation : int8_t { kRelu6, kRelu, kIdentity, kHardswish, kSilu };
+constexpr int64_t kActivations = 5;
+enum class Gate : int8_t { kHardsigmoid, kSigmoid };
+constexpr int64_t kGates = 2;
+
+// Expand -> depthwise (-> squeeze-and-excite) -> 1x1 project (+ x when residual).
 struct BlockShape {
   int64_t batch, height, width;  // of the expanded tensor
   int64_t in_channels, hidden_channels, out_channels;
@@ -48,10 +54,22 @@ struct BlockShape {
   Expand expand;
   bool residual;
   int64_t image_height = 0, image_width = 0;  // of x, which a stem shrinks
+  // Of the depthwise convolution, too. Zeros lie around the expanded tensor.
+  int64_t kernel = 3, dilation = 1;
+  int64_t pad_left = 1, pad_right = 1, pad_top = 1, pad_bottom = 1;
+  Activation activation = Activation::kRelu6;  // of the expansion and the depthwise convolution
+  Activation out_activation = Activation::kIdentity;
+  int64_t squeeze_channels = 0;  // of a squeeze-and-excite; 0 without one
+  Activation squeeze_activation = Activation::kRelu;
+  Gate gate = Gate::kHardsigmoid;
 
-  int64_t out_height() const { return (height - 1) / stride + 1; }
-  int64_t out_width() const { return (width - 1) / stride + 1; }
+  // Rows, and columns, that the depthwise kernel spans.
+  int64_t extent() const { return dilation * (kernel - 1) + 1; }
+  int64_t taps() const { return kernel * kernel; }
+  int64_t out_height() const { return (height + pad_top + pad_bottom - extent()) / stride + 1; }
+  int64_t out_width() const { return (width + pad_left + pad_right - extent()) / stride + 1; }
   int64_t hidden_panels() const { return ceil_div(hidden_channels, kPanel); }
+  int64_t squeeze_panels() const { return ceil_div(squeeze_channels, kPanel); }
   int64_t out_elements() const { return batch * out_height() * out_width() * out_channels; }
   // Products that one expanded element sums.
   int64_t expand_terms(int64_t depth = 1) const {

@@ -53,27 +53,36 @@ Tensor dispatch(const char* op, ScalarType x, ScalarType weights, F f) {
   }
 }
 
+const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
 
-Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in, H, W]
-                             const std::optional<Tensor>& w_expand,  // [E/16, C_in, 16]
-                             const std::optional<Tensor>& b_expand,  // [E/16 * 16]
-                             const Tensor& w_depthwise,              // [E/16, 9, 16]
-                             const Tensor& b_depthwise,              // [E/16 * 16]
-                             const Tensor& w_project,                // [C_out/16, E, 16]
-                             const Tensor& b_project,                // [C_out]
-                             int64_t stride, bool residual, IntHeaderOnlyArrayRef forced) {
+Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_in, H, W]
+                             const std::optional<Tensor>& w_expand,   // [E/16, C_in, 16]
+                             const std::optional<Tensor>& b_expand,   // [E/16 * 16]
+                             const Tensor& w_depthwise,               // [E/16, 9, 16]
+                             const Tensor& b_depthwise,               // [E/16 * 16]
+                             const Tensor& w_project,                 // [C_out/16, E, 16]
+                             const Tensor& b_project,                 // [C_out]
+                             const std::optional<Tensor>& w_squeeze,  // [S/16, E, 16]
+                             const std::optional<Tensor>& b_squeeze,  // [S/16 * 16]
+                             const std::optional<Tensor>& w_excite,   // [E/16, S, 16]
+                             const std::optional<Tensor>& b_excite,   // [E/16 * 16]
+                             int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
+                             int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
+                             int64_t out_activation, int64_t squeeze_activation, int64_t gate) {
   const ScalarType type = x.scalar_type();
   return dispatch("inverted_residual", type, w_project.scalar_type(), [&]<class S>(S) {
     if (w_expand.has_value() != b_expand.has_value())
       fail("w_expand and b_expand must both be given or both be None");
-    const BlockTensors w{w_expand ? &*w_expand : nullptr,
-                         b_expand ? &*b_expand : nullptr,
-                         &w_depthwise,
-                         &b_depthwise,
-                         &w_project,
-                         &b_project};
-    const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual);
+    for (const auto* t : {&b_squeeze, &w_excite, &b_excite})
+      if (t->has_value() != w_squeeze.has_value())
+        fail("w_squeeze, b_squeeze, w_excite and b_excite must all be given or all be None");
+    const BlockTensors w{pointer(w_expand),  pointer(b_expand),  &w_depthwise,
+                         &b_depthwise,       &w_project,         &b_project,
+                         pointer(w_squeeze), pointer(b_squeeze), pointer(w_excite),
+                         pointer(b_excite)};
+    const Options options{dilation, padding, activation, out_activation, squeeze_activation, gate};
+    const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual, options);
     const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
     const bool channels_last = is_channels_last(x);
     if (shape.batch == 0) return empty(y_sizes, type, channels_last);
@@ -91,7 +100,9 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
     const Tensor scratch = buffer(scratch_bytes(plan));
     const Tensor result = empty(y_sizes, kStored, true);
     const BlockPointers pointers{data(w.w_expand),    data(w.b_expand),  data(w.w_depthwise),
-                                 data(w.b_depthwise), data(w.w_project), data(w.b_project)};
+                                 data(w.b_depthwise), data(w.w_project), data(w.b_project),
+                                 data(w.w_squeeze),   data(w.b_squeeze), data(w.w_excite),
+                                 data(w.b_excite)};
     run_block(shape, plan, activation_of(source), pointers,
               static_cast<S*>(result.mutable_data_ptr()), scratch.mutable_data_ptr());
     if (type == kStored && channels_last) return result;
@@ -203,7 +214,7 @@ class Weights {
 };
 
 // One-pixel images as the pixels of one image.
-Activation as_pixels(const Activation& x) {
+ActivationView as_pixels(const ActivationView& x) {
   return {{1, x.sizes[1], x.sizes[0], 1}, {0, x.strides[1], x.strides[0], 0}, x.data};
 }
 
@@ -258,7 +269,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     Tensor source = type == kStored ? x : torch::stable::to(x, kStored);
     if (all[0].kind != kStemAndBlock) source = with_channels_together(source);
     const Tensor result = empty(sizes, kStored, true);
-    Activation in = activation_of(source);
+    ActivationView in = activation_of(source);
     for (size_t i = 0; i < all.size(); ++i) {
       const Layer& l = all[i];
       void* out = i % 2 ? first + between - bytes(l) : first;
@@ -288,7 +299,10 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
 // setting of torch that the stable ABI does not reach.
 #define MNV2_BLOCK_ARGUMENTS                                                                \
   "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor b_depthwise, " \
-  "Tensor w_project, Tensor b_project, int stride, bool residual, int[] plan=[]"
+  "Tensor w_project, Tensor b_project, Tensor? w_squeeze, Tensor? b_squeeze, "              \
+  "Tensor? w_excite, Tensor? b_excite, int stride, bool residual, int[] plan=[], "          \
+  "int dilation=1, int[] padding=[], int activation=0, int out_activation=2, "              \
+  "int squeeze_activation=1, int gate=0"
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS ") -> Tensor");

@@ -118,6 +118,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   return p;
 }
 
+// Past every image that has use for it; an extent stays far from 64 bits.
+constexpr int64_t kMostDilation = int64_t{1} << 16;
+
 // Calls f with the distinct part sizes that split `size` into equal parts: every count up to 8,
 // then ever fewer, down to parts of one.
 template <class F>
@@ -184,12 +187,30 @@ std::string unsupported(const BlockShape& s) {
   if (s.expand == Expand::kStem)
     if (const std::string why = too_large(s.batch, s.image_height, s.image_width, 1); !why.empty())
       return why;
+  if (s.kernel != 3 && s.kernel != 5) return text("kernel", s.kernel, "3 or 5");
+  if (s.dilation < 1 || s.dilation > kMostDilation)
+    return text("dilation", s.dilation, "1 to 2^16");
+  if (s.dilation > 1 && s.stride > 1)
+    return text("dilation", s.dilation, "1 where the depthwise convolution has stride 2");
+  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
+    if (pad < 0 || pad >= s.extent())
+      return "padding must be 0 to " + std::to_string(s.extent() - 1) + ", got " +
+             std::to_string(pad);
+  if (s.height + s.pad_top + s.pad_bottom < s.extent() ||
+      s.width + s.pad_left + s.pad_right < s.extent())
+    return "with its padding the image must reach the kernel's " + std::to_string(s.extent()) +
+           " rows and columns, got " + std::to_string(s.height) + " and " +
+           std::to_string(s.width) + " without";
+  if (s.residual && (s.out_height() != s.height || s.out_width() != s.width))
+    return "a residual needs padding that keeps the image's size";
+  if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
   if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
     return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
            std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
            std::to_string(s.out_channels);
-  return too_large(s.batch, s.height, s.width,
-                   std::max({s.in_channels, s.hidden_channels, s.out_channels}));
+  return too_large(
+      s.batch, s.height, s.width,
+      std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));
 }
 
 std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels) {

@@ -357,4 +357,5 @@ _library.impl(
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
 def _(x, sources, eps, stride, residual, cache, backend="cpu"):
-    return ops.empty_output(x, sources[-6].shape[0], stride)
+    size = ((n - 1) // stride + 1 for n in x.shape[2:])
+    return ops.empty_output(x, sources[-6].shape[0], tuple(size))

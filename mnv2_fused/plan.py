@@ -44,6 +44,19 @@ class Plan:
         return [self.tile_rows, self.tile_cols, self.group, self.splits]
 
 
+def shape_of(spec: BlockSpec, batch: int, height: int, width: int) -> tuple[int, ...]:
+    """What the planners in C++ take of a block and its input."""
+    from .block import ACTIVATIONS, GATES  # which imports this module
+
+    return (
+        *(batch, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
+        *(spec.stride, spec.expand, spec.residual, spec.kernel, spec.dilation),
+        *spec.padding_of(height, width),
+        *(ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation), spec.squeeze_channels),
+        *(ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)),
+    )
+
+
 def plan(
     spec: BlockSpec,
     input_shape: Sequence[int],  # [N, C_in, H, W]
@@ -77,8 +90,7 @@ def plan(
 
     def make(forced: list[int] | None) -> Plan:
         values = ops._C.plan(
-            *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
-            *(spec.stride, spec.expand, spec.residual),
+            *shape_of(spec, n, height, width),
             threads=threads or torch.get_num_threads(),
             dtype=str(stored).removeprefix("torch."),
             forced=forced,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -40,11 +41,13 @@ def _check_weights(x_dtype: torch.dtype, device: torch.device, packed: PackedWei
 
 
 @functools.lru_cache(maxsize=4096)
-def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, stride: int, residual: bool) -> BlockSpec:
+def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, *options: Any) -> BlockSpec:
     """The block that weights of these shapes are of; kept, since it takes longer than a launch."""
     meta = PackedWeights(*(None if s is None else torch.empty(s, device="meta") for s in shapes))
-    spec = BlockSpec.of(meta, stride, residual, x_shape[1])
-    check_input(torch.empty(x_shape, device="meta"), spec.in_channels)
+    spec = BlockSpec.of_op(meta, x_shape[1], *options)
+    check_input(torch.empty(x_shape, device="meta"), spec.in_channels, spec)
+    if (why := spec.beyond_mobilenet_v2) is not None:
+        raise RuntimeError(f"the Triton kernel has no {why}; use backend='eager'")
     return spec
 
 
@@ -56,12 +59,23 @@ def inverted_residual_triton(
     b_depthwise: Tensor,  # [E/16 * 16]
     w_project: Tensor,  # [C_out/16, E, 16]
     b_project: Tensor,  # [C_out]
+    w_squeeze: Tensor | None,  # [S/16, E, 16]
+    b_squeeze: Tensor | None,  # [S/16 * 16]
+    w_excite: Tensor | None,  # [E/16, S, 16]
+    b_excite: Tensor | None,  # [E/16 * 16]
     stride: int,
     residual: bool,
     plan: Sequence[int] = (),
+    dilation: int = 1,
+    padding: Sequence[int] = (),
+    activation: int = 0,
+    out_activation: int = 2,
+    squeeze_activation: int = 1,
+    gate: int = 0,
 ) -> Tensor:  # [N, C_out, H', W'], in x's memory format
     """The op. Raises ValueError or RuntimeError, naming value, limit and way out, for what the kernel cannot take."""
-    packed = PackedWeights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
+    products = w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project
+    packed = PackedWeights(*products, w_squeeze, b_squeeze, w_excite, b_excite)
     if x.dim() != 4:
         check_input(x, -1)
     if (why := unsupported(x.dtype)) is not None:
@@ -69,8 +83,9 @@ def inverted_residual_triton(
     if (w_expand is None) != (b_expand is None):
         raise RuntimeError("w_expand and b_expand must both be given or both be None")
     _check_weights(x.dtype, x.device, packed)
-    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual)
-    y = ops.empty_output(x, spec.out_channels, stride)
+    options = dilation, tuple(padding), activation, out_activation, squeeze_activation, gate
+    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual, *options)
+    y = ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
     if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together
         x = x.contiguous(memory_format=torch.channels_last)
     tf32 = x.dtype == torch.float32 and ops.tf32_allowed()
@@ -146,7 +161,7 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         inverted_residual_kernel[(triton.cdiv(patches, plan.patches), plan.splits, out_blocks)](
             x,
-            *(x if t is None else t for t in packed),  # without an expansion the kernel reads none
+            *(x if t is None else t for t in packed[:6]),  # without an expansion the kernel reads none
             partial,
             *(patches, height, width, out_height, out_width),
             *x_strides,
