@@ -37,7 +37,9 @@ class Plan:
         return (
             f"tile {self.tile_rows}x{self.tile_cols}, group {self.group}, splits {self.splits}, {self.tasks} tasks on "
             f"{self.workers} workers, scratch {self.scratch_bytes / 1024:.0f} KiB each, "
-            f"recompute {self.recompute:.3f}, {'keeps d, ' if self.keeps else ''}never written {self.bytes_never_written / 2**20:.2f} MiB"
+            f"recompute {self.recompute:.3f}, "
+            + "keeps d, " * self.keeps
+            + f"never written {self.bytes_never_written / 2**20:.2f} MiB"
         )
 
     def forced(self) -> list[int]:
