@@ -100,6 +100,20 @@ struct Strides {
 };
 
 double relu6(double v) { return std::fmin(std::fmax(v, 0.0), 6.0); }
+double activated(double v, Activation a) {
+  switch (a) {
+    case Activation::kRelu6:
+      return relu6(v);
+    case Activation::kRelu:
+      return std::fmax(v, 0.0);
+    case Activation::kHardswish:
+      return v * relu6(v + 3) / 6;
+    case Activation::kSilu:
+      return v / (1 + std::exp(-v));
+    default:
+      return v;
+  }
+}
 
 // Packed weights and biases, with something in the padding, too: no result may depend on it.
 template <class S, class T = Compute<S>>
@@ -111,7 +125,7 @@ struct Weights {
     const int64_t panels = s.hidden_panels();
     w_expand = uniform<S>(packed_elements<S>(s.hidden_channels, s.expand_terms(depth<S>)), -1, 1);
     b_expand = uniform<T>(panels * kPanel, -2, 8);
-    w_depthwise = uniform<T>(panels * 9 * kPanel, -1, 1);
+    w_depthwise = uniform<T>(panels * s.taps() * kPanel, -1, 1);
     b_depthwise = uniform<T>(panels * kPanel, -2, 2);
     w_project = uniform<S>(packed_elements<S>(s.out_channels, s.hidden_channels), -1, 1);
     b_project = uniform<T>(s.out_channels, -1, 1);
@@ -134,7 +148,34 @@ double expanded(const BlockArgs<S>& a, const S* x, int64_t h, int64_t w, int64_t
       sum += value(x[row * a.x_row + col * a.x_col + k * a.x_channel]) *
              weight(a.w_expand, s.expand_terms(depth<S>), c, tap * channels + k);
   }
-  return relu6(sum);
+  return activated(sum, s.activation);
+}
+
+// d[c][h][w] of image n, multiplied by its gate where there is one.
+template <class S>
+std::vector<double> depthwise(const BlockArgs<S>& a, int64_t n) {
+  const BlockShape& s = a.shape;
+  const int64_t oh = s.out_height(), ow = s.out_width();
+  const S* x = a.x + n * a.x_image;
+  std::vector<double> e(s.height * s.width), d(s.hidden_channels * oh * ow);
+  for (int64_t c = 0; c < s.hidden_channels; ++c) {
+    const double gate = a.gate ? a.gate[n * s.hidden_channels + c] : 1.0;
+    for (int64_t h = 0; h < s.height; ++h)
+      for (int64_t w = 0; w < s.width; ++w) e[h * s.width + w] = expanded(a, x, h, w, c);
+    for (int64_t h = 0; h < oh; ++h)
+      for (int64_t w = 0; w < ow; ++w) {
+        double sum = a.b_depthwise[c];
+        for (int64_t k = 0; k < s.taps(); ++k) {
+          const int64_t ih = h * s.stride + k / s.kernel * s.dilation - s.pad_top;
+          const int64_t iw = w * s.stride + k % s.kernel * s.dilation - s.pad_left;
+          if (ih < 0 || ih >= s.height || iw < 0 || iw >= s.width) continue;
+          sum += e[ih * s.width + iw] *
+                 double(a.w_depthwise[(c / kPanel * s.taps() + k) * kPanel + c % kPanel]);
+        }
+        d[(c * oh + h) * ow + w] = value(rounded<S>(activated(sum, s.activation) * gate));
+      }
+  }
+  return d;
 }
 
 template <class S>
@@ -142,31 +183,17 @@ std::vector<double> plain_loops(const BlockArgs<S>& a) {
   const BlockShape& s = a.shape;
   const int64_t oh = s.out_height(), ow = s.out_width();
   std::vector<double> y(s.batch * oh * ow * s.out_channels);
-  std::vector<double> e(s.height * s.width), d(s.hidden_channels * oh * ow);
   for (int64_t n = 0; n < s.batch; ++n) {
     const S* x = a.x + n * a.x_image;
-    for (int64_t c = 0; c < s.hidden_channels; ++c) {
-      const int64_t panel = c / kPanel, lane = c % kPanel;
-      for (int64_t h = 0; h < s.height; ++h)
-        for (int64_t w = 0; w < s.width; ++w) e[h * s.width + w] = expanded(a, x, h, w, c);
-      for (int64_t h = 0; h < oh; ++h)
-        for (int64_t w = 0; w < ow; ++w) {
-          double sum = a.b_depthwise[c];
-          for (int64_t k = 0; k < 9; ++k) {
-            const int64_t ih = h * s.stride + k / 3 - 1, iw = w * s.stride + k % 3 - 1;
-            if (ih < 0 || ih >= s.height || iw < 0 || iw >= s.width) continue;
-            sum += e[ih * s.width + iw] * double(a.w_depthwise[(panel * 9 + k) * kPanel + lane]);
-          }
-          d[(c * oh + h) * ow + w] = value(rounded<S>(relu6(sum)));
-        }
-    }
+    const std::vector<double> d = depthwise(a, n);
     for (int64_t h = 0; h < oh; ++h)
       for (int64_t w = 0; w < ow; ++w)
         for (int64_t o = 0; o < s.out_channels; ++o) {
           double sum = a.b_project[o];
-          if (s.residual) sum += value(x[h * a.x_row + w * a.x_col + o]);
           for (int64_t c = 0; c < s.hidden_channels; ++c)
             sum += d[(c * oh + h) * ow + w] * weight(a.w_project, s.hidden_channels, o, c);
+          sum = activated(sum, s.out_activation);
+          if (s.residual) sum += value(x[h * a.x_row + w * a.x_col + o]);
           y[((n * oh + h) * ow + w) * s.out_channels + o] = sum;
         }
   }
@@ -205,6 +232,42 @@ bool same(const std::vector<S>& y, const std::vector<double>& expected, double t
   return true;
 }
 
+// Kernel, dilation, padding and activations, of every kind.
+void choose_options(BlockShape& s) {
+  s.kernel = between(0, 1) ? 5 : 3;
+  s.dilation = s.stride == 1 ? between(1, 3) : 1;
+  const int64_t most = s.extent() - 1;
+  for (int64_t* pad : {&s.pad_left, &s.pad_right, &s.pad_top, &s.pad_bottom}) *pad = most / 2;
+  if (!s.residual && between(0, 1)) {
+    s.pad_left = between(std::max<int64_t>(0, s.extent() - s.width), most);
+    s.pad_top = between(std::max<int64_t>(0, s.extent() - s.height), most);
+    s.pad_right = between(0, most);
+    s.pad_bottom = between(0, most);
+  }
+  if (s.expand != Expand::kStem) s.activation = Activation(between(0, kActivations - 1));
+  s.out_activation = Activation(between(0, kActivations - 1));
+}
+
+// Sums of d as the first pass leaves them against those of plain loops.
+template <class S>
+bool same_sums(const BlockArgs<S>& a, const Plan& plan, double tolerance) {
+  const BlockShape& s = a.shape;
+  const int64_t pixels = s.out_height() * s.out_width(), hidden = s.hidden_panels() * kPanel;
+  const int64_t rows = s.out_height() * plan.tiles_across(s);
+  std::vector<Compute<S>> sums(s.batch * s.hidden_channels);
+  std::vector<double> expected(sums.size());
+  for (int64_t n = 0; n < s.batch; ++n) {
+    const std::vector<double> d = depthwise(a, n);
+    for (int64_t c = 0; c < s.hidden_channels; ++c) {
+      double total = 0;
+      for (int64_t r = 0; r < rows; ++r) total += a.pooled[(n * rows + r) * hidden + c];
+      sums[n * s.hidden_channels + c] = Compute<S>(total);
+      for (int64_t i = 0; i < pixels; ++i) expected[n * s.hidden_channels + c] += d[c * pixels + i];
+    }
+  }
+  return same(sums, expected, tolerance * double(pixels));
+}
+
 template <class S>
 bool check_block(const cpu::Isa& isa, double tolerance) {
   using T = Compute<S>;
@@ -224,7 +287,10 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   }
   s.out_channels = between(0, 1) ? s.in_channels : between(1, 90);
   s.residual = !stem && s.stride == 1 && s.out_channels == s.in_channels && between(0, 1);
-  if (stem) {  // odd and even sizes that come to the expanded ones
+  if (between(0, 1)) choose_options(s);
+  const bool squeezes = between(0, 2) == 0;
+  if (squeezes) s.squeeze_channels = 1;  // which no kernel here reads
+  if (stem) {                            // odd and even sizes that come to the expanded ones
     s.image_height = s.height * kStemStride - between(0, 1);
     s.image_width = s.width * kStemStride - between(0, 1);
   }
@@ -242,37 +308,56 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
     plan = make_plan(s, machine, between(1, s.out_height()), between(1, s.out_width()), group,
                      between(1, ceil_div(s.hidden_channels, group)));
   }
+  if (squeezes) plan.keeps = between(0, 1);
   std::vector<T> scratch(plan.scratch_bytes / sizeof(T));
   std::vector<T> partial(plan.partial_bytes / sizeof(T), nan);
-  const BlockArgs<S> args{s,
-                          x.data(),
-                          at.image,
-                          at.row,
-                          at.col,
-                          at.channel,
-                          s.expand == Expand::kNone ? nullptr : w.w_expand.data(),
-                          s.expand == Expand::kNone ? nullptr : w.b_expand.data(),
-                          w.w_depthwise.data(),
-                          w.b_depthwise.data(),
-                          w.w_project.data(),
-                          w.b_project.data(),
-                          y.data(),
-                          partial.data()};
-  for (int64_t task = 0; task < plan.tasks; ++task) {
-    std::fill(scratch.begin(), scratch.end(), nan);
-    kernels.run_tile(args, plan, task, scratch.data());
+  std::vector<S> kept(plan.kept_elements(s), rounded<S>(nan));
+  std::vector<T> pooled(plan.pooled_elements(s), nan);
+  const std::vector<T> gate = uniform<T>(s.batch * s.hidden_channels + kPanel, -1, 2);
+  BlockArgs<S> args{s,
+                    x.data(),
+                    at.image,
+                    at.row,
+                    at.col,
+                    at.channel,
+                    s.expand == Expand::kNone ? nullptr : w.w_expand.data(),
+                    s.expand == Expand::kNone ? nullptr : w.b_expand.data(),
+                    w.w_depthwise.data(),
+                    w.b_depthwise.data(),
+                    w.w_project.data(),
+                    w.b_project.data(),
+                    y.data(),
+                    partial.data()};
+  const auto run_tiles = [&] {
+    for (int64_t task = 0; task < plan.tasks; ++task) {
+      std::fill(scratch.begin(), scratch.end(), nan);
+      kernels.run_tile(args, plan, task, scratch.data());
+    }
+  };
+  bool good = true;
+  if (squeezes) {
+    args.kept = plan.keeps ? kept.data() : nullptr;
+    args.pooled = pooled.data();
+    args.pass = Pass::kPool;
+    run_tiles();
+    good = same_sums(args, plan, tolerance);
+    args.pass = Pass::kLast;
+    args.gate = gate.data();
   }
+  run_tiles();
   if (plan.splits > 1)
     for (int64_t row = 0; row < s.batch * s.out_height(); ++row) kernels.add_row(args, plan, row);
-  if (same(y, plain_loops(args), tolerance)) return true;
+  if (good && same(y, plain_loops(args), tolerance)) return true;
   std::printf(
       "%s: [%lld, %lld, %lld, %lld] of [%lld, %lld] -> %lld -> %lld, stride %lld, expand %d, "
-      "residual %d, tile %lld x %lld, group %lld, splits %lld\n",
+      "residual %d, kernel %lld, dilation %lld, activations %d and %d, squeeze %lld, keeps %d, "
+      "tile %lld x %lld, group %lld, splits %lld\n",
       isa.name, (long long)s.batch, (long long)s.in_channels, (long long)s.height,
       (long long)s.width, (long long)s.image_height, (long long)s.image_width,
       (long long)s.hidden_channels, (long long)s.out_channels, (long long)s.stride, int(s.expand),
-      s.residual, (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group,
-      (long long)plan.splits);
+      s.residual, (long long)s.kernel, (long long)s.dilation, int(s.activation),
+      int(s.out_activation), (long long)s.squeeze_channels, plan.keeps, (long long)plan.tile_rows,
+      (long long)plan.tile_cols, (long long)plan.group, (long long)plan.splits);
   return false;
 }
 

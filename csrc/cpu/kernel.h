@@ -26,14 +26,17 @@ namespace {
 // Rows x vectors of the 1x1 products' register tile: accumulators, a row of weights, a broadcast.
 template <class V>
 constexpr int kMaxVectors = V::kRegisters >= 32 ? 4 : 2;
-constexpr int kMostRows = 12;
+#ifndef MNV2_MOST_ROWS  // fewer for compilers that check every access: their time goes with this
+#define MNV2_MOST_ROWS 12
+#endif
+constexpr int kMostRows = MNV2_MOST_ROWS;
 template <class V>
 constexpr int max_rows(int vectors) {
   const int rows = (V::kRegisters - 1 - vectors) / vectors;
   return rows < kMostRows ? rows : kMostRows;
 }
 // Output columns per depthwise pass: MobileNetV2's widths at 224 are multiples of 7.
-constexpr int kDepthwiseCols = 7;
+constexpr int kDepthwiseCols = kMostRows < 7 ? kMostRows : 7;
 
 // x86 max/min return the second operand when either is NaN, so NaN passes through as in torch.
 template <class V>
@@ -492,8 +495,8 @@ struct DepthwiseRow {
   const T* gate;          // or null
 };
 
-// C outputs from `first` on: all taps from K expanded rows. kPlain: the activation clips, no gate.
-template <class V, int K, int S, int C, bool kDilated, bool kPlain, class O>
+// C outputs from `first` on: all taps from K expanded rows.
+template <class V, int K, int S, int C, bool kDilated, class O>
 MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bias) {
   const int64_t step = kDilated ? t.step : kPanel;
   V acc[C];
@@ -516,7 +519,7 @@ MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bi
   const Clip<typename V::T> clip(t.activation);
   const V low = V::set1(clip.low), high = V::set1(clip.high);
   O* const out = t.out + first * step;
-  if constexpr (kPlain) {
+  if (is_clip(t.activation) && !t.gate) {
     unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
       Elements<V, O>::store(clamp(acc[c], low, high), out + c * step);
     });
@@ -532,54 +535,36 @@ MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bi
   }
 }
 
-template <class V, int K, int S, bool kDilated, bool kPlain, class O>
+template <class V, int K, int S, bool kDilated, class O>
 void depthwise_row(const DepthwiseRow<V, O>& t, int64_t cols) {
   const V bias = V::load(t.bias);
   int64_t col = 0;
   for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
-    depthwise_cols<V, K, S, kDepthwiseCols, kDilated, kPlain>(t, col, bias);
-  switch (cols - col) {
-    case 6:
-      return depthwise_cols<V, K, S, 6, kDilated, kPlain>(t, col, bias);
-    case 5:
-      return depthwise_cols<V, K, S, 5, kDilated, kPlain>(t, col, bias);
-    case 4:
-      return depthwise_cols<V, K, S, 4, kDilated, kPlain>(t, col, bias);
-    case 3:
-      return depthwise_cols<V, K, S, 3, kDilated, kPlain>(t, col, bias);
-    case 2:
-      return depthwise_cols<V, K, S, 2, kDilated, kPlain>(t, col, bias);
-    case 1:
-      return depthwise_cols<V, K, S, 1, kDilated, kPlain>(t, col, bias);
-    default:
-      return;
-  }
+    depthwise_cols<V, K, S, kDepthwiseCols, kDilated>(t, col, bias);
+  unrolled<kDepthwiseCols - 1>([&](auto c) MNV2_INLINE_LAMBDA {
+    if (cols - col == c + 1) depthwise_cols<V, K, S, c + 1, kDilated>(t, col, bias);
+  });
 }
 
 // Dilated, the outputs of every dilation-th column are a row of their own.
-template <class V, int K, bool kPlain, class O>
+template <class V, int K, class O>
 void dilated_row(DepthwiseRow<V, O> t, int64_t cols, int64_t dilation) {
   t.step = dilation * kPanel;
   for (int64_t first = 0; first < dilation && first < cols; ++first) {
-    depthwise_row<V, K, 1, true, kPlain>(t, ceil_div(cols - first, dilation));
+    depthwise_row<V, K, 1, true>(t, ceil_div(cols - first, dilation));
     for (int ky = 0; ky < K; ++ky) t.rows[ky] += kPanel;
     t.out += kPanel;
   }
 }
 
 template <class V, class O>
-using RowKernel = void (*)(const DepthwiseRow<V, O>&, int64_t cols);
-// The one for a shape; null where it is dilated.
-template <class V, class O>
-RowKernel<V, O> row_kernel(const BlockShape& s, bool plain) {
-  if (s.dilation > 1) return nullptr;
-  const auto chosen = [&]<int K, int S>() -> RowKernel<V, O> {
-    if (plain) return &depthwise_row<V, K, S, false, true, O>;
-    return &depthwise_row<V, K, S, false, false, O>;
-  };
-  if (s.kernel == 3)
-    return s.stride == 1 ? chosen.template operator()<3, 1>() : chosen.template operator()<3, 2>();
-  return s.stride == 1 ? chosen.template operator()<5, 1>() : chosen.template operator()<5, 2>();
+void depthwise_row(const DepthwiseRow<V, O>& t, const BlockShape& s, int64_t cols) {
+  if (s.dilation > 1)
+    s.kernel == 3 ? dilated_row<V, 3>(t, cols, s.dilation) : dilated_row<V, 5>(t, cols, s.dilation);
+  else if (s.kernel == 3)
+    s.stride == 1 ? depthwise_row<V, 3, 1, false>(t, cols) : depthwise_row<V, 3, 2, false>(t, cols);
+  else
+    s.stride == 1 ? depthwise_row<V, 5, 1, false>(t, cols) : depthwise_row<V, 5, 2, false>(t, cols);
 }
 
 // Function tables over the number of rows: entry r - 1 handles r pixels.
@@ -661,7 +646,6 @@ class Tile {
     if (args.pass == Pass::kPool)
       pooled_ = args.pooled +
                 ((image * s_.out_height() + row_) * across + col_ / plan.tile_cols) * hidden;
-    row_kernel_ = row_kernel<V, S>(s_, is_clip(s_.activation) && !gate_);
   }
 
   void run() {
@@ -954,20 +938,9 @@ class Tile {
         for (int64_t ky = 0; ky < s_.kernel; ++ky)
           t.rows[ky] = in + ring_offset((row + r) * s_.stride + ky * s_.dilation);
         t.out = out + r * cols_ * kPanel;
-        if (row_kernel_)
-          row_kernel_(t, cols_);
-        else
-          dilated(t);
+        depthwise_row(t, s_, cols_);
       }
     }
-  }
-  void dilated(const DepthwiseRow<V, S>& t) {
-    const bool plain = is_clip(s_.activation) && !gate_;
-    const auto run = [&]<int K>() {
-      plain ? dilated_row<V, K, true>(t, cols_, s_.dilation)
-            : dilated_row<V, K, false>(t, cols_, s_.dilation);
-    };
-    s_.kernel == 3 ? run.template operator()<3>() : run.template operator()<5>();
   }
 
   // Sums of each row of the band, one for every channel.
@@ -1128,7 +1101,6 @@ class Tile {
   int64_t split_;
   int64_t panel_;  // elements between panels of expanded_
   Ahead ahead_;
-  RowKernel<V, S> row_kernel_;
   // Of a squeeze-and-excite: what this pass multiplies d by, where d stays between the passes, or
   // null, and where its rows' sums go.
   const T* gate_ = nullptr;
@@ -1309,7 +1281,7 @@ class Pointwise {
   void every_pixel(int64_t vector, int64_t block, int64_t count) const {
     const int64_t channel = vector * V::kLanes, channels = s_.out_channels - channel;
     const bool full = channels >= N * V::kLanes;
-    S results[12 * N * V::kLanes];  // outputs that fill no vector
+    S results[kMostRows * N * V::kLanes];  // outputs that fill no vector
     S* const y = a_.y + (image_ * pixels_ + block) * s_.out_channels + channel;
     ExpandTile<S, S> t = tile<S>(vector);
     const auto table = expand_table<V, S, S, N, false>(Rows<V, N>{});

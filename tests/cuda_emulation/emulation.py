@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mnv2_fused import BlockSpec, CudaPlan, PackedWeights
+from mnv2_fused.plan import shape_of
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -58,8 +59,13 @@ class _Shape(ctypes.Structure):  # csrc/block.h
         *((name, ctypes.c_int64) for name in ("out_channels", "stride")),
         ("expand", ctypes.c_int8),
         ("residual", ctypes.c_bool),
-        ("image_height", ctypes.c_int64),
-        ("image_width", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("image_height", "image_width", "kernel", "dilation")),
+        *((name, ctypes.c_int64) for name in ("pad_left", "pad_right", "pad_top", "pad_bottom")),
+        ("activation", ctypes.c_int8),
+        ("out_activation", ctypes.c_int8),
+        ("squeeze_channels", ctypes.c_int64),
+        ("squeeze_activation", ctypes.c_int8),
+        ("gate", ctypes.c_int8),
     ]
 
 
@@ -100,11 +106,9 @@ def emulated_inverted_residual(
     nan = float("nan")
     y = torch.full((n, out_height, out_width, spec.out_channels), nan, dtype=x.dtype)
     partial = torch.full((plan.splits, *y.shape), nan) if plan.splits > 1 else None
-    shape = _Shape(
-        n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels, spec.stride,
-        int(spec.expand), spec.residual,
-    )  # fmt: skip
-    tensors = (x, *packed, y, partial)
+    values = shape_of(spec, n, height, width)
+    shape = _Shape(*values[:9], 0, 0, *values[9:])
+    tensors = (x, *packed[:6], y, partial)
     buffers = (_Buffer * len(tensors))(*map(_buffer, tensors))
     strides = (ctypes.c_int64 * 3)(x.stride(0), x.stride(2), x.stride(3))
 
