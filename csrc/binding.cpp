@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "plan_cache.h"
 
@@ -64,10 +65,6 @@ ActivationView activation_of(const Tensor& x) {
 namespace {
 void check(const BlockShape& s, const Sizes& x, std::string why = "") {
   if (why.empty()) why = unsupported(s);
-  if (why.empty() && !(s.kernel == 3 && s.dilation == 1 && s.activation == Activation::kRelu6 &&
-                       s.pad_left == 1 && s.pad_right == 1 && s.pad_top == 1 && s.pad_bottom == 1 &&
-                       s.out_activation == Activation::kIdentity && s.squeeze_channels == 0))
-    why = "the CPU kernel does not take this block yet";
   if (!why.empty())
     fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
 }
@@ -170,8 +167,62 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
   return plans.get({shape, machine}, [&] { return make_plan(shape, machine); });
 }
 
+namespace {
+
+// What a squeeze-and-excite needs beside its workers' scratch and partial sums, in this order; each
+// starts on its own cache lines.
+struct SqueezeMemory {
+  int64_t kept, pooled, mean, squeezed, gate;  // bytes
+
+  SqueezeMemory(const BlockShape& s, const Plan& plan, int64_t sum_size, int64_t storage_size)
+      : kept(room(plan.kept_elements(s) * storage_size)),
+        pooled(room(plan.pooled_elements(s) * sum_size)),
+        mean(room(s.batch * s.hidden_panels() * kPanel * sum_size)),
+        squeezed(room(s.batch * s.squeeze_channels * sum_size)),
+        // Read by whole panels, past the last channel.
+        gate(room((s.batch * s.hidden_channels + kPanel) * sum_size)) {}
+  int64_t total() const { return kept + pooled + mean + squeezed + gate; }
+
+ private:
+  static int64_t room(int64_t bytes) { return round_up(bytes, 256); }
+};
+
+// gate = sigmoid(w_excite act(w_squeeze mean(d))), of every image.
+template <class T>
+void compute_gate(const BlockShape& s, const Plan& plan, const BlockPointers& w, const T* pooled,
+                  T* mean, T* squeezed, T* gate) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
+  const int64_t rows = s.out_height() * plan.tiles_across(s);
+  const int64_t hidden = s.hidden_panels() * kPanel;
+  const T scale = T(1) / T(s.out_height() * s.out_width());
+  torch::stable::parallel_for(0, s.batch, 1, [&](int64_t image, int64_t end) {
+    for (; image < end; ++image)
+      kernels.mean_of_rows(pooled + image * rows * hidden, rows, hidden, scale,
+                           mean + image * hidden);
+  });
+  // Images as the pixels of one.
+  const auto product = [&](const T* x, int64_t in, int64_t pitch, const void* weight,
+                           const void* bias, int64_t out, T* y) {
+    run_pointwise<T>({1, s.batch, 1, in, out, false, false},
+                     {{1, in, s.batch, 1}, {0, 1, pitch, 0}, x}, weight, bias, y, y);
+  };
+  product(mean, s.hidden_channels, hidden, w.w_squeeze, w.b_squeeze, s.squeeze_channels, squeezed);
+  kernels.activate(squeezed, s.batch * s.squeeze_channels, s.squeeze_activation);
+  product(squeezed, s.squeeze_channels, s.squeeze_channels, w.w_excite, w.b_excite,
+          s.hidden_channels, gate);
+  kernels.gate(gate, s.batch * s.hidden_channels, s.gate);
+}
+
+}  // namespace
+
 int64_t scratch_bytes(const Plan& plan) {
   return slice_bytes(plan) * plan.workers + plan.partial_bytes;
+}
+
+template <class S>
+int64_t squeeze_bytes(const BlockShape& shape, const Plan& plan) {
+  if (shape.squeeze_channels == 0) return 0;
+  return 256 + SqueezeMemory(shape, plan, sizeof(Compute<S>), sizeof(S)).total();
 }
 
 template <class S>
@@ -181,25 +232,44 @@ void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& 
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
   const int64_t slice = slice_bytes(plan) / int64_t{sizeof(T)};
   T* const first = static_cast<T*>(scratch);
-  const BlockArgs<S> args{shape,
-                          static_cast<const S*>(x.data),
-                          x.strides[0],
-                          x.strides[2],
-                          x.strides[3],
-                          x.strides[1],
-                          static_cast<const S*>(w.w_expand),
-                          static_cast<const T*>(w.b_expand),
-                          static_cast<const T*>(w.w_depthwise),
-                          static_cast<const T*>(w.b_depthwise),
-                          static_cast<const S*>(w.w_project),
-                          static_cast<const T*>(w.b_project),
-                          y,
-                          first + slice * plan.workers,
-                          next.data,
-                          next.bytes};
-  for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
-    kernels.run_tile(args, plan, task, first + worker * slice);
-  });
+  BlockArgs<S> args{shape,
+                    static_cast<const S*>(x.data),
+                    x.strides[0],
+                    x.strides[2],
+                    x.strides[3],
+                    x.strides[1],
+                    static_cast<const S*>(w.w_expand),
+                    static_cast<const T*>(w.b_expand),
+                    static_cast<const T*>(w.w_depthwise),
+                    static_cast<const T*>(w.b_depthwise),
+                    static_cast<const S*>(w.w_project),
+                    static_cast<const T*>(w.b_project),
+                    y,
+                    first + slice * plan.workers,
+                    next.data,
+                    next.bytes};
+  const auto run_tiles = [&] {
+    for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
+      kernels.run_tile(args, plan, task, first + worker * slice);
+    });
+  };
+  if (shape.squeeze_channels > 0) {
+    const SqueezeMemory memory(shape, plan, sizeof(T), sizeof(S));
+    char* at = static_cast<char*>(scratch) + round_up(scratch_bytes(plan), 256);
+    const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
+    char* const kept = take(memory.kept);
+    args.kept = plan.keeps ? reinterpret_cast<S*>(kept) : nullptr;
+    args.pooled = reinterpret_cast<T*>(take(memory.pooled));
+    T* const mean = reinterpret_cast<T*>(take(memory.mean));
+    T* const squeezed = reinterpret_cast<T*>(take(memory.squeezed));
+    T* const gate = reinterpret_cast<T*>(take(memory.gate));
+    args.pass = Pass::kPool;
+    run_tiles();
+    compute_gate<T>(shape, plan, w, args.pooled, mean, squeezed, gate);
+    args.pass = Pass::kLast;
+    args.gate = gate;
+  }
+  run_tiles();
   if (plan.splits == 1) return;
   const int64_t rows = shape.batch * shape.out_height();
   torch::stable::parallel_for(0, rows, ceil_div(rows, plan.workers), [&](int64_t row, int64_t end) {
@@ -235,6 +305,7 @@ void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const v
 
 #define MNV2_INSTANTIATE(S)                                                                 \
   template Machine current_machine<S>();                                                    \
+  template int64_t squeeze_bytes<S>(const BlockShape&, const Plan&);                        \
   template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool,      \
                                      const Options&);                                       \
   template void run_block<S>(const BlockShape&, const Plan&, const ActivationView&,         \

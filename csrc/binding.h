@@ -50,6 +50,9 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine);
 
 // Bytes of scratch that all workers of a plan need together.
 int64_t scratch_bytes(const Plan& plan);
+// And what a block with a squeeze-and-excite needs behind it.
+template <class S>
+int64_t squeeze_bytes(const BlockShape& shape, const Plan& plan);
 
 // Memory that the layer after this one reads first: fetched into L2 meanwhile.
 struct Next {
@@ -57,6 +60,7 @@ struct Next {
   int64_t bytes = 0;
 };
 
+// scratch: scratch_bytes and squeeze_bytes of it.
 template <class S>
 void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& x,
                const BlockPointers& w, S* y, void* scratch, Next next = {});

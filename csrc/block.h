@@ -79,6 +79,10 @@ struct BlockShape {
   bool operator==(const BlockShape&) const = default;
 };
 
+// A block runs in one pass. With a squeeze-and-excite a first one sums up d, and a last one, with the
+// gate that follows from the sums, multiplies it and projects.
+enum class Pass : int8_t { kLast, kPool };
+
 // Packed weights are [C/16][K][16], for BFloat16 [C/16][ceil(K/2)][16][2].
 template <class S, class T = Compute<S>>
 struct BlockArgs {
@@ -96,6 +100,11 @@ struct BlockArgs {
   T* partial;                  // [groups, N, H', W', C_out], when the plan splits the groups
   const void* next = nullptr;  // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
+  // Of a block with a squeeze-and-excite:
+  Pass pass = Pass::kLast;
+  const T* gate = nullptr;  // [N, E], what the last pass multiplies d by
+  S* kept = nullptr;        // [N, H', W', E/16 * 16] in the tiles' order: d, from pass to pass
+  T* pooled = nullptr;      // [N, H', tiles across, E/16 * 16], d's sums over each tile's rows
 };
 
 // 1x1 convolution -> ReLU6 (-> mean over the pixels when pool): the head of the network. Without

@@ -56,8 +56,9 @@ py::dict to_dict(const Plan& p) {
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
                   "band_rows"_a = p.band_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
                   "workers"_a = p.workers, "scratch_bytes"_a = p.scratch_bytes,
-                  "partial_bytes"_a = p.partial_bytes, "recompute"_a = p.recompute,
-                  "bytes_never_written"_a = p.bytes_never_written, "cost"_a = p.cost);
+                  "partial_bytes"_a = p.partial_bytes, "keeps"_a = p.keeps,
+                  "recompute"_a = p.recompute, "bytes_never_written"_a = p.bytes_never_written,
+                  "cost"_a = p.cost);
 }
 
 cuda::Precision precision_of(const std::string& name) {

@@ -94,17 +94,35 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
     if (!forced.empty() && forced.size() != 4)
       fail("plan must be [tile_rows, tile_cols, group, splits], got ", forced.size(), " values");
     const Machine machine = current_machine<S>();
-    const Plan plan = forced.empty()
-                          ? cached_plan(shape, machine)
-                          : make_plan(shape, machine, forced[0], forced[1], forced[2], forced[3]);
-    const Tensor scratch = buffer(scratch_bytes(plan));
-    const Tensor result = empty(y_sizes, kStored, true);
     const BlockPointers pointers{data(w.w_expand),    data(w.b_expand),  data(w.w_depthwise),
                                  data(w.b_depthwise), data(w.w_project), data(w.b_project),
                                  data(w.w_squeeze),   data(w.b_squeeze), data(w.w_excite),
                                  data(w.b_excite)};
-    run_block(shape, plan, activation_of(source), pointers,
-              static_cast<S*>(result.mutable_data_ptr()), scratch.mutable_data_ptr());
+    const auto plan_of = [&](const BlockShape& s) {
+      return forced.empty() ? cached_plan(s, machine)
+                            : make_plan(s, machine, forced[0], forced[1], forced[2], forced[3]);
+    };
+    // What a squeeze-and-excite keeps of its images stays near as long as they are few.
+    BlockShape part = shape;
+    if (shape.squeeze_channels > 0) part.batch = squeezed_together(shape, machine);
+    const Plan plan = plan_of(part);
+    const int64_t bytes = scratch_bytes(plan) + squeeze_bytes<S>(part, plan);
+    Tensor scratch = buffer(bytes);
+    ActivationView in = activation_of(source);
+    const Tensor result = empty(y_sizes, kStored, true);
+    S* out = static_cast<S*>(result.mutable_data_ptr());
+    run_block(part, plan, in, pointers, out, scratch.mutable_data_ptr());
+    for (int64_t done = part.batch; done < shape.batch; done += part.batch) {
+      in.data = static_cast<const S*>(in.data) + part.batch * in.strides[0];
+      out += part.out_elements();
+      Plan rest = plan;
+      if (shape.batch - done < part.batch) {
+        part.batch = shape.batch - done;
+        rest = plan_of(part);
+        scratch = buffer(scratch_bytes(rest) + squeeze_bytes<S>(part, rest));
+      }
+      run_block(part, rest, in, pointers, out, scratch.mutable_data_ptr());
+    }
     if (type == kStored && channels_last) return result;
     Tensor y = empty(y_sizes, type, channels_last);
     return torch::stable::copy_(y, result);

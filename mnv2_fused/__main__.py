@@ -1,4 +1,7 @@
-"""The command line: ``python -m mnv2_fused info | plan | demo | bench``. Exit codes: 0 done, 1 failed, 2 bad usage."""
+"""The command line: ``python -m mnv2_fused info | plan | cost | demo | bench``.
+
+Exit codes: 0 done, 1 failed, 2 bad usage.
+"""
 
 from __future__ import annotations
 
@@ -138,6 +141,13 @@ def print_plans(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_cost(args: argparse.Namespace) -> int:
+    """Prints what a model costs layer by layer, eager and fused."""
+    from . import cost
+
+    return cost.run(args.model, (args.batch, 3, *args.resolution), DTYPES[args.dtype], measure=args.measure)
+
+
 def demo(args: argparse.Namespace) -> int:
     """Runs the demo, or the training run in its place."""
     if args.train_digits:
@@ -185,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor.",
         epilog="exit codes: 0 done, 1 failed, 2 bad usage",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,demo,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,cost,demo,bench}")
 
     help_info = "what was built, what can run on this machine, and why the rest cannot"
     commands.add_parser("info", help=help_info, description=help_info).set_defaults(run=info)
@@ -200,6 +210,17 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (float32; float16 with --gpu)")
     p.add_argument("--gpu", choices=GPUS, help="plans of the CUDA kernel instead; no GPU is needed")
     p.set_defaults(run=print_plans)
+
+    help_cost = "what a model costs layer by layer: parameters, multiply-adds, memory eager and fused"
+    p = commands.add_parser("cost", help=help_cost, description=f"{help_cost}. Weights are random.")
+    p.add_argument("model", metavar="MODEL", help="a model's name here or in torchvision, or timm:NAME")
+    p.add_argument(
+        *("--resolution", "-r"), type=resolution, default=(224, 224), metavar="R|HxW", help="image size (224)"
+    )
+    p.add_argument("--batch", "-b", type=positive, default=1, metavar="N", help="images per call (1)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (float32)")
+    p.add_argument("--measure", action="store_true", help="also run it, to compare the computed peaks with measured")
+    p.set_defaults(run=print_cost)
 
     help_demo = "MobileNetV2 on photographs: latency, memory and results, eager against fused"
     p = commands.add_parser(

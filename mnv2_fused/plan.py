@@ -28,6 +28,7 @@ class Plan:
     workers: int  # tasks that run at once, each with its own scratch
     scratch_bytes: int  # per worker
     partial_bytes: int  # the sums of every group, shared by all workers, when splits > 1
+    keeps: bool  # before a squeeze-and-excite: the depthwise results, instead of computing them twice
     recompute: float  # expanded pixels computed / expanded pixels needed (tiles overlap by their halo)
     bytes_never_written: int  # the expanded tensors that an unfused block writes
     cost: float  # estimated vector operations of the slowest worker
@@ -36,7 +37,9 @@ class Plan:
         return (
             f"tile {self.tile_rows}x{self.tile_cols}, group {self.group}, splits {self.splits}, {self.tasks} tasks on "
             f"{self.workers} workers, scratch {self.scratch_bytes / 1024:.0f} KiB each, "
-            f"recompute {self.recompute:.3f}, never written {self.bytes_never_written / 2**20:.2f} MiB"
+            f"recompute {self.recompute:.3f}, "
+            + "keeps d, " * self.keeps
+            + f"never written {self.bytes_never_written / 2**20:.2f} MiB"
         )
 
     def forced(self) -> list[int]:

@@ -16,7 +16,7 @@ from .block import BlockSpec, check_input
 from .fold import PackedWeights
 from .gpus import H200, Gpu
 from .triton_kernels import add_splits_kernel, inverted_residual_kernel
-from .triton_plan import TritonPlan, best_plans, triton_plan, unsupported
+from .triton_plan import TritonPlan, best_plans, patches_of_image, triton_plan, unsupported
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -46,8 +46,8 @@ def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, *option
     meta = PackedWeights(*(None if s is None else torch.empty(s, device="meta") for s in shapes))
     spec = BlockSpec.of_op(meta, x_shape[1], *options)
     check_input(torch.empty(x_shape, device="meta"), spec.in_channels, spec)
-    if (why := spec.beyond_mobilenet_v2) is not None:
-        raise RuntimeError(f"the Triton kernel has no {why}; use backend='eager'")
+    if spec.squeeze_channels:
+        raise RuntimeError("the Triton kernel has no squeeze-and-excite; use backend='eager'")
     return spec
 
 
@@ -55,7 +55,7 @@ def inverted_residual_triton(
     x: Tensor,  # [N, C_in, H, W]
     w_expand: Tensor | None,  # [E/16, C_in, 16]
     b_expand: Tensor | None,  # [E/16 * 16]
-    w_depthwise: Tensor,  # [E/16, 9, 16]
+    w_depthwise: Tensor,  # [E/16, 9 or 25, 16]
     b_depthwise: Tensor,  # [E/16 * 16]
     w_project: Tensor,  # [C_out/16, E, 16]
     b_project: Tensor,  # [C_out]
@@ -112,8 +112,12 @@ def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object
         "C_IN": spec.in_channels,
         "HIDDEN": spec.hidden_channels,
         "C_OUT": spec.out_channels,
+        "KERNEL": spec.kernel,
         "STRIDE": spec.stride,
+        "DILATION": spec.dilation,
         "EXPAND": spec.expand,
+        "ACTIVATION": spec.activation,
+        "OUT_ACTIVATION": spec.out_activation,
         "RESIDUAL": spec.residual,
         "PARTIAL": plan.splits > 1,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -138,6 +142,7 @@ def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
     return {
         "SPLITS": splits,
         "C_OUT": spec.out_channels,
+        "OUT_ACTIVATION": spec.out_activation,
         "RESIDUAL": spec.residual,
         "M": _ADDED_PIXELS,
         "OUT_TILE": _ADDED_CHANNELS,
@@ -148,7 +153,8 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
     """Runs ``plan`` on the current stream of ``x``'s device. ``x``: channels together; ``y``: any strides."""
     n, _, height, width = x.shape
     out_height, out_width = y.shape[2:]
-    patches = n * triton.cdiv(out_height, plan.tile_rows) * triton.cdiv(out_width, plan.tile_cols)
+    left, _, top, _ = spec.padding_of(height, width)
+    patches = n * patches_of_image(spec, (out_height, out_width), plan.tile)
     out_blocks = triton.cdiv(spec.out_channels, plan.out_tile * plan.out_tiles)
     x_strides = x.stride(0), x.stride(2), x.stride(3)
     y_strides = y.stride(0), y.stride(2), y.stride(3), y.stride(1)
@@ -166,6 +172,7 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
             *(patches, height, width, out_height, out_width),
             *x_strides,
             *strides,
+            *(top, left),  # compiled for, where 1
             **constants(plan, spec, tf32),
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,

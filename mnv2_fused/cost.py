@@ -1,0 +1,562 @@
+"""What a model costs layer by layer: parameters, multiply-adds, and the memory that eager and fused need.
+
+One run on the meta device sees every op with the shapes it has, functional ones too; nothing is computed. What the
+fused model never writes is what :func:`mnv2_fused.report` says of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import math
+import warnings
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from .convert import Report, fuse, report, unfuse
+from .demo import aligned
+from .plan import plan
+from .testing import peak_activation_bytes
+
+
+@dataclass(frozen=True)
+class Separable:
+    """A depthwise convolution and the 1x1 behind it, which replace one k x k convolution (MobileNetV1, 3.1)."""
+
+    depthwise: str  # name of the module
+    kernel: tuple[int, ...]
+    out_channels: int  # of the 1x1 convolution
+    multiply_adds: int  # of the two
+    standard_multiply_adds: int  # of the convolution in their place
+
+    @property
+    def saving(self) -> float:
+        """The pair's multiply-adds over the standard convolution's."""
+        return 1 / self.out_channels + 1 / math.prod(self.kernel)
+
+    def __str__(self) -> str:
+        return f"1/{self.out_channels}+1/{math.prod(self.kernel)}={self.saving:.3f}"
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One row of a :class:`Cost`: a call of a module without children, or an op that another module calls."""
+
+    name: str  # of the module
+    kind: str  # its class, or the op
+    output_shape: tuple[int, ...]
+    parameters: int  # counted where they are used first
+    multiply_adds: int
+    eager_bytes: int  # of the tensors it makes; an op in place makes none
+    fused_bytes: int  # of those that the fused model makes, too
+    eager_live: int  # bytes of all tensors that are live while it runs, at most
+    fused_live: int  # the same in the fused model, scratch of the kernels included
+    separable: Separable | None  # on the row of the pair's 1x1 convolution
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call costs, the whole batch. Live and made bytes count neither parameters nor the model's input.
+
+    ``print`` it for a table.
+    """
+
+    layers: tuple[LayerCost, ...]  # in the order in which they run
+    input_shape: tuple[int, ...]
+    dtype: torch.dtype
+    parameters: int  # of the model, those that no layer used included
+    scratch_bytes: int  # what the fused kernels work in, at most, of all threads; 0 where none runs on the CPU
+    expanded_share: float  # how much of what convolutions and linear layers put out is an expanded tensor
+    report: Report  # on the fused model
+
+    @property
+    def multiply_adds(self) -> int:
+        """Products of convolutions and linear layers, as the papers count them: no biases, no norms."""
+        return sum(layer.multiply_adds for layer in self.layers)
+
+    @property
+    def eager_bytes(self) -> int:
+        """Bytes of all tensors that eager makes."""
+        return sum(layer.eager_bytes for layer in self.layers)
+
+    @property
+    def fused_bytes(self) -> int:
+        """Bytes of all tensors that the fused model makes."""
+        return sum(layer.fused_bytes for layer in self.layers)
+
+    @property
+    def eager_peak(self) -> int:
+        """The most bytes live at once in eager; ops' own workspaces are not known."""
+        return max((layer.eager_live for layer in self.layers), default=0)
+
+    @property
+    def fused_peak(self) -> int:
+        """The most bytes live at once in the fused model, with its kernels' scratch."""
+        return max((layer.fused_live for layer in self.layers), default=0)
+
+    @property
+    def separable(self) -> tuple[Separable, ...]:
+        return tuple(layer.separable for layer in self.layers if layer.separable is not None)
+
+    def __str__(self) -> str:
+        header = "layer|type|output|params|M madds|eager MiB|fused MiB|eager live|fused live|separable"
+        rows = [header.split("|")]
+        for layer in self.layers:
+            rows.append(
+                [
+                    *(layer.name or "(model)", layer.kind, "x".join(map(str, layer.output_shape))),
+                    *(f"{layer.parameters:,}" if layer.parameters else "-", _millions(layer.multiply_adds)),
+                    *(_mib(layer.eager_bytes), _mib(layer.fused_bytes)),
+                    *(_mib(layer.eager_live), _mib(layer.fused_live), str(layer.separable or "")),
+                ]
+            )
+        rows.append(
+            [
+                *("total", "", "", f"{self.parameters:,}", _millions(self.multiply_adds)),
+                *(_mib(self.eager_bytes), _mib(self.fused_bytes), _mib(self.eager_peak), _mib(self.fused_peak), ""),
+            ]
+        )
+        return "\n".join([aligned(rows), "", *self._totals()])
+
+    def _totals(self) -> Iterator[str]:
+        yield f"{'parameters':<14}{self.parameters:,}"
+        unused = self.parameters - sum(layer.parameters for layer in self.layers)
+        if unused:
+            yield f"{'':<14}{unused:,} of them in layers that this call does not use"
+        yield f"{'multiply-adds':<14}{self.multiply_adds:,}"
+        yield f"{'made':<14}{_compared(self.eager_bytes, self.fused_bytes)}"
+        scratch = f"; scratch, in fused's: {_mib(self.scratch_bytes)} MiB" if self.scratch_bytes else ""
+        yield f"{'peak live':<14}{_compared(self.eager_peak, self.fused_peak)}{scratch}"
+        share = f"{self.expanded_share:.0%} of what convolutions and linear layers put out"
+        yield f"{'expanded':<14}{share}"
+        if pairs := self.separable:
+            ratio = sum(p.multiply_adds for p in pairs) / sum(p.standard_multiply_adds for p in pairs)
+            standard = "of the standard convolutions in their place"
+            yield f"{'separable':<14}{len(pairs)} pairs with {ratio:.3f} of the multiply-adds {standard}"
+        never_written = [block for block in self.report.blocks if block.bytes_never_written is not None]
+        reasons = Counter(block.reason for block in self.report.blocks if block.bytes_never_written is None)
+        if never_written:
+            yield f"{'fused':<14}{len(never_written)} blocks, {len(self.report.layers)} layers beside them"
+        if not self.report.blocks:
+            yield f"{'not fused':<14}no block of a family that fuse() knows"
+        for reason, count in reasons.items():
+            yield f"{'not fused':<14}{count} x {reason}"
+
+
+def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
+    """What one call of ``model`` in eval costs, as it is and as ``fuse(model)`` makes it.
+
+    ``input_shape``, [N, C, H, W] or what else the model's only input has, in the dtype of its parameters.
+    ``model`` is not touched. Raises ValueError when it does not run on such an input on the meta device.
+    """
+    shape = tuple(input_shape)
+    if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"input_shape must be integers of at least 1, got {shape}; for images it is (N, C, H, W)")
+    plain = unfuse(model).eval()
+    dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
+    trace = _traced(plain, shape, dtype)
+    fused = report(_fused(plain), shape)
+    kept, scratch, running = _fused_storages(trace, fused, shape[0], dtype)
+    rows = trace.rows
+    eager_live = _live(trace.storages, len(trace.row_of))
+    fused_live = [live + scratch * runs for live, runs in zip(_live(kept, len(running)), running, strict=True)]
+    separable = _separable(trace)
+    layers = []
+    for i, row in enumerate(rows):
+        ticks = range(row.first, row.last + 1)
+        layers.append(
+            LayerCost(
+                *(row.name, row.kind, row.output_shape, row.parameters, row.multiply_adds),
+                eager_bytes=sum(s.bytes for s in trace.storages if s.row == i),
+                fused_bytes=sum(s.bytes for s in kept if s.row == i),
+                eager_live=max(eager_live[t] for t in ticks),
+                fused_live=max(fused_live[t] for t in ticks),
+                separable=separable.get(i),
+            )
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(tuple(layers), shape, dtype, parameters, scratch, _expanded_share(trace), fused)
+
+
+@dataclass
+class _Row:
+    name: str
+    kind: str
+    call: int | None  # which call of a module without children
+    first: int  # op
+    last: int
+    output_shape: tuple[int, ...] = ()
+    parameters: int = 0
+    multiply_adds: int = 0
+
+
+@dataclass
+class _Storage:
+    """A tensor's memory, live while the ops from ``first`` to ``last`` run."""
+
+    bytes: int
+    row: int  # that made it
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The ops of one call of a module."""
+
+    first: int
+    last: int
+    input_shape: torch.Size | None
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A convolution or a matrix product."""
+
+    row: int
+    multiply_adds: int
+    elements: int  # that it puts out
+    weight_shape: torch.Size | None = None  # of a convolution, not transposed
+    groups: int = 1
+    same_pixels: bool = False  # it puts out as many as it takes
+    source: _Product | None = None  # whose output it takes, perhaps through norms and activations
+
+    @property
+    def depthwise(self) -> bool:
+        """k x k, one filter a channel."""
+        w = self.weight_shape
+        return w is not None and self.groups == w[0] > 1 and w[1] == 1 and math.prod(w[2:]) > 1
+
+    @property
+    def pointwise(self) -> bool:
+        w = self.weight_shape
+        return w is not None and self.groups == 1 and math.prod(w[2:]) == 1 and self.same_pixels
+
+
+class _Trace(TorchDispatchMode):
+    """Notes each op: which module calls it, what it makes and multiplies, and how long what it made lives."""
+
+    def __init__(self, model: nn.Module, x: Tensor, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.rows: list[_Row] = []
+        self.row_of: list[int | None] = []  # of each op; None for views and the like
+        self.storages: list[_Storage] = []
+        self.calls: dict[str, list[_Call]] = defaultdict(list)
+        self.products: list[_Product] = []
+        self._counter = counter
+        self._parameters = {_key(p): p.numel() for p in model.parameters()}
+        self._outside = {_key(t) for t in (*model.parameters(), *model.buffers(), x)}
+        self._live: dict[int, _Storage] = {}
+        self._sources: dict[int, _Product] = {}  # of what is live now
+        self._stack: list[tuple[str, nn.Module, int, int, torch.Size | None]] = []
+        self._numbers = itertools.count()
+        for name, module in model.named_modules():
+            self._watch(name, module)
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+            self._stack.append((name, module, next(self._numbers), len(self.row_of), shape))
+
+        def leave(*_: Any) -> None:
+            *_, first, shape = self._stack.pop()
+            self.calls[name].append(_Call(first, len(self.row_of) - 1, shape))
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self._counter.get_total_flops()
+        out = func(*args, **(kwargs or {}))
+        multiply_adds = (self._counter.get_total_flops() - before) // 2
+        op = func._overloadpacket
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if op is torch.ops.aten.native_batch_norm:
+            made = made[:1]  # the statistics behind it are empty in eval, on the meta device they are not
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        new = [t for t in made if _key(t) not in self._live and _key(t) not in self._outside]
+        tick = len(self.row_of)
+        row = None
+        if multiply_adds or func._schema.is_mutable or any(t.untyped_storage().nbytes() for t in new):
+            row = self._row(op.__name__, tick)
+            self.rows[row].multiply_adds += multiply_adds
+            self.rows[row].parameters += sum(self._parameters.pop(_key(t), 0) for t in given)
+            self.rows[row].output_shape = tuple(made[0].shape) if made else ()
+            for t in new:
+                self._born(t, row, tick)
+            if multiply_adds:
+                self.products.append(self._product(op, args, made[0], row, multiply_adds))
+                self._sources[_key(made[0])] = self.products[-1]
+            elif made:
+                self._follow(op, given, made[0])
+        self.row_of.append(row)
+        return out
+
+    def _row(self, op: str, tick: int) -> int:
+        name, module, call, *_ = self._stack[-1] if self._stack else ("", None, 0)
+        leaf = module is not None and next(module.children(), None) is None
+        if leaf and self.rows and self.rows[-1].call == call:
+            self.rows[-1].last = tick
+        else:
+            kind = type(module).__name__ if leaf else op
+            self.rows.append(_Row(name, kind, call if leaf else None, tick, tick))
+        return len(self.rows) - 1
+
+    def _born(self, t: Tensor, row: int, tick: int) -> None:
+        storage, key = t.untyped_storage(), _key(t)
+        if key in self._live:  # the op gave it twice
+            return
+        self._live[key] = record = _Storage(storage.nbytes(), row, tick, tick)
+        self.storages.append(record)
+        weakref.finalize(storage, self._died, key).atexit = False
+
+    def _died(self, key: int) -> None:
+        self._sources.pop(key, None)
+        if key in self._live:
+            self._live.pop(key).last = len(self.row_of) - 1
+
+    def finish(self) -> None:
+        """What is live now outlives the last op."""
+        for record in self._live.values():
+            record.last = len(self.row_of)
+        self._live.clear()
+
+    def _follow(self, op: Any, given: list[Tensor], y: Tensor) -> None:
+        """Notes which product's output ``y`` still is, channel by channel, if it is one's."""
+        found = []
+        if not any(word in op.__name__ for word in ("mean", "pool")):
+            sources = [self._sources.get(_key(t)) for t in given if t.shape[:2] == y.shape[:2]]
+            found = [p for p in self.products if any(p is s for s in sources)]
+        # A gate is computed from what it scales, so that is the product that ran first.
+        if len(found) == 1 or (found and op is torch.ops.aten.mul):
+            self._sources[_key(y)] = found[0]
+        else:
+            self._sources.pop(_key(y), None)
+
+    def _product(self, op: Any, args: Any, y: Tensor, row: int, multiply_adds: int) -> _Product:
+        if op is not torch.ops.aten.convolution or args[6]:  # transposed
+            return _Product(row, multiply_adds, y.numel())
+        x, weight = args[:2]
+        source = self._sources.get(_key(x))
+        return _Product(row, multiply_adds, y.numel(), weight.shape, args[8], x.shape[2:] == y.shape[2:], source)
+
+
+def _key(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _traced(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> _Trace:
+    """One run of a copy of ``model`` on the meta device, without its hooks."""
+    # Tensors that the copy finds in its memo are not copied: no weight is.
+    memo = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
+    try:
+        meta = copy.deepcopy(model, memo)
+        for module in meta.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        x = torch.empty(*shape, dtype=dtype, device="meta")
+        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+            trace = _Trace(meta, x, counter)
+            with trace:
+                y = meta(x)
+            trace.finish()
+            del y
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on one input of shape {list(shape)} on the meta device: {error}; give the shape "
+            "of its only input, batch first"
+        ) from error
+    return trace
+
+
+def _fused_storages(
+    trace: _Trace, fused: Report, batch: int, dtype: torch.dtype
+) -> tuple[list[_Storage], int, list[bool]]:
+    """(what the fused model makes of eager's storages, scratch bytes, at which ops a kernel runs that needs them)."""
+    kernels: list[tuple[_Call, int]] = []  # and the bytes that ordinary modules put out there but the kernel does not
+    scratch = 0
+    for block in fused.blocks:
+        if block.bytes_never_written is None:
+            continue
+        for call in trace.calls[block.name]:
+            kernels.append((call, 0))
+            if block.backend == "cpu":
+                p = plan(block.spec, call.input_shape, dtype=dtype)
+                scratch = max(scratch, p.scratch_bytes * p.workers + p.partial_bytes)
+    for layer in fused.layers:
+        kernels += [(call, batch * (layer.bytes_never_written or 0)) for call in trace.calls[layer.name]]
+    kept = [dataclasses.replace(storage) for storage in trace.storages]
+    running = [False] * len(trace.row_of)
+    for call, unwritten in kernels:
+        inside = [s for s in kept if call.first <= s.first <= call.last]
+        results = [s for s in inside if s.last > call.last]
+        if unwritten >= sum(s.bytes for s in results):
+            results = []
+        gone = {id(s) for s in inside} - {id(s) for s in results}
+        for s in results:
+            s.first = call.first
+        for s in kept:  # a kernel reads its input to the end
+            if s.first < call.first <= s.last < call.last:
+                s.last = call.last
+        kept = [s for s in kept if id(s) not in gone]
+        running[call.first : call.last + 1] = [True] * (call.last + 1 - call.first)
+    return kept, scratch, running
+
+
+def _live(storages: list[_Storage], ops: int) -> list[int]:
+    """Bytes live during each op."""
+    changes = [0] * (ops + 2)
+    for s in storages:
+        changes[s.first] += s.bytes
+        changes[s.last + 1] -= s.bytes
+    return list(itertools.accumulate(changes))[:ops]
+
+
+def _separable(trace: _Trace) -> dict[int, Separable]:
+    """The pairs by the row of their 1x1 convolution; of several behind one depthwise, the first."""
+    pairs: dict[int, Separable] = {}
+    paired: set[int] = set()
+    for p in trace.products:
+        depthwise = p.source
+        if depthwise is None or not (depthwise.depthwise and p.pointwise) or id(depthwise) in paired:
+            continue
+        kernel = tuple(depthwise.weight_shape[2:])
+        paired.add(id(depthwise))
+        pairs[p.row] = Separable(
+            *(trace.rows[depthwise.row].name, kernel, p.weight_shape[0]),
+            multiply_adds=depthwise.multiply_adds + p.multiply_adds,
+            standard_multiply_adds=p.multiply_adds * math.prod(kernel),
+        )
+    return pairs
+
+
+def _expanded_share(trace: _Trace) -> float:
+    """Elements of expanded tensors, over those that convolutions and linear layers put out.
+
+    Expanded are what a depthwise convolution puts out when the 1x1 behind it projects that to fewer channels, and
+    what it takes when another 1x1 made that of fewer.
+    """
+    expanded: dict[int, int] = {}
+    for project in trace.products:
+        depthwise = project.source
+        if depthwise is None or not (depthwise.depthwise and project.pointwise):
+            continue
+        hidden = depthwise.weight_shape[0]
+        if hidden > project.weight_shape[0]:
+            expanded[id(depthwise)] = depthwise.elements
+            expand = depthwise.source
+            if expand is not None and expand.pointwise and hidden > expand.weight_shape[1]:
+                expanded[id(expand)] = expand.elements
+    return sum(expanded.values()) / max(1, sum(p.elements for p in trace.products))
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.3f}" if count else "-"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.3f}" if count else "-"
+
+
+def _compared(eager: int, fused: int) -> str:
+    if fused == eager:
+        return f"{_mib(eager)} MiB, eager and fused"
+    less = f"{eager / fused:.2f}x less" if fused < eager else f"{fused / eager:.2f}x as much"
+    return f"eager {_mib(eager)} MiB, fused {_mib(fused)} MiB: {less}"
+
+
+def measured_peaks(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
+    """The most bytes that torch's allocator holds in a call of eager, in channels_last, and of ``fuse(model)``."""
+    plain = unfuse(model).eval().to(memory_format=torch.channels_last)
+    dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
+    x = torch.randn(*input_shape).to(dtype)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    fused = _fused(copy.deepcopy(plain))
+    with torch.inference_mode():
+        return peak_activation_bytes(lambda: plain(x)), peak_activation_bytes(lambda: fused(x))
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"fuse\(\) fused nothing")  # the report says so
+        return fuse(model, inplace=True)
+
+
+def named_model(name: str) -> nn.Module:
+    """A model with random weights: of this package's ``models``, of torchvision, or of timm as ``timm:NAME``.
+
+    Raises ValueError for an unknown name, and RuntimeError when torchvision or timm is missing.
+    """
+    library, _, rest = name.rpartition(":")
+    if library == "timm":
+        timm = _imported("timm", "timm")
+        known = timm.list_models()
+        if rest.partition(".")[0] in known:  # behind the dot is the name of weights
+            return timm.create_model(rest, pretrained=False)
+        raise ValueError(f"timm has no model {rest!r}{_close(rest, known)}; timm.list_models() has {len(known)}")
+    own = _own_models()
+    if name in own:
+        return own[name]()
+    torchvision = _imported("torchvision", "mnv2_fused[demo]").models
+    known = [m for module in (torchvision, torchvision.segmentation) for m in torchvision.list_models(module=module)]
+    if name in known:
+        builder = torchvision.get_model_builder(name)
+        backbone = "weights_backbone" in inspect.signature(builder).parameters
+        return builder(weights=None, **({"weights_backbone": None} if backbone else {}))
+    known = sorted({*known, *own})
+    raise ValueError(f"unknown model {name!r}{_close(name, known)}; known are timm:NAME and {', '.join(known)}")
+
+
+def _imported(module: str, install: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeError(f"this model needs {module} ({error}): pip install '{install}'") from error
+
+
+def _own_models() -> dict[str, Callable[[], nn.Module]]:
+    if importlib.util.find_spec(f"{__package__}.models") is None:
+        return {}
+    module = importlib.import_module(f"{__package__}.models")
+    found = inspect.getmembers(module, inspect.isfunction)
+    return {name: f for name, f in found if f.__module__ == module.__name__ and not name.startswith("_")}
+
+
+def _close(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known)
+    return f", did you mean {' or '.join(close)}?" if close else ""
+
+
+def run(name: str, input_shape: Sequence[int], dtype: torch.dtype, *, measure: bool = False) -> int:
+    """Prints the :func:`cost` of the model called ``name``; returns the exit code. Raises as named_model does."""
+    model = named_model(name).to(dtype)
+    found = cost(model, input_shape)
+    size = "x".join(map(str, input_shape))
+    print(f"{name} on {size}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s), whole batch;")
+    print("MiB: of the tensors that a layer makes; live: MiB of all tensors at once, parameters and input aside\n")
+    print(found)
+    if measure:
+        for what, computed, measured in zip(
+            ("eager channels_last", "fused"),
+            (found.eager_peak, found.fused_peak),
+            measured_peaks(model, input_shape),
+            strict=True,
+        ):
+            ratio = f"the computed peak is {computed / measured:.3f} of it"
+            print(f"{'measured peak':<14}{what} {_mib(measured)} MiB; {ratio}")
+    return 0
