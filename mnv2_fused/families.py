@@ -27,7 +27,7 @@ class Family(NamedTuple):
 
 def family_of(module: nn.Module) -> Family | None:
     """The family that ``module`` is a block of, fit to be fused or not; None for any other module."""
-    if type(module) is nn.Sequential:
+    if layers.is_plain(module):
         return _SEQUENTIAL if _is_chain(module) else None
     names = [c.__name__ for c in type(module).__mro__]
     if isinstance(module, torch.jit.ScriptModule):

@@ -24,15 +24,14 @@ from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
 
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
-# Kernels of MobileNetV2's block alone.
-_PLAIN_KERNELS = {"cuda": "CUDA", "triton": "Triton"}
-
 
 def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
-    """What ``backend`` has no kernel for, in words; None where it takes the block."""
-    if backend not in _PLAIN_KERNELS or (beyond := spec.beyond_mobilenet_v2) is None:
-        return None
-    return f"the {_PLAIN_KERNELS[backend]} kernel has no {beyond}"
+    """What of such a block ``backend`` has no kernel for, in words; None where it takes the block."""
+    if backend == "cuda" and (beyond := spec.beyond_mobilenet_v2) is not None:
+        return f"the CUDA kernel has no {beyond}"
+    if backend == "triton" and spec.squeeze_channels:
+        return "the Triton kernel has no squeeze-and-excite"
+    return None
 
 
 def kernel_for(spec: BlockSpec, backend: str, device: torch.device) -> tuple[str, str | None]:
@@ -379,9 +378,10 @@ class FusedBlock(nn.Module):
         return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if self._trains() or ops.resolve_backend(self.backend, x.device) == "eager":
+        if ops.resolve_backend(self.backend, x.device) == "eager":
             return self._forward_modules(x)
-        if _why_modules(self._token) is not None or layers.drops_now(self._beside):
+        # First, since it looks inside again.
+        if _why_modules(self._token) is not None or self._trains() or layers.drops_now(self._beside):
             return self._forward_modules(x)
         spec = self._spec
         backend, _ = kernel_for(spec, self.backend, x.device)
