@@ -62,19 +62,7 @@ def _rest(spec: BlockSpec) -> list[int]:
     return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding]
 
 
-def _spec_of(sources: list[Tensor | None], stages: int, stride: int, residual: bool, rest: Sequence[int]) -> BlockSpec:
-    shapes = [sources[6 * i].shape for i in range(stages)]
-    squeeze = sources[6 * stages :]
-    return _spec_of_shapes(
-        shapes[0][1] if stages == 3 else shapes[0][0],
-        *(shapes[-1][1], shapes[-1][0], shapes[-2][-1]),
-        squeeze[0].shape[0] if squeeze else 0,
-        *(stages, stride, residual, tuple(rest)),
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _spec_of_shapes(
+def _make_spec(
     in_channels: int,
     hidden: int,
     out_channels: int,
@@ -94,6 +82,27 @@ def _spec_of_shapes(
         squeeze_channels=squeezed,
         squeeze_activation=ACTIVATIONS[squeeze_activation],
         gate=GATES[gate],
+    )
+
+
+_made_spec = functools.lru_cache(maxsize=1024)(_make_spec)
+
+
+def _spec_of(
+    sources: list[Tensor | None],
+    stages: int,
+    stride: int,
+    residual: bool,
+    rest: Sequence[int],
+    make: Callable[..., BlockSpec] = _made_spec,
+) -> BlockSpec:
+    shapes = [sources[6 * i].shape for i in range(stages)]
+    squeeze = sources[6 * stages :]
+    return make(
+        shapes[0][1] if stages == 3 else shapes[0][0],
+        *(shapes[-1][1], shapes[-1][0], shapes[-2][-1]),
+        squeeze[0].shape[0] if squeeze else 0,
+        *(stages, stride, residual, tuple(rest)),
     )
 
 
@@ -573,5 +582,5 @@ _library.impl(
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
 def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
-    spec = _spec_of(sources, len(eps), stride, residual, rest)
+    spec = _spec_of(sources, len(eps), stride, residual, rest, _make_spec)  # sizes may be symbols, which have no hash
     return ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
