@@ -650,3 +650,66 @@ def test_a_named_backend_says_what_it_has_not(on_gpu, backend, reason):
 def test_the_cpu_kernel_lacks_nothing():
     for make, _ in BLOCKS.values():
         assert missing_kernel("cpu", fuse(prepared(make())).spec) is None
+
+
+# --- training
+
+
+def _frozen(block: nn.Module) -> nn.Module:
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    return block
+
+
+def _results(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(3)  # of stochastic depth
+    leaf = x.clone().to(next(model.parameters()).dtype).requires_grad_()
+    y = model(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["statistics of the batch", "frozen norms"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_recompute_and_frozen_norms(name, frozen):
+    eager = in_channels_last(perturb_batch_norm(BLOCKS[name][0]())).train()
+    fused = fuse(eager, recompute=True, strict=True).train()
+    truth = copy.deepcopy(eager).double().train()
+    for model in (eager, fused, truth) if frozen else ():
+        _frozen(model)
+    x = input_of(eager).to(memory_format=torch.channels_last)
+    for ours, theirs, reference in zip(*(_results(m, x) for m in (fused, eager, truth)), strict=True):
+        found = agreement(ours, theirs, reference)
+        assert found.ok, found
+    for (key, ours), theirs in zip(fused.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=key)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_stochastic_depth_drops_whole_images(frozen):
+    """What it drops is the input alone, whether the kernel or the recomputed modules made the rest."""
+    fused = fuse(perturb_batch_norm(mbconv(drop=0.5)), recompute=True).train()
+    fused = _frozen(fused) if frozen else fused
+    x = torch.randn(16, 8, 5, 5)
+    y = fused(x)
+    dropped = [torch.equal(a, b) for a, b in zip(y, x, strict=True)]
+    assert 0 < sum(dropped) < 16
+    kept = [i for i, of_input in enumerate(dropped) if not of_input]
+    if frozen:
+        expected = 2 * (unfuse(fused).eval()(x) - x) + x
+        torch.testing.assert_close(y[kept], expected[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_a_dropout_between_the_layers_counts_in_train_alone():
+    block = mobilenet_v1()
+    block.insert(3, nn.Dropout(0.5))
+    eager = prepared(block)
+    fused, x = fuse(eager, recompute=True, strict=True), torch.randn(1, 8, 6, 6)
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-4, atol=1e-5)
+    fused[3].train()
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="dropouts between its layers"):
+        y = fused(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, nn.Sequential(*fused)(x)) and not torch.allclose(y, eager(x))
