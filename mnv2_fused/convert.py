@@ -225,7 +225,10 @@ def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
     return conv.out_channels * height * width * conv.weight.dtype.itemsize
 
 
-_NOT_FOUND = "no inverted residual of a known layout was found (torchvision's MobileNetV2 is known)"
+_NOT_FOUND = (
+    "no inverted residual of a known layout was found (known: MobileNet, MNASNet and EfficientNet of torchvision and timm, "
+    "transformers' and OpenMMLab's MobileNetV2, a block's layers in a Sequential)"
+)
 
 
 _INLINE = "its layers lie among others' in one Sequential: put them into a Sequential of their own"
