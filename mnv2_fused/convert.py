@@ -226,8 +226,8 @@ def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
 
 
 _NOT_FOUND = (
-    "no inverted residual of a known layout was found (known: torchvision's and timm's MobileNet, MNASNet and EfficientNet, "
-    "transformers' and OpenMMLab's MobileNetV2, a block's layers in a Sequential)"
+    "no inverted residual of a known layout was found (known: torchvision's and timm's MobileNet, MNASNet and "
+    "EfficientNet, transformers' and OpenMMLab's MobileNetV2, a block's layers in a Sequential)"
 )
 
 
