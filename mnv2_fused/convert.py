@@ -38,6 +38,7 @@ def fuse(
     *,
     inplace: bool = False,
     backend: str = "auto",
+    recompute: bool = False,
     strict: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
@@ -46,7 +47,11 @@ def fuse(
     The fused blocks share the modules inside the blocks they replace: parameters, their names, ``requires_grad``
     and train/eval mode stay. If anything was fused, the whole model is moved to channels_last, once. Keep the
     returned value even with ``inplace``: when ``model`` itself is a block, it is the fused one. Fusing a fused
-    model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block.
+    model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block. ``recompute``: in ``train()``
+    keep of each block only its input and compute the rest again in backward: less memory, more time.
+
+    A block of torchvision's MobileNetV2 is replaced by a :class:`FusedInvertedResidual`; any other stays the instance
+    it was, of a subclass of its class.
 
     Warns when nothing was fused. With ``strict`` raises ValueError instead, and also for any block that had to be
     skipped (not for those that ``filter_fn`` left out), before anything is changed. Raises ValueError for an
@@ -77,7 +82,7 @@ def fuse(
         warnings.warn(f"fuse() fused nothing: {reasons or _NOT_FOUND}", stacklevel=2)
     if nothing_fused:
         return model
-    model = _replace(model, {block: _fused(block, match, backend) for block, match in matches.items()})
+    model = _replace(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
     _run_whole_sequences(model)
     # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
     return model._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
@@ -220,7 +225,10 @@ def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
     return conv.out_channels * height * width * conv.weight.dtype.itemsize
 
 
-_NOT_FOUND = "no inverted residual of a known layout was found (torchvision's MobileNetV2 is known)"
+_NOT_FOUND = (
+    "no inverted residual of a known layout was found (known: torchvision's and timm's MobileNet, MNASNet and "
+    "EfficientNet, transformers' and OpenMMLab's MobileNetV2, a block's layers in a Sequential)"
+)
 
 
 _INLINE = "its layers lie among others' in one Sequential: put them into a Sequential of their own"
@@ -292,11 +300,16 @@ def _run_whole_sequences(model: nn.Module) -> None:
             module.__class__ = torchvision_model.MobileNetV2
 
 
-def _fused(block: nn.Module, match: Match, backend: str) -> FusedBlock:
+def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedBlock:
     if not _is_torchvisions(block, match.family):
-        return fuse_in_place(block, match.family.read, backend=backend, base=match.family.base)
+        options = {"backend": backend, "recompute": recompute}
+        return fuse_in_place(block, match.family.read, **options, base=match.family.base)
     fused = FusedInvertedResidual.adopt(
-        block.conv, stride=match.spec.stride, residual=match.spec.residual, backend=backend
+        block.conv,
+        stride=match.spec.stride,
+        residual=match.spec.residual,
+        backend=backend,
+        recompute=recompute,
     )
     # In a tuple, so that it is no submodule. It shares conv, hence follows .to(), copies and training.
     fused._original = (block,)

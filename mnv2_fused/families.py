@@ -27,7 +27,7 @@ class Family(NamedTuple):
 
 def family_of(module: nn.Module) -> Family | None:
     """The family that ``module`` is a block of, fit to be fused or not; None for any other module."""
-    if type(module) is nn.Sequential:
+    if layers.is_plain(module):
         return _SEQUENTIAL if _is_chain(module) else None
     names = [c.__name__ for c in type(module).__mro__]
     if isinstance(module, torch.jit.ScriptModule):
@@ -208,7 +208,7 @@ _TRANSFORMERS = "transformers.models.mobilenet_v2.modeling_mobilenet_v2"
 
 
 def _read_transformers_layers(block: nn.Module, names: tuple[str, ...], residual: bool) -> Parts:
-    found = [m for name in names if (m := block._modules[name]) is not None]
+    found = [m for name in names if (m := block._modules.get(name)) is not None]
     for layer in found:
         if layers.full_name(layer) != f"{_TRANSFORMERS}.MobileNetV2ConvLayer":
             raise Unfusable(f"it has a {layers.full_name(layer)} where a MobileNetV2ConvLayer is needed")
@@ -242,8 +242,9 @@ def read_sequential(block: nn.Module) -> Parts:
 
 def _is_chain(module: nn.Sequential) -> bool:
     """Whether a Sequential is just one block: a depthwise convolution and the products around it."""
-    convs = [m for m in layers.flatten([module]) if isinstance(m, nn.Conv2d)]
-    if len(convs) not in (2, 3):
+    leaves = list(layers.flatten([module]))
+    convs = [m for m in leaves if isinstance(m, nn.Conv2d)]
+    if len(convs) not in (2, 3) or leaves[0] is not convs[0]:
         return False
     *expand, depthwise, project = convs
     return _is_depthwise(depthwise) and not any(_is_depthwise(c) or c.weight.shape[-1] > 1 for c in (*expand, project))

@@ -23,7 +23,8 @@ class Parts(NamedTuple):
     stages: tuple[tuple[nn.Conv2d, nn.Module | None], ...]  # (convolution, norm) of [expand,] depthwise, project
     squeeze: tuple[nn.Conv2d, nn.Conv2d] | None  # both products of a squeeze-and-excite
     spec: BlockSpec
-    training_only: tuple[nn.Module, ...]  # what changes a result in train() alone: dropout, stochastic depth
+    dropouts: tuple[nn.Module, ...]  # between them, which change a result in train() alone
+    beside: tuple[nn.Module, ...]  # between them and the sum with the block's input, the same: stochastic depth
 
 
 def full_name(module: nn.Module) -> str:
@@ -88,11 +89,11 @@ def read_chain(
     """
     stages: list[tuple[nn.Module, nn.Module | None]] = []
     activations: list[str] = []
-    squeeze, training_only = None, []
+    squeeze, dropouts = None, []
     for module in flatten(modules):
         name = full_name(module)
         if name in _TRAINING_ONLY:
-            training_only.append(module)
+            dropouts.append(module)
         elif isinstance(module, nn.modules.conv._ConvNd) or not stages:
             stages.append((module, None))
             activations.append("")
@@ -108,10 +109,9 @@ def read_chain(
             activations[-1] = _timm_activation(module) if _is_timm_norm(module) else ""
     if len(stages) not in (2, 3):
         raise Unfusable(f"its layers are not {_LAYOUT}")
+    beside = tuple(module for module in beside if residual and type(module) is not nn.Identity)
     for module in beside:
-        if full_name(module) in _TRAINING_ONLY:
-            training_only.append(module)
-        elif type(module) is not nn.Identity:
+        if full_name(module) not in _TRAINING_ONLY:
             raise Unfusable(f"it has a {full_name(module)} before the sum with its input")
     for i, (conv, norm) in enumerate(stages):
         role = ("expand", "depthwise", "project")[i - len(stages)]
@@ -149,7 +149,7 @@ def read_chain(
         )
     except ValueError as error:  # a residual that the convolutions' shapes contradict, a padding too large
         raise Unfusable(str(error)) from None
-    return Parts(tuple(stages), products, spec, tuple(training_only))
+    return Parts(tuple(stages), products, spec, tuple(dropouts), beside)
 
 
 _LAYOUT = "[1x1, norm, activation], [depthwise, norm, activation], 1x1, norm"
@@ -224,8 +224,8 @@ def _read_squeeze(module: nn.Module, hidden: int) -> tuple[tuple[nn.Conv2d, nn.C
     }
 
 
-def training_only_now(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of these, which matter in train() alone, changes a result now."""
+def drops_now(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of these, dropouts or stochastic depth, changes a result now."""
     return any(m.training and getattr(m, _TRAINING_ONLY[full_name(m)]) for m in modules)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -11,27 +12,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
-from .block import _TORCH_ACTIVATIONS, ACTIVATIONS, GATES, BlockSpec, check_input
+from .block import ACTIVATIONS, GATES, BlockSpec, check_input
 from .fold import PackedWeights, packed_dtypes
 from .layers import Parts, Unfusable
+from .training import Recomputed, unfolded
 from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
 
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
-# Kernels of MobileNetV2's block alone.
-_PLAIN_KERNELS = {"cuda": "CUDA", "triton": "Triton"}
-
 
 def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
-    """What ``backend`` has no kernel for, in words; None where it takes the block."""
-    if backend not in _PLAIN_KERNELS or (beyond := spec.beyond_mobilenet_v2) is None:
-        return None
-    return f"the {_PLAIN_KERNELS[backend]} kernel has no {beyond}"
+    """What of such a block ``backend`` has no kernel for, in words; None where it takes the block."""
+    if backend == "cuda" and (beyond := spec.beyond_mobilenet_v2) is not None:
+        return f"the CUDA kernel has no {beyond}"
+    if backend == "triton" and spec.squeeze_channels:
+        return "the Triton kernel has no squeeze-and-excite"
+    return None
 
 
 def kernel_for(spec: BlockSpec, backend: str, device: torch.device) -> tuple[str, str | None]:
@@ -62,19 +62,7 @@ def _rest(spec: BlockSpec) -> list[int]:
     return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding]
 
 
-def _spec_of(sources: list[Tensor | None], stages: int, stride: int, residual: bool, rest: Sequence[int]) -> BlockSpec:
-    shapes = [sources[6 * i].shape for i in range(stages)]
-    squeeze = sources[6 * stages :]
-    return _spec_of_shapes(
-        shapes[0][1] if stages == 3 else shapes[0][0],
-        *(shapes[-1][1], shapes[-1][0], shapes[-2][-1]),
-        squeeze[0].shape[0] if squeeze else 0,
-        *(stages, stride, residual, tuple(rest)),
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _spec_of_shapes(
+def _make_spec(
     in_channels: int,
     hidden: int,
     out_channels: int,
@@ -97,6 +85,27 @@ def _spec_of_shapes(
     )
 
 
+_made_spec = functools.lru_cache(maxsize=1024)(_make_spec)
+
+
+def _spec_of(
+    sources: list[Tensor | None],
+    stages: int,
+    stride: int,
+    residual: bool,
+    rest: Sequence[int],
+    make: Callable[..., BlockSpec] = _made_spec,
+) -> BlockSpec:
+    shapes = [sources[6 * i].shape for i in range(stages)]
+    squeeze = sources[6 * stages :]
+    return make(
+        shapes[0][1] if stages == 3 else shapes[0][0],
+        *(shapes[-1][1], shapes[-1][0], shapes[-2][-1]),
+        squeeze[0].shape[0] if squeeze else 0,
+        *(stages, stride, residual, tuple(rest)),
+    )
+
+
 class _Ready:
     """A block found fit to run fused on ``packed``, while its ``watch`` holds."""
 
@@ -107,7 +116,9 @@ class _Ready:
         self.tensors = [t for t in sources if t is not None]
         self.eps = block._eps()
         self.dtype = sources[0].dtype
-        self.spec = spec = block.spec
+        # What stochastic depth comes before the sum with x is not the kernel's now.
+        self.beside = block._beside if layers.drops_now(block._beside) else ()
+        self.spec = spec = dataclasses.replace(block.spec, residual=False) if self.beside else block.spec
         self.stride, self.residual = spec.stride, spec.residual
         # The op's, where they do not rest on the image's size.
         self.options = None if spec.padding == "same" and spec.stride > 1 else spec.options(8, 8)
@@ -122,64 +133,10 @@ _tokens = itertools.count()
 _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDictionary()
 
 
-def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], spec: BlockSpec) -> Tensor:
-    """The block as separate convolutions and norms in eval, from the cache's source tensors."""
-    y, squeeze = x, sources[6 * len(eps) :]
-    left, right, top, bottom = spec.padding_of(*x.shape[2:])
-    for i, e in enumerate(eps):
-        weight, bias, *norm = sources[6 * i : 6 * i + 6]
-        if i == len(eps) - 2:  # depthwise
-            even = left == right and top == bottom
-            y = y if even else F.pad(y, (left, right, top, bottom))
-            around = (top, left) if even else (0, 0)
-            y = F.conv2d(y, weight, bias, spec.stride, around, spec.dilation, groups=weight.shape[0])
-        else:
-            y = F.conv2d(y, weight, bias)
-        if norm[2] is not None:
-            y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], training=False, eps=e)
-        y = _TORCH_ACTIVATIONS[spec.activation if i < len(eps) - 1 else spec.out_activation](y)
-        if squeeze and i == len(eps) - 2:
-            s = _TORCH_ACTIVATIONS[spec.squeeze_activation](F.conv2d(y.mean((2, 3), keepdim=True), *squeeze[:2]))
-            y = y * _TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, *squeeze[2:]))
-    return y + x if spec.residual else y
-
-
 @torch.compiler.assume_constant_result
 def _why_modules(token: int) -> str | None:
     """Asked once per graph: dynamo cannot trace the look at hooks and types."""
     return _blocks[token].why_modules()
-
-
-class _Recomputed(torch.autograd.Function):
-    """Forward by the fused op; backward through :func:`_unfolded`, computed again from the saved input."""
-
-    @staticmethod
-    def forward(ctx, x, packed, eps, spec, options, backend, *sources):
-        ctx.save_for_backward(x, *sources)
-        ctx.eps, ctx.spec = eps, spec
-        device = ctx.device = x.device.type
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, backend=backend, options=options)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a fused block has no second derivative here (create_graph=True); run it with backend='eager' or "
-                "unfuse the model"
-            )
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
-        leaves = [
-            None if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        enabled, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(ctx.device, enabled=enabled, dtype=dtype):
-            y = _unfolded(leaves[0], leaves[1:], ctx.eps, ctx.spec)
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grad))
-        x_grad, *source_grads = (next(found) if need else None for need in needed)
-        return x_grad, None, None, None, None, None, *source_grads
 
 
 class FusedBlock(nn.Module):
@@ -188,10 +145,11 @@ class FusedBlock(nn.Module):
     A subclass says what is inside (:meth:`_read`) and how the ordinary modules run (:meth:`_forward_modules`).
     """
 
-    def _start(self, backend: str) -> None:
+    def _start(self, backend: str, recompute: bool) -> None:
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
         self.backend = backend
+        self.recompute = recompute
         self._warned = False
         self._forgotten = 0
         self._look_inside()
@@ -231,7 +189,8 @@ class FusedBlock(nn.Module):
         # (convolution, norm) of each stage: [expand,] depthwise, project.
         self._pairs: tuple[tuple[nn.Conv2d, nn.Module | None], ...] = parts.stages if parts else ()
         self._squeeze: tuple[nn.Conv2d, ...] = (parts.squeeze or ()) if parts else ()
-        self._training_only: tuple[nn.Module, ...] = parts.training_only if parts else ()
+        self._dropouts: tuple[nn.Module, ...] = parts.dropouts if parts else ()
+        self._beside: tuple[nn.Module, ...] = parts.beside if parts else ()
         self._spec: BlockSpec | None = parts.spec if parts else None
         self._rest = _rest(parts.spec) if parts else []
 
@@ -247,7 +206,10 @@ class FusedBlock(nn.Module):
         _caches[self._token] = self._cache
         _blocks[self._token] = self
 
-    _FOUND = ("_ready", "_cache", "_token", "_objection", "_pairs", "_squeeze", "_training_only", "_spec", "_rest")
+    _FOUND = (
+        *("_ready", "_cache", "_token", "_objection", "_pairs"),
+        *("_squeeze", "_dropouts", "_beside", "_spec", "_rest"),
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -290,7 +252,9 @@ class FusedBlock(nn.Module):
             return self._forward_modules(x)
         if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.watch.holds():
             # Mode and backend are looked at here only: while the watch holds, they are what they were.
-            ready = None if self.training else self._prepare(x)
+            if self._trains():
+                return self._forward_training(x)
+            ready = self._prepare(x)
             if ready is None:
                 return self._forward_modules(x)
         options = ready.options
@@ -298,13 +262,59 @@ class FusedBlock(nn.Module):
             if options is None:
                 options = ready.spec.options(*x.shape[2:])
             if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
-                return _Recomputed.apply(x, ready.packed, ready.eps, ready.spec, options, ready.backend, *ready.sources)
-            return ops.packed_inverted_residual(
-                x, ready.packed, ready.stride, ready.residual, backend=ready.backend, options=options
-            )
+                run = functools.partial(
+                    ops.packed_inverted_residual,
+                    **{"packed": ready.packed, "stride": ready.stride, "residual": ready.residual},
+                    **{"backend": ready.backend, "options": options},
+                )
+                y = Recomputed.apply(x, run, ready.eps, ready.spec, (False,) * 3, *ready.sources)
+            else:
+                y = ops.packed_inverted_residual(
+                    x, ready.packed, ready.stride, ready.residual, backend=ready.backend, options=options
+                )
         except (RuntimeError, TypeError):
             check_input(x, ready.spec.in_channels, ready.spec)  # says it better, if x is what is wrong
             raise
+        return self._sum(x, y, ready.beside) if ready.beside else y
+
+    @staticmethod
+    def _sum(x: Tensor, y: Tensor, beside: tuple[nn.Module, ...]) -> Tensor:
+        for module in beside:
+            y = module(y)
+        return y + x
+
+    def _forward_training(self, x: Tensor) -> Tensor:
+        """With statistics of the batch, or dropouts: by the modules, or, with ``recompute``, keeping x alone."""
+        if not self.recompute or not torch.is_grad_enabled():
+            return self._forward_modules(x)
+        why = self.why_modules()
+        if why is None and layers.drops_now(self._dropouts):
+            why = "it has dropouts between its layers, which would drop others the second time"
+        synced = any(isinstance(norm, nn.SyncBatchNorm) and norm.training for _, norm in self._pairs)
+        if why is None and synced and torch.distributed.is_initialized():
+            why = "a SyncBatchNorm would exchange its statistics a second time"
+        if why is not None:
+            self._warn(f"an inverted residual keeps what recompute=True would not: {why}")
+            return self._forward_modules(x)
+        sources, eps = self._sources()
+        if not (x.requires_grad or any(t is not None and t.requires_grad for t in sources)):
+            return self._forward_modules(x)
+        norms = [norm for _, norm in self._pairs]
+        batch = tuple(norm is not None and norm.training and bool(norm._parameters) for norm in norms)
+        for i, of_batch in enumerate(batch):
+            if of_batch:
+                sources[6 * i + 4 : 6 * i + 6] = None, None
+        beside = self._beside if layers.drops_now(self._beside) else ()
+        spec = dataclasses.replace(self._spec, residual=False) if beside else self._spec
+        check_input(x, spec.in_channels, spec)
+        run = functools.partial(unfolded, sources=sources, eps=eps, spec=spec, batch=batch, norms=norms)
+        y = Recomputed.apply(x, run, eps, spec, batch, *sources)
+        return self._sum(x, y, beside) if beside else y
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=4)
 
     def _prepare(self, x: Tensor) -> _Ready | None:
         """Looks at everything and folds what changed; None when the inner modules must run."""
@@ -316,11 +326,9 @@ class FusedBlock(nn.Module):
         if why is None:
             backend, why = kernel_for(self._spec, self.backend, x.device)
         if why is not None:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=3)
+            self._warn(f"an inverted residual runs unfused: {why}")
             return None
-        if self._trains():
+        if self._trains():  # only now seen, if its layers were replaced
             return None
         sources, eps = self._sources()
         ready = _Ready(self, sources, next_hook, backend)
@@ -351,10 +359,10 @@ class FusedBlock(nn.Module):
             return fold_and_pack(sources, eps, sources[0].dtype)
 
     def _trains(self) -> bool:
-        """Whether something inside computes now what it does in train() alone."""
+        """Whether something inside needs the whole tensor now: statistics of the batch, or dropout."""
         if any(norm is not None and norm.training and norm._parameters for _, norm in self._pairs):
             return True  # FrozenBatchNorm2d has no parameters
-        return bool(self._training_only) and layers.training_only_now(self._training_only)
+        return bool(self._dropouts) and layers.drops_now(self._dropouts)
 
     def _eps(self) -> list[float]:
         return [0.0 if norm is None else norm.eps for _, norm in self._pairs]
@@ -379,9 +387,10 @@ class FusedBlock(nn.Module):
         return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+        if ops.resolve_backend(self.backend, x.device) == "eager":
             return self._forward_modules(x)
-        if _why_modules(self._token) is not None or self._trains():
+        # First, since it looks inside again.
+        if _why_modules(self._token) is not None or self._trains() or layers.drops_now(self._beside):
             return self._forward_modules(x)
         spec = self._spec
         backend, _ = kernel_for(spec, self.backend, x.device)
@@ -426,7 +435,7 @@ class FusedInPlace(FusedBlock):
 
     def unfused(self) -> nn.Module:
         """Itself, as it was."""
-        for name in (*self._FOUND, "backend", "_warned", "_forgotten"):
+        for name in (*self._FOUND, "backend", "recompute", "_warned", "_forgotten"):
             vars(self).pop(name, None)
         self.__class__ = type(self).original
         return self
@@ -445,7 +454,12 @@ def _fused_class(original: type[nn.Module], reader: Reader, base: type[FusedInPl
 
 
 def fuse_in_place(
-    block: nn.Module, reader: Reader, *, backend: str = "auto", base: type[FusedInPlace] = FusedInPlace
+    block: nn.Module,
+    reader: Reader,
+    *,
+    backend: str = "auto",
+    recompute: bool = False,
+    base: type[FusedInPlace] = FusedInPlace,
 ) -> FusedInPlace:
     """Makes ``block`` run fused: it becomes an instance of a subclass of its class, and is returned.
 
@@ -453,7 +467,7 @@ def fuse_in_place(
     """
     block.__class__ = _fused_class(type(block), reader, base)
     try:
-        block._start(backend)
+        block._start(backend, recompute)
     except ValueError:
         block.unfused()
         raise
@@ -464,12 +478,13 @@ class FusedInvertedResidual(FusedBlock):
     """Drop-in for torchvision's ``InvertedResidual``: same constructor, same state_dict, fused in eval.
 
     ``torchvision.models.mobilenet_v2(block=FusedInvertedResidual)`` loads published weights and trains. In
-    ``train()`` the ordinary modules run, since batch statistics need the whole expanded tensor. In ``eval()`` the
-    block is one kernel on weights folded in float64; they are folded again whenever a parameter or statistic
-    changes, in place or not (the exception: writes through ``tensor.data``, which torch does not count; call
-    ``train()`` and ``eval()`` after those). With gradients on, backward recomputes the expanded tensor instead of
-    saving it; a second derivative is refused. Under ``torch.func`` transforms and forward-mode differentiation the
-    ordinary modules run.
+    ``train()`` the ordinary modules run, since batch statistics need the whole expanded tensor; with ``recompute``
+    they are run once more in backward, so that of a block only its input is kept (a compiled graph decides itself
+    what to keep). In ``eval()``, and in ``train()`` with every norm in ``eval()`` or frozen, the block is one kernel on
+    weights folded in float64; they are folded again whenever a parameter or statistic changes, in place or not (the
+    exception: writes through ``tensor.data``, which torch does not count; call ``train()`` and ``eval()`` after those).
+    With gradients on, backward recomputes the expanded tensor instead of saving it; a second derivative is refused.
+    Under ``torch.func`` transforms and forward-mode differentiation the ordinary modules run.
 
     ``x``: [N, inp, H, W], floating point, of the parameters' dtype unless under autocast -> [N, oup, H', W'].
     Raises ValueError for a stride other than 1 or 2 and for a ``norm_layer`` that cannot be folded.
@@ -486,6 +501,7 @@ class FusedInvertedResidual(FusedBlock):
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if stride not in (1, 2):
@@ -499,24 +515,32 @@ class FusedInvertedResidual(FusedBlock):
         layers = [] if expand_ratio == 1 else [with_relu6(inp, kernel_size=1)]
         layers.append(with_relu6(hidden, kernel_size=3, stride=stride, padding=1, groups=hidden))
         layers += [nn.Conv2d(hidden, oup, 1, bias=False), norm(oup)]
-        self._adopt(nn.Sequential(*layers), stride, stride == 1 and inp == oup, backend)
+        self._adopt(nn.Sequential(*layers), stride, stride == 1 and inp == oup, backend, recompute)
 
     @classmethod
-    def adopt(cls, conv: nn.Sequential, *, stride: int, residual: bool, backend: str = "auto") -> FusedInvertedResidual:
+    def adopt(
+        cls,
+        conv: nn.Sequential,
+        *,
+        stride: int,
+        residual: bool,
+        backend: str = "auto",
+        recompute: bool = False,
+    ) -> FusedInvertedResidual:
         """A block around existing modules, laid out as torchvision's ``InvertedResidual.conv``, sharing them."""
         block = cls.__new__(cls)
         nn.Module.__init__(block)
         block.training = conv.training
-        block._adopt(conv, stride, residual, backend)
+        block._adopt(conv, stride, residual, backend, recompute)
         return block
 
-    def _adopt(self, conv: nn.Sequential, stride: int, residual: bool, backend: str) -> None:
+    def _adopt(self, conv: nn.Sequential, stride: int, residual: bool, backend: str, recompute: bool) -> None:
         self.conv = conv
         self.stride = stride
         self.use_res_connect = residual
         self._is_cn = stride > 1
         self._original: tuple[nn.Module, ...] = ()  # the block that fuse() replaced; a tuple, so no submodule
-        self._start(backend)
+        self._start(backend, recompute)
         self.out_channels = self._pairs[-1][0].out_channels
 
     def _read(self) -> Parts:
@@ -558,5 +582,5 @@ _library.impl(
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
 def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
-    spec = _spec_of(sources, len(eps), stride, residual, rest)
+    spec = _spec_of(sources, len(eps), stride, residual, rest, _make_spec)  # sizes may be symbols, which have no hash
     return ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))

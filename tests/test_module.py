@@ -587,3 +587,162 @@ def test_to_another_dtype_after_a_call(dtype):
     assert y.dtype == dtype
     tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(y, theirs(x), **tolerance)
+
+
+# --- training: what is kept, and gradients
+
+
+def training_pair(geometry, **options):
+    theirs = perturb_batch_norm(InvertedResidual(*geometry)).train()
+    ours = FusedInvertedResidual(*geometry, **options).train()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def freeze_norms(block):
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    return block
+
+
+def saved_by(call):
+    """What a call keeps for backward, parameters and buffers aside, and its result."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = call()
+    return [t for t in kept if t.dim() == 4 and t.shape[0] == 2 and t.shape[2] > 1], y
+
+
+def check_gradients(ours, theirs, x, dtype=torch.float32):
+    """Against float64 through the ordinary modules, from the same state."""
+    truth = copy.deepcopy(theirs).double()
+    results = []
+    for block in (ours, theirs, truth):
+        block.zero_grad()
+        leaf = x.clone().to(next(block.parameters()).dtype).requires_grad_()
+        y = block(leaf)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad for p in block.parameters())])
+    for of_ours, of_theirs, of_truth in zip(*results, strict=True):
+        found = agreement(of_ours, of_theirs, of_truth)
+        assert found.ok, found
+
+
+@by_geometry
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_recompute_keeps_the_input_alone_and_counts_statistics_once(geometry, momentum):
+    theirs, ours = training_pair(geometry, recompute=True)
+    for norm in (m for b in (theirs, ours) for m in b.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = momentum
+    x = make_x()
+    kept, y = saved_by(lambda: ours(x.requires_grad_()))
+    assert [t.shape for t in kept] == [x.shape]
+    assert torch.equal(y, theirs(x))
+    y.sum().backward()
+    for (name, mine), other in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(mine, other), name
+    check_gradients(ours, theirs, make_x())
+
+
+def test_without_recompute_the_expanded_tensor_is_kept():
+    _, ours = training_pair((8, 8, 1, 6))
+    kept, _ = saved_by(lambda: ours(make_x()))
+    assert sum(t.shape[1] == 48 for t in kept) >= 4
+
+
+def test_recompute_trains_as_eager_does():
+    theirs, ours = training_pair((8, 8, 1, 6), recompute=True)
+    for block in (theirs, ours):
+        optimizer = torch.optim.SGD(block.parameters(), lr=0.01)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            block(torch.randn(4, 8, 6, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        close(mine, other)
+    x = make_x()
+    close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_recompute_without_gradients_and_of_one_norm_in_eval():
+    theirs, ours = training_pair((8, 8, 1, 6), recompute=True)
+    x = make_x()
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+    for block in (theirs, ours):
+        block.conv[1][1].eval()
+    kept, _ = saved_by(lambda: ours(make_x()))
+    assert len(kept) == 1
+    check_gradients(ours, theirs, make_x())
+
+
+def test_recompute_under_autocast():
+    theirs, ours = training_pair((8, 8, 1, 6), recompute=True)
+    x, truth = make_x(), copy.deepcopy(theirs).double()
+    results = []
+    for block in (ours, theirs, truth):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=block is not truth):
+            y = block(x.to(next(block.parameters()).dtype))
+        y.double().square().sum().backward()
+        results.append([p.grad for p in block.parameters()])
+    for of_ours, of_theirs, of_truth in zip(*results, strict=True):
+        assert of_ours.dtype == of_theirs.dtype
+        assert agreement(of_ours, of_theirs, of_truth).ok
+
+
+@pytest.mark.parametrize("change", [UNFUSED["forward hook"], UNFUSED["pruning"], UNFUSED["parametrization"]])
+def test_recompute_runs_the_modules_where_it_cannot_see_what_they_do(change):
+    _, ours = training_pair((8, 8, 1, 6), recompute=True)
+    change(ours)
+    with pytest.warns(UserWarning, match="keeps what recompute=True would not"):
+        kept, _ = saved_by(lambda: ours(make_x()))
+    assert len(kept) > 1
+
+
+@by_geometry
+def test_frozen_norms_run_fused_in_train(geometry, ran):
+    theirs, ours = (freeze_norms(b) for b in training_pair(geometry))
+    before = copy.deepcopy(list(ours.buffers()))
+    kept, _ = saved_by(lambda: ours(make_x()))
+    assert len(ran) == 1 and len(kept) == 1
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), before, strict=True))
+    check_gradients(ours, theirs, make_x())
+    ours.train()
+    ours(make_x())
+    assert len(ran) == 2  # one norm in train() is enough for the modules
+
+
+def test_frozen_batch_norm_runs_fused_in_train(ran):
+    block = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6, FrozenBatchNorm2d)).train()
+    x = make_x()
+    close(block(x), eager(block, x))
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_in_slices_of_the_batch(monkeypatch, dtype):
+    from mnv2_fused import training
+
+    theirs, ours = (freeze_norms(b).to(dtype) for b in training_pair((8, 8, 1, 6)))
+    sizes, unfolded = [], training.unfolded
+    monkeypatch.setattr(training, "unfolded", lambda x, *a, **k: sizes.append(x.shape[0]) or unfolded(x, *a, **k))
+    monkeypatch.setattr(training, "_SLICE_BYTES", 0)
+    x = torch.randn(20, 8, 9, 7, dtype=dtype)
+    check_gradients(ours, theirs, x)
+    assert len(sizes) > 4 and sum(sizes) == 20 and max(sizes) == 20 // 6
+    ours.zero_grad()
+    ours(torch.randn(0, 8, 9, 7, dtype=dtype)).sum().backward()
+    assert all(p.grad.count_nonzero() == 0 for p in ours.parameters())
+
+
+def test_the_peak_of_frozen_blocks_is_a_third_of_eagers():
+    from mnv2_fused.testing import peak_activation_bytes
+
+    geometries = [(16, 24, 2, 6), (24, 24, 1, 6), (24, 32, 2, 6), (32, 32, 1, 6), (32, 32, 1, 6)]
+    eager = freeze_norms(nn.Sequential(*(InvertedResidual(*g) for g in geometries)).train())
+    fused = freeze_norms(nn.Sequential(*(FusedInvertedResidual(*g) for g in geometries)).train())
+    x = torch.randn(16, 16, 56, 56).to(memory_format=torch.channels_last).requires_grad_()
+    peaks = [peak_activation_bytes(lambda model=m: model(x).sum().backward()) for m in (fused, eager)]
+    assert peaks[0] <= peaks[1] / 3, peaks
