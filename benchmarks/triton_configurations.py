@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from mnv2_fused import BlockSpec, TritonPlan, triton_kernels, triton_plan
 from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_launch import constants, constants_of_adding
+from mnv2_fused.triton_launch import constants, constants_of_adding, constants_of_pooling
 
 RESULTS = Path(__file__).parent / "results" / "triton-configurations.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -63,20 +63,40 @@ def compile_for(
 
     ``integers``: type of sizes and strides, or the value 1, which triton compiles into the kernel.
     """
-    product = f"*{DTYPES[dtype]}"
-    pointers = dict.fromkeys(("x", "w_expand", "w_project"), product)
-    pointers |= dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project"), "*fp32")
-    pointers["y"] = "*fp32" if plan.splits > 1 else product
-    left, _, top, _ = spec.padding_of(16, 16)
-    ones = {name: 1 for name, size in {"top": top, "left": left}.items() if size == 1}
+    pointers = _pointers(dtype) | {"y": "*fp32" if plan.splits > 1 else f"*{DTYPES[dtype]}"}
     return _compile(
         triton_kernels.inverted_residual_kernel,
         pointers,
-        constants(plan, spec, tf32) | {"y_channel": 1} | ones,
+        constants(plan, spec, tf32) | {"y_channel": 1} | _compiled_in(spec),
         capability,
         integers,
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
     )
+
+
+def compile_pooling(
+    plan: TritonPlan, spec: BlockSpec, dtype: torch.dtype, capability: int, tf32: bool = False
+) -> Compiled:
+    """The kernel that pools the depthwise results for a squeeze-and-excite."""
+    return _compile(
+        triton_kernels.pool_kernel,
+        _pointers(dtype) | {"sums": "*fp32"},
+        constants_of_pooling(plan, spec, tf32) | _compiled_in(spec),
+        capability,
+        "i32",
+        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+    )
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, str]:
+    pointers = dict.fromkeys(("x", "w_expand", "w_project"), f"*{DTYPES[dtype]}")
+    return pointers | dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project", "gate"), "*fp32")
+
+
+def _compiled_in(spec: BlockSpec) -> dict[str, int]:
+    """Rows and columns of padding that triton compiles into the kernel: where they are 1."""
+    left, _, top, _ = spec.padding_of(16, 16)
+    return {name: 1 for name, size in {"top": top, "left": left}.items() if size == 1}
 
 
 def compile_adding(spec: BlockSpec, dtype: torch.dtype, capability: int, integers: str | int = "i32") -> Compiled:
@@ -95,6 +115,7 @@ def _compile(
     options: dict[str, int],
 ) -> Compiled:
     names = kernel.arg_names
+    pointers = {name: kind for name, kind in pointers.items() if name in names}
     if integers == 1:
         fixed = dict.fromkeys([n for n in names if n not in pointers], 1) | fixed
     signature = {n: "constexpr" if n in fixed else pointers.get(n, integers) for n in names}
