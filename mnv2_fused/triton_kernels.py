@@ -259,17 +259,17 @@ def _patches_along(out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
     if DILATION == 1:
         return tl.cdiv(out_size, PATCH)
     else:
-        return tl.minimum(out_size, DILATION) * tl.cdiv(out_size, PATCH * DILATION)
+        covered: tl.constexpr = PATCH * DILATION
+        return out_size // covered * DILATION + tl.minimum(out_size % covered, DILATION)
 
 
 @triton.jit
-def _first_output(index, out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
+def _first_output(index, PATCH: tl.constexpr, DILATION: tl.constexpr):
     """The row (or column) of a patch's first output; the next ones follow at distances of ``DILATION``."""
     if DILATION == 1:
         return index * PATCH
     else:
-        phases = tl.minimum(out_size, DILATION)
-        return index // phases * (PATCH * DILATION) + index % phases
+        return index // DILATION * (PATCH * DILATION) + index % DILATION
 
 
 @triton.jit
@@ -277,8 +277,8 @@ def _corner(patch, out_height, out_width, ROWS: tl.constexpr, COLS: tl.constexpr
     """Image, row and column of the first output of each patch, patches of all images being numbered in one row."""
     patch_cols = _patches_along(out_width, COLS, DILATION)
     patch_rows = _patches_along(out_height, ROWS, DILATION)
-    col = _first_output(patch % patch_cols, out_width, COLS, DILATION)
-    row = _first_output(patch // patch_cols % patch_rows, out_height, ROWS, DILATION)
+    col = _first_output(patch % patch_cols, COLS, DILATION)
+    row = _first_output(patch // patch_cols % patch_rows, ROWS, DILATION)
     image = (patch // (patch_cols * patch_rows)).to(tl.int64)
     return image, row, col
 

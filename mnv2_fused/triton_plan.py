@@ -175,10 +175,11 @@ def _rim(size: int, spec: BlockSpec) -> int:
 
 
 def patches_of_image(spec: BlockSpec, out_size: tuple[int, int], tile: Tile) -> int:
-    """How many patches cover one image. A dilation of D makes D rows of patches of what is one without."""
+    """How many patches cover one image. The outputs of a patch lie a dilation D apart, so that D of them interlock."""
     patches = 1
     for size, outputs in zip(out_size, tile[:2], strict=True):
-        patches *= min(size, spec.dilation) * _ceil_div(size, outputs * spec.dilation)
+        covered = outputs * spec.dilation
+        patches *= size // covered * spec.dilation + min(size % covered, spec.dilation)
     return patches
 
 
@@ -367,8 +368,7 @@ def triton_plan(
     out_size = spec.out_size(height, width)
     if min(out_size) < 1:
         raise ValueError(f"{spec} leaves nothing of {height} x {width} pixels; use larger images or more padding")
-    # In whole dilations: a patch of one output may lie behind the image.
-    out_pixels = n * patches_of_image(spec, out_size, Tile(1, 1, 16, 16, 4, 1))
+    out_pixels = n * out_size[0] * out_size[1]
     if max(out_pixels, height, width) > _MOST_PIXELS:
         raise ValueError(
             f"the Triton kernel takes at most 2^30 output pixels, rows and columns, got {out_pixels}, {height} and "
