@@ -159,6 +159,39 @@ def chosen(
     return list(found.values())
 
 
+# Blocks of other networks, as they come: MobileNetV3-Large, EfficientNet-B0, DeepLab's and TensorFlow's MobileNetV2.
+OTHERS = [
+    (BlockSpec(40, 120, 40, residual=True, kernel=5, activation="relu", squeeze_channels=32), 28),
+    (BlockSpec(80, 184, 80, residual=True, activation="hardswish"), 14),
+    (BlockSpec(160, 960, 160, residual=True, kernel=5, activation="hardswish", squeeze_channels=240), 7),
+    (
+        BlockSpec(
+            *(24, 144, 40),
+            stride=2,
+            kernel=5,
+            activation="silu",
+            squeeze_channels=6,
+            squeeze_activation="silu",
+            gate="sigmoid",
+        ),
+        56,
+    ),
+    (
+        BlockSpec(
+            *(32, 32, 16),
+            expand=False,
+            activation="silu",
+            squeeze_channels=8,
+            squeeze_activation="silu",
+            gate="sigmoid",
+        ),
+        112,
+    ),
+    (BlockSpec(96, 576, 96, residual=True, dilation=2), 28),
+    (BlockSpec(16, 96, 24, stride=2, padding="same"), 112),
+]
+
+
 def digest() -> str:
     """Of the code that decides the table: kernel, planner, GPUs and this file, without comments and docstrings."""
     package = Path(triton_kernels.__file__).parent
@@ -177,6 +210,11 @@ def compiler() -> str:
 
 
 def table() -> str:
+    header = [
+        "| block | dtype | patch | patches | group | splits | warps | registers | estimated | stack | shared KiB "
+        "| estimated | occupancy | instructions |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     lines = [
         "# The Triton kernel's configurations, compiled",
         "",
@@ -185,19 +223,27 @@ def table() -> str:
         "of the products. Stack: bytes a thread spills, mostly. Instructions: of the whole kernel. Not a measurement",
         f"of speed. {compiler()}, sources {digest()}.",
         "",
-        "| block | dtype | patch | patches | group | splits | warps | registers | estimated | stack | shared KiB "
-        "| estimated | occupancy | instructions |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *header,
     ]
+
+    def add(spec: BlockSpec, dtype: torch.dtype, p: TritonPlan, c: Compiled, note: str = "") -> None:
+        lines.append(
+            f"| {spec}{note} | {DTYPES[dtype]} | {p.tile_rows}x{p.tile_cols} | {p.patches} | {p.group} | {p.splits} "
+            f"| {p.num_warps} | {c.registers} | {p.registers} | {c.stack} | {c.shared / 1024:.0f} "
+            f"| {p.shared_bytes / 1024:.0f} | {c.occupancy(p, H200.shared_per_processor):.2f} | {c.instructions} |"
+        )
+        print(lines[-1], flush=True)
+
     for dtype in DTYPES:
         for spec, p in chosen(dtype):
-            c = compile_for(p, spec, dtype, 90)
-            lines.append(
-                f"| {spec} | {DTYPES[dtype]} | {p.tile_rows}x{p.tile_cols} | {p.patches} | {p.group} | {p.splits} "
-                f"| {p.num_warps} | {c.registers} | {p.registers} | {c.stack} | {c.shared / 1024:.0f} "
-                f"| {p.shared_bytes / 1024:.0f} | {c.occupancy(p, H200.shared_per_processor):.2f} | {c.instructions} |"
-            )
-            print(lines[-1], flush=True)
+            add(spec, dtype, p, compile_for(p, spec, dtype, 90))
+    lines += ["", "Blocks of other networks, at batch 256; of a squeeze-and-excite both passes:", "", *header]
+    for dtype in DTYPES:
+        for spec, size in OTHERS:
+            p = triton_plan(spec, (256, spec.in_channels, size, size), dtype=dtype)
+            if spec.squeeze_channels:
+                add(spec, dtype, p, compile_pooling(p, spec, dtype, 90), ", first pass")
+            add(spec, dtype, p, compile_for(p, spec, dtype, 90))
     return "\n".join(lines) + "\n"
 
 
