@@ -134,9 +134,12 @@ def _estimate(
     columns = max(tile.group / (8 * warps), 1)  # tiles of 8 that a warp has of the group
     e = m * 8 * columns / 32  # elements of a thread
     y = outputs * m * out / threads
-    # Of 5x5 taps no more stay in registers than of 3x3, and of their many positions' addresses half as much.
-    of_positions = (2 if spec.kernel == 3 else 1) * m / 16 * positions
+    # 5x5 taps keep no more of themselves in registers than 3x3, and of their many positions' addresses half as much,
+    # unless x is read again for every group.
+    of_positions = (2 if spec.kernel == 3 else 1 if keep_x else 3) * m / 16 * positions
     registers = y + outputs * e + 2 * e + 18 * columns + of_positions + (40 if itemsize == 2 else 66)
+    if spec.squeeze_channels and spec.kernel == 5:  # the pass that pools was counted to take more
+        registers += outputs * e
     if not spec.expand:  # where x is read for every group, its addresses stay
         registers += 2 * positions
     if not matrix and m * outputs * out * tile.group / threads > _MOST_UNROLLED:

@@ -180,12 +180,12 @@ def test_the_planners_own_choice(spec):
 @by_spec
 @pytest.mark.parametrize("size", [(1, 1), (2, 9)], ids=str)
 def test_small_images(spec, size):
-    x = random_input(spec, 3, size).to(DEVICE)
+    x = random_input(spec, 2, size).to(DEVICE)
     if isinstance(spec.padding, tuple) and min(spec.out_size(*size)) < 1:
         with pytest.raises(ValueError, match="height and width must reach 3"):
             run(x, weights_of(spec), spec)
         return
-    check(x, weights_of(spec), spec, forced(spec, x, tile_rows=2, tile_cols=1, group=16))
+    check(x, weights_of(spec), spec, forced(spec, x, tile_rows=2, tile_cols=1, group=32))
 
 
 @kernel
@@ -233,8 +233,8 @@ def test_each_image_has_its_own_gate():
 @kernel
 @pytest.mark.parametrize("spec", SPECS[:2], ids=str)
 def test_every_run_gives_the_same_bits(spec):
-    x, packed = random_input(spec, 2, (6, 5)).to(DEVICE), pack(weights_of(spec), backend="triton")
-    plan = forced(spec, x, tile_rows=1, tile_cols=2, group=16, splits=2)
+    x, packed = random_input(spec, 2, (3, 4)).to(DEVICE), pack(weights_of(spec), backend="triton")
+    plan = forced(spec, x, tile_rows=1, tile_cols=1, group=16, splits=2)
     assert torch.equal(run(x, packed, spec, plan), run(x, packed, spec, plan))
 
 
