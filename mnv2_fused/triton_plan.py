@@ -136,7 +136,7 @@ def _estimate(
     y = outputs * m * out / threads
     # 5x5 taps keep no more of themselves in registers than 3x3, and of their many positions' addresses half as much,
     # unless x is read again for every group.
-    of_positions = (2 if spec.kernel == 3 else 1 if keep_x else 3) * m / 16 * positions
+    of_positions = (2 if spec.kernel == 3 else 1 if keep_x or not spec.expand else 3) * m / 16 * positions
     registers = y + outputs * e + 2 * e + 18 * columns + of_positions + (40 if itemsize == 2 else 66)
     if spec.squeeze_channels and spec.kernel == 5:  # the pass that pools was counted to take more
         registers += outputs * e
