@@ -149,6 +149,8 @@ def _estimate(
     if not keep_x:
         x, expand = m * chunk, chunk * tile.group
     weights, stages = itemsize * (expand + project) + _others(spec) * tile.group, tile.num_stages - 1
+    if spec.squeeze_channels:
+        weights += 4 * m * tile.group  # each patch's gates
     d = outputs * m * tile.group
     shared = itemsize * (x + d) + (stages * weights if stages else itemsize * (expand + project))
 
