@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from mnv2_fused import BlockSpec, TritonPlan, triton_kernels, triton_plan
 from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_launch import constants, constants_of_adding
+from mnv2_fused.triton_launch import constants, constants_of_adding, constants_of_pooling
 
 RESULTS = Path(__file__).parent / "results" / "triton-configurations.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -63,20 +63,40 @@ def compile_for(
 
     ``integers``: type of sizes and strides, or the value 1, which triton compiles into the kernel.
     """
-    product = f"*{DTYPES[dtype]}"
-    pointers = dict.fromkeys(("x", "w_expand", "w_project"), product)
-    pointers |= dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project"), "*fp32")
-    pointers["y"] = "*fp32" if plan.splits > 1 else product
-    left, _, top, _ = spec.padding_of(16, 16)
-    ones = {name: 1 for name, size in {"top": top, "left": left}.items() if size == 1}
+    pointers = _pointers(dtype) | {"y": "*fp32" if plan.splits > 1 else f"*{DTYPES[dtype]}"}
     return _compile(
         triton_kernels.inverted_residual_kernel,
         pointers,
-        constants(plan, spec, tf32) | {"y_channel": 1} | ones,
+        constants(plan, spec, tf32) | {"y_channel": 1} | _compiled_in(spec),
         capability,
         integers,
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
     )
+
+
+def compile_pooling(
+    plan: TritonPlan, spec: BlockSpec, dtype: torch.dtype, capability: int, tf32: bool = False
+) -> Compiled:
+    """The kernel that pools the depthwise results for a squeeze-and-excite."""
+    return _compile(
+        triton_kernels.pool_kernel,
+        _pointers(dtype) | {"sums": "*fp32"},
+        constants_of_pooling(plan, spec, tf32) | _compiled_in(spec),
+        capability,
+        "i32",
+        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+    )
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, str]:
+    pointers = dict.fromkeys(("x", "w_expand", "w_project"), f"*{DTYPES[dtype]}")
+    return pointers | dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project", "gate"), "*fp32")
+
+
+def _compiled_in(spec: BlockSpec) -> dict[str, int]:
+    """Rows and columns of padding that triton compiles into the kernel: where they are 1."""
+    left, _, top, _ = spec.padding_of(16, 16)
+    return {name: 1 for name, size in {"top": top, "left": left}.items() if size == 1}
 
 
 def compile_adding(spec: BlockSpec, dtype: torch.dtype, capability: int, integers: str | int = "i32") -> Compiled:
@@ -95,6 +115,7 @@ def _compile(
     options: dict[str, int],
 ) -> Compiled:
     names = kernel.arg_names
+    pointers = {name: kind for name, kind in pointers.items() if name in names}
     if integers == 1:
         fixed = dict.fromkeys([n for n in names if n not in pointers], 1) | fixed
     signature = {n: "constexpr" if n in fixed else pointers.get(n, integers) for n in names}
@@ -138,6 +159,39 @@ def chosen(
     return list(found.values())
 
 
+# Blocks of other networks, as they come: MobileNetV3-Large, EfficientNet-B0, DeepLab's and TensorFlow's MobileNetV2.
+OTHERS = [
+    (BlockSpec(40, 120, 40, residual=True, kernel=5, activation="relu", squeeze_channels=32), 28),
+    (BlockSpec(80, 184, 80, residual=True, activation="hardswish"), 14),
+    (BlockSpec(160, 960, 160, residual=True, kernel=5, activation="hardswish", squeeze_channels=240), 7),
+    (
+        BlockSpec(
+            *(24, 144, 40),
+            stride=2,
+            kernel=5,
+            activation="silu",
+            squeeze_channels=6,
+            squeeze_activation="silu",
+            gate="sigmoid",
+        ),
+        56,
+    ),
+    (
+        BlockSpec(
+            *(32, 32, 16),
+            expand=False,
+            activation="silu",
+            squeeze_channels=8,
+            squeeze_activation="silu",
+            gate="sigmoid",
+        ),
+        112,
+    ),
+    (BlockSpec(96, 576, 96, residual=True, dilation=2), 28),
+    (BlockSpec(16, 96, 24, stride=2, padding="same"), 112),
+]
+
+
 def digest() -> str:
     """Of the code that decides the table: kernel, planner, GPUs and this file, without comments and docstrings."""
     package = Path(triton_kernels.__file__).parent
@@ -156,6 +210,11 @@ def compiler() -> str:
 
 
 def table() -> str:
+    header = [
+        "| block | dtype | patch | patches | group | splits | warps | registers | estimated | stack | shared KiB "
+        "| estimated | occupancy | instructions |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     lines = [
         "# The Triton kernel's configurations, compiled",
         "",
@@ -164,19 +223,27 @@ def table() -> str:
         "of the products. Stack: bytes a thread spills, mostly. Instructions: of the whole kernel. Not a measurement",
         f"of speed. {compiler()}, sources {digest()}.",
         "",
-        "| block | dtype | patch | patches | group | splits | warps | registers | estimated | stack | shared KiB "
-        "| estimated | occupancy | instructions |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *header,
     ]
+
+    def add(spec: BlockSpec, dtype: torch.dtype, p: TritonPlan, c: Compiled, note: str = "") -> None:
+        lines.append(
+            f"| {spec}{note} | {DTYPES[dtype]} | {p.tile_rows}x{p.tile_cols} | {p.patches} | {p.group} | {p.splits} "
+            f"| {p.num_warps} | {c.registers} | {p.registers} | {c.stack} | {c.shared / 1024:.0f} "
+            f"| {p.shared_bytes / 1024:.0f} | {c.occupancy(p, H200.shared_per_processor):.2f} | {c.instructions} |"
+        )
+        print(lines[-1], flush=True)
+
     for dtype in DTYPES:
         for spec, p in chosen(dtype):
-            c = compile_for(p, spec, dtype, 90)
-            lines.append(
-                f"| {spec} | {DTYPES[dtype]} | {p.tile_rows}x{p.tile_cols} | {p.patches} | {p.group} | {p.splits} "
-                f"| {p.num_warps} | {c.registers} | {p.registers} | {c.stack} | {c.shared / 1024:.0f} "
-                f"| {p.shared_bytes / 1024:.0f} | {c.occupancy(p, H200.shared_per_processor):.2f} | {c.instructions} |"
-            )
-            print(lines[-1], flush=True)
+            add(spec, dtype, p, compile_for(p, spec, dtype, 90))
+    lines += ["", "Blocks of other networks, at batch 256; of a squeeze-and-excite both passes:", "", *header]
+    for dtype in DTYPES:
+        for spec, size in OTHERS:
+            p = triton_plan(spec, (256, spec.in_channels, size, size), dtype=dtype)
+            if spec.squeeze_channels:
+                add(spec, dtype, p, compile_pooling(p, spec, dtype, 90), ", first pass")
+            add(spec, dtype, p, compile_for(p, spec, dtype, 90))
     return "\n".join(lines) + "\n"
 
 

@@ -43,6 +43,13 @@ What would prove it wrong, and what to try then:
   times: at best a third of the instructions fall away.
 - A launch of some 40 arguments from Python takes tens of microseconds, which batch 1 sees unless CUDA graphs replay it.
 
+Squeeze-and-excite, which MobileNetV2 has none of, is computed in two passes, the second of which expands and convolves
+again. A buffer of the depthwise results would spare that: it is E channels written and read at the size of the output,
+where recomputing is instructions, and by the estimate above instructions are what is short. But memory is what the
+fused block is for: with the buffer a tensor of E channels would exist after all. Only sums of one row of E channels a
+program, and one row of gates an image, are written. If a GPU shows the second pass to cost more than the buffer's
+bytes would, a buffer where it is small is what to try.
+
 Beside each of these the planner's other configurations are at hand: `triton_plan(spec, shape, num_warps=8)` forces one
 value, `MNV2_FUSED_AUTOTUNE=1` measures all of them once.
 """

@@ -29,6 +29,9 @@ A patch of 2x2 is fewest instructions *and* the simplest; larger patches run out
 exactly the outputs that it reaches in eager. Under dilated taps it need not, and other activations have no ``min``:
 there the expansion is replaced by 0.
 
+**Squeeze-and-excite** takes two passes: :func:`pool_kernel` computes ``d`` and keeps its sums alone, of one image and
+in a fixed order; what the gates are made of is small. The second pass computes ``d`` again and multiplies it by them.
+
 Products have 16 rows, ``mma.sync``'s least; 64 rows would make ``wgmma`` of them, whose accumulators then spill.
 """
 
@@ -166,6 +169,64 @@ def _depthwise(
 
 
 @triton.jit
+def _depthwise_of_group(
+    pixels,  # of each position of the rim, [M] pointers
+    caps,  # the same, [M] 6, or 0 outside the image
+    w_expand,
+    b_expand,
+    w_depthwise,  # packed, [E/16, KERNEL * KERNEL, 16]
+    b_depthwise,
+    hidden,  # [G]
+    exists,  # [G], whether there is such a channel
+    C_IN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    EXPAND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    M: tl.constexpr,
+    GROUP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEEP_X: tl.constexpr,
+):
+    """``d`` of one group of channels: of each output of the patch [M, G], in float32."""
+    OUTPUTS: tl.constexpr = ROWS * COLS
+    RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
+    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + KERNEL
+    panel = hidden // _PANEL * (KERNEL * KERNEL * _PANEL) + hidden % _PANEL
+    taps = ()
+    for t in tl.static_range(KERNEL * KERNEL):
+        taps = taps + (_load(w_depthwise + panel + t * _PANEL, exists, RAGGED),)
+    bias = _load(b_depthwise + hidden, exists, RAGGED)
+    sums = ()
+    for _ in tl.static_range(OUTPUTS):
+        sums = sums + (tl.full((M, GROUP), 0.0, tl.float32) + bias[None, :],)
+    for position in tl.static_range(RIM_ROWS * RIM_COLS):
+        if EXPAND:
+            b = _load(b_expand + hidden, exists, RAGGED)
+            e = _expand(
+                *(pixels[position], caps[position], w_expand, b, hidden),
+                *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, ACTIVATION, DILATION),
+            )
+        else:
+            there = (caps[position] > 0.0)[:, None] & exists[None, :]
+            e = tl.load(pixels[position][:, None] + hidden[None, :], mask=there, other=0.0).to(tl.float32)
+        sums = _depthwise(sums, e, taps, position, RIM_COLS, COLS, STRIDE, KERNEL, OUTPUTS)
+    d = ()
+    for o in tl.static_range(OUTPUTS):
+        result = _activate(sums[o], ACTIVATION)
+        if RAGGED:  # a channel of the padding is 0 * Inf where x is infinite
+            result = tl.where(exists[None, :], result, 0.0)
+        d = d + (result,)
+    return d
+
+
+@triton.jit
 def _project(
     y,  # OUTPUTS x OUT_TILES sums, each [M, OUT_TILE]
     d,  # OUTPUTS, each [M, G], in x's dtype
@@ -198,17 +259,62 @@ def _patches_along(out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
     if DILATION == 1:
         return tl.cdiv(out_size, PATCH)
     else:
-        return tl.minimum(out_size, DILATION) * tl.cdiv(out_size, PATCH * DILATION)
+        covered: tl.constexpr = PATCH * DILATION
+        return out_size // covered * DILATION + tl.minimum(out_size % covered, DILATION)
 
 
 @triton.jit
-def _first_output(index, out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
+def _first_output(index, PATCH: tl.constexpr, DILATION: tl.constexpr):
     """The row (or column) of a patch's first output; the next ones follow at distances of ``DILATION``."""
     if DILATION == 1:
         return index * PATCH
     else:
-        phases = tl.minimum(out_size, DILATION)
-        return index // phases * (PATCH * DILATION) + index % phases
+        return index // DILATION * (PATCH * DILATION) + index % DILATION
+
+
+@triton.jit
+def _corner(patch, out_height, out_width, ROWS: tl.constexpr, COLS: tl.constexpr, DILATION: tl.constexpr):
+    """Image, row and column of the first output of each patch, patches of all images being numbered in one row."""
+    patch_cols = _patches_along(out_width, COLS, DILATION)
+    patch_rows = _patches_along(out_height, ROWS, DILATION)
+    col = _first_output(patch % patch_cols, COLS, DILATION)
+    row = _first_output(patch // patch_cols % patch_rows, ROWS, DILATION)
+    image = (patch // (patch_cols * patch_rows)).to(tl.int64)
+    return image, row, col
+
+
+@triton.jit
+def _rim(
+    x,
+    image,  # [M], of each patch
+    row,
+    col,
+    height,
+    width,
+    top,
+    left,
+    x_image,
+    x_row,
+    x_col,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Of each position of the patches' rim: pointers to the pixels it reads, and 6, or 0 outside the image."""
+    RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
+    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + KERNEL
+    pixels, caps = (), ()
+    for position in tl.static_range(RIM_ROWS * RIM_COLS):
+        h = row * STRIDE + position // RIM_COLS * DILATION - top
+        w = col * STRIDE + position % RIM_COLS * DILATION - left
+        inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        h = tl.minimum(tl.maximum(h, 0), height - 1).to(tl.int64)
+        w = tl.minimum(tl.maximum(w, 0), width - 1).to(tl.int64)
+        pixels = pixels + (x + image * x_image + h * x_row + w * x_col,)
+        caps = caps + (tl.where(inside, 6.0, 0.0),)
+    return pixels, caps
 
 
 @triton.jit
@@ -220,6 +326,7 @@ def inverted_residual_kernel(
     b_depthwise,
     w_project,
     b_project,
+    gate,  # [N, HIDDEN], of a squeeze-and-excite, where GATED
     y,  # [N, H', W', C_OUT] by the strides below; float32 [splits, N, H', W', C_OUT] when PARTIAL
     patches,  # of all images
     height,
@@ -246,6 +353,7 @@ def inverted_residual_kernel(
     ACTIVATION: tl.constexpr,
     OUT_ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -260,28 +368,15 @@ def inverted_residual_kernel(
     OUT_TILES: tl.constexpr,
 ):
     OUTPUTS: tl.constexpr = ROWS * COLS
-    RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
-    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + KERNEL
     dtype: tl.constexpr = x.dtype.element_ty
 
     # Patches of all images in one row, so that small images share a program. Past the last one, that one again.
     patch = tl.minimum(tl.program_id(0) * M + tl.arange(0, M), patches - 1)
-    patch_cols = _patches_along(out_width, COLS, DILATION)
-    patch_rows = _patches_along(out_height, ROWS, DILATION)
-    col = _first_output(patch % patch_cols, out_width, COLS, DILATION)
-    row = _first_output(patch // patch_cols % patch_rows, out_height, ROWS, DILATION)
-    image = (patch // (patch_cols * patch_rows)).to(tl.int64)
-
-    pixels, caps = (), ()
-    for position in tl.static_range(RIM_ROWS * RIM_COLS):
-        h = row * STRIDE + position // RIM_COLS * DILATION - top
-        w = col * STRIDE + position % RIM_COLS * DILATION - left
-        inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        h = tl.minimum(tl.maximum(h, 0), height - 1).to(tl.int64)
-        w = tl.minimum(tl.maximum(w, 0), width - 1).to(tl.int64)
-        pixels = pixels + (x + image * x_image + h * x_row + w * x_col,)
-        caps = caps + (tl.where(inside, 6.0, 0.0),)
-
+    image, row, col = _corner(patch, out_height, out_width, ROWS, COLS, DILATION)
+    pixels, caps = _rim(
+        *(x, image, row, col, height, width, top, left, x_image, x_row, x_col),
+        *(KERNEL, STRIDE, DILATION, ROWS, COLS),
+    )
     sums = ()
     for _ in tl.static_range(OUTPUTS * OUT_TILES):
         sums = sums + (tl.full((M, OUT_TILE), 0.0, tl.float32),)
@@ -290,31 +385,19 @@ def inverted_residual_kernel(
     for group in range(GROUPS):
         hidden = (tl.program_id(1) * GROUPS + group) * GROUP + tl.arange(0, GROUP)
         exists = hidden < HIDDEN
-        panel = hidden // _PANEL * (KERNEL * KERNEL * _PANEL) + hidden % _PANEL
-        taps = ()
-        for t in tl.static_range(KERNEL * KERNEL):
-            taps = taps + (_load(w_depthwise + panel + t * _PANEL, exists, RAGGED),)
-        bias = _load(b_depthwise + hidden, exists, RAGGED)
-        d = ()
-        for _ in tl.static_range(OUTPUTS):
-            d = d + (tl.full((M, GROUP), 0.0, tl.float32) + bias[None, :],)
-        for position in tl.static_range(RIM_ROWS * RIM_COLS):
-            if EXPAND:
-                b = _load(b_expand + hidden, exists, RAGGED)
-                e = _expand(
-                    *(pixels[position], caps[position], w_expand, b, hidden),
-                    *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, ACTIVATION, DILATION),
-                )
-            else:
-                there = (caps[position] > 0.0)[:, None] & exists[None, :]
-                e = tl.load(pixels[position][:, None] + hidden[None, :], mask=there, other=0.0).to(tl.float32)
-            d = _depthwise(d, e, taps, position, RIM_COLS, COLS, STRIDE, KERNEL, OUTPUTS)
+        d = _depthwise_of_group(
+            *(pixels, caps, w_expand, b_expand, w_depthwise, b_depthwise, hidden, exists),
+            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, PRECISION),
+            *(ROWS, COLS, M, GROUP, RAGGED, CHUNK, KEEP_X),
+        )
         stored = ()
-        for o in tl.static_range(OUTPUTS):
-            result = _activate(d[o], ACTIVATION)
-            if RAGGED:  # a channel of the padding is 0 * Inf where x is infinite
-                result = tl.where(exists[None, :], result, 0.0)
-            stored = stored + (result.to(dtype),)
+        if GATED:
+            gates = _load(gate + image[:, None] * HIDDEN + hidden[None, :], exists[None, :], RAGGED)
+            for o in tl.static_range(OUTPUTS):
+                stored = stored + ((d[o] * gates).to(dtype),)
+        else:
+            for o in tl.static_range(OUTPUTS):
+                stored = stored + (d[o].to(dtype),)
         sums = _project(
             *(sums, stored, w_project, hidden, first_out),
             *(HIDDEN, RAGGED, C_OUT, OUT_TILE, OUT_TILES, OUTPUTS, PRECISION),
@@ -338,6 +421,69 @@ def inverted_residual_kernel(
                     result += tl.load(x_at, mask=stored_at, other=0.0).to(tl.float32)
             y_at = y + r * y_row + c * y_col + out.to(tl.int64)[None, :] * y_channel
             tl.store(y_at, result.to(y.dtype.element_ty), mask=stored_at)
+
+
+@triton.jit
+def pool_kernel(
+    x,  # and so on as inverted_residual_kernel has them
+    w_expand,
+    b_expand,
+    w_depthwise,
+    b_depthwise,
+    sums,  # [N, programs of an image, HIDDEN], float32
+    height,
+    width,
+    out_height,
+    out_width,
+    x_image,
+    x_row,
+    x_col,
+    top,
+    left,
+    C_IN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    EXPAND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    M: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEEP_X: tl.constexpr,
+):
+    """The first pass of a squeeze-and-excite: ``d`` summed over the patches of a program, which are of one image."""
+    patches = _patches_along(out_width, COLS, DILATION) * _patches_along(out_height, ROWS, DILATION)
+    programs = tl.cdiv(patches, M)
+    patch = tl.program_id(0) % programs * M + tl.arange(0, M)
+    given = patch < patches
+    patch = tl.program_id(0) // programs * patches + tl.minimum(patch, patches - 1)
+    image, row, col = _corner(patch, out_height, out_width, ROWS, COLS, DILATION)
+    pixels, caps = _rim(
+        *(x, image, row, col, height, width, top, left, x_image, x_row, x_col),
+        *(KERNEL, STRIDE, DILATION, ROWS, COLS),
+    )
+    sums += tl.program_id(0).to(tl.int64) * HIDDEN
+    for group in range(GROUPS):
+        hidden = (tl.program_id(1) * GROUPS + group) * GROUP + tl.arange(0, GROUP)
+        exists = hidden < HIDDEN
+        d = _depthwise_of_group(
+            *(pixels, caps, w_expand, b_expand, w_depthwise, b_depthwise, hidden, exists),
+            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, PRECISION),
+            *(ROWS, COLS, M, GROUP, RAGGED, CHUNK, KEEP_X),
+        )
+        total = tl.full((M, GROUP), 0.0, tl.float32)
+        for o in tl.static_range(ROWS * COLS):
+            r = row + o // COLS * DILATION
+            c = col + o % COLS * DILATION
+            there = given & (r < out_height) & (c < out_width)
+            total += tl.where(there[:, None], d[o], 0.0)
+        tl.store(sums + hidden, tl.sum(total, 0), mask=exists)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from . import ops, triton_tune
-from .block import BlockSpec, check_input
-from .fold import PackedWeights
+from .block import _TORCH_ACTIVATIONS, BlockSpec, check_input
+from .fold import PANEL, PackedWeights
 from .gpus import H200, Gpu
-from .triton_kernels import add_splits_kernel, inverted_residual_kernel
+from .triton_kernels import add_splits_kernel, inverted_residual_kernel, pool_kernel
 from .triton_plan import TritonPlan, best_plans, patches_of_image, triton_plan, unsupported
 
 
@@ -46,8 +46,6 @@ def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, *option
     meta = PackedWeights(*(None if s is None else torch.empty(s, device="meta") for s in shapes))
     spec = BlockSpec.of_op(meta, x_shape[1], *options)
     check_input(torch.empty(x_shape, device="meta"), spec.in_channels, spec)
-    if spec.squeeze_channels:
-        raise RuntimeError("the Triton kernel has no squeeze-and-excite; use backend='eager'")
     return spec
 
 
@@ -119,6 +117,7 @@ def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object
         "ACTIVATION": spec.activation,
         "OUT_ACTIVATION": spec.out_activation,
         "RESIDUAL": spec.residual,
+        "GATED": spec.squeeze_channels > 0,
         "PARTIAL": plan.splits > 1,
         "PRECISION": "tf32" if tf32 else "ieee",
         "ROWS": plan.tile_rows,
@@ -149,6 +148,43 @@ def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
     }
 
 
+def constants_of_pooling(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object]:
+    """The same of the kernel that pools the depthwise results for a squeeze-and-excite."""
+    kept = constants(plan, spec, tf32)
+    return {name: kept[name] for name in pool_kernel.arg_names if name in kept}
+
+
+def _gate(
+    plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, out_size: tuple[int, int], tf32: bool
+) -> Tensor:  # [N, E], float32
+    """What a squeeze-and-excite multiplies the depthwise results by."""
+    n, _, height, width = x.shape
+    left, _, top, _ = spec.padding_of(height, width)
+    programs = triton.cdiv(patches_of_image(spec, out_size, plan.tile), plan.patches)
+    sums = torch.empty((n, programs, spec.hidden_channels), dtype=torch.float32, device=x.device)
+    pool_kernel[(n * programs, plan.splits)](
+        x,
+        *(x if t is None else t for t in packed[:4]),
+        sums,
+        *(height, width, *out_size),
+        *(x.stride(0), x.stride(2), x.stride(3)),
+        *(top, left),
+        **constants_of_pooling(plan, spec, tf32),
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+
+    def product(values: Tensor, weight: Tensor, bias: Tensor, channels: int) -> Tensor:
+        panels = torch.baddbmm(bias.view(-1, 1, PANEL), values.expand(len(weight), -1, -1), weight)
+        return panels.transpose(0, 1).flatten(1)[:, :channels]
+
+    pooled = sums.sum(1) / (out_size[0] * out_size[1])
+    squeezed = product(pooled, packed.w_squeeze, packed.b_squeeze, spec.squeeze_channels)
+    squeezed = _TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
+    excited = product(squeezed, packed.w_excite, packed.b_excite, spec.hidden_channels)
+    return _TORCH_ACTIVATIONS[spec.gate](excited).contiguous()
+
+
 def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, y: Tensor, tf32: bool) -> None:
     """Runs ``plan`` on the current stream of ``x``'s device. ``x``: channels together; ``y``: any strides."""
     n, _, height, width = x.shape
@@ -165,10 +201,11 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
         )
         strides = partial.stride()
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        gate = _gate(plan, spec, x, packed, (out_height, out_width), tf32) if spec.squeeze_channels else x
         inverted_residual_kernel[(triton.cdiv(patches, plan.patches), plan.splits, out_blocks)](
             x,
             *(x if t is None else t for t in packed[:6]),  # without an expansion the kernel reads none
-            partial,
+            *(gate, partial),
             *(patches, height, width, out_height, out_width),
             *x_strides,
             *strides,

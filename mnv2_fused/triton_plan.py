@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _L2_BYTES = 5.5e12  # a second, of an H100's L2: only the choice between configurations rests on it
 _LAUNCH_SECONDS = 3e-6
+_POOLING_LAUNCHES = 9  # of a squeeze-and-excite: pooling, its sum and mean, two products, activation, gate, two copies
 _REGISTERS = 65536  # 32-bit ones of a processor, 255 at most for a thread
 _WARPS = 64  # resident on a processor
 
@@ -66,14 +67,14 @@ class TritonPlan:
     keep_x: bool  # whether x stays in shared memory for all groups, which takes every chunk at once
     out_tile: int  # output channels of one product
     out_tiles: int  # of one program
-    programs: int  # in all: tiles x splits x blocks of output channels
+    programs: int  # tiles x splits x blocks of output channels, of the pass that projects
     shared_bytes: int  # of one program, estimated
     registers: int  # of one thread, estimated
     occupancy: float  # resident warps of a processor's 64, estimated
-    recompute: float  # expansions computed / pixels expanded
+    recompute: float  # expansions computed / pixels expanded; both passes of a squeeze-and-excite
     bytes: int  # to and from memory: x, y, weights, partial sums
     matrix_flops: int  # of the 1x1 products, with recompute and padding
-    flops: int  # of bias, ReLU6 and depthwise in float32, with recompute
+    flops: int  # of bias, activation and depthwise in float32, with recompute
     bytes_never_written: int  # the expanded tensors that an unfused block writes
     seconds: float  # what the estimate says; good for comparing plans
 
@@ -115,7 +116,8 @@ class _Estimate(NamedTuple):
     registers: float
     shared_bytes: int
     slots: float  # instructions issued per warp and group; min and max take two
-    flops: float  # in products, per program and group
+    expand_flops: float  # in products, per program and group
+    project_flops: float
 
 
 def _estimate(
@@ -132,7 +134,12 @@ def _estimate(
     columns = max(tile.group / (8 * warps), 1)  # tiles of 8 that a warp has of the group
     e = m * 8 * columns / 32  # elements of a thread
     y = outputs * m * out / threads
-    registers = y + outputs * e + 2 * e + 18 * columns + 2 * m / 16 * positions + (40 if itemsize == 2 else 66)
+    # 5x5 taps keep no more of themselves in registers than 3x3, and of their many positions' addresses half as much,
+    # unless x is read again for every group.
+    of_positions = (2 if spec.kernel == 3 else 1 if keep_x or not spec.expand else 3) * m / 16 * positions
+    registers = y + outputs * e + 2 * e + 18 * columns + of_positions + (40 if itemsize == 2 else 66)
+    if spec.squeeze_channels and spec.kernel == 5:  # the pass that pools was counted to take more
+        registers += outputs * e
     if not spec.expand:  # where x is read for every group, its addresses stay
         registers += 2 * positions
     if not matrix and m * outputs * out * tile.group / threads > _MOST_UNROLLED:
@@ -141,20 +148,30 @@ def _estimate(
     x, expand, project = positions * m * k, k * tile.group, out * tile.group
     if not keep_x:
         x, expand = m * chunk, chunk * tile.group
-    weights, stages = itemsize * (expand + project) + 44 * tile.group, tile.num_stages - 1
+    weights, stages = itemsize * (expand + project) + _others(spec) * tile.group, tile.num_stages - 1
+    if spec.squeeze_channels:
+        weights += 4 * m * tile.group  # each patch's gates
     d = outputs * m * tile.group
     shared = itemsize * (x + d) + (stages * weights if stages else itemsize * (expand + project))
 
     expand_flops, project_flops = 2 * m * positions * k * tile.group, 2 * m * outputs * tile.group * out
     flops = expand_flops + project_flops
     loads = tile.group * (k + out) * itemsize / 16 / threads  # of 16 bytes
-    slots = positions * 5 * e + 9 * outputs * e + outputs * 5 * e + 5 * loads + 18 * columns + 100
+    activation = 1 + _ACTIVATION_SLOTS[spec.activation]
+    taps = spec.kernel**2
+    slots = positions * activation * e + taps * outputs * e + outputs * activation * e
+    slots += 5 * loads + 2 * taps * columns + 100
     if matrix:
         products = 16 * 8 * (32 // itemsize)  # multiply-adds of one instruction
         slots += flops / 2 / products / warps * 1.5 + m / 16 * positions * k / 16  # with reads from shared memory
     else:
         slots += flops / 2 / threads * 1.5
-    return _Estimate(registers, int(shared), slots, flops)
+    return _Estimate(registers, int(shared), slots, expand_flops, project_flops)
+
+
+def _others(spec: BlockSpec) -> int:
+    """Bytes of taps and biases per expanded channel, in float32."""
+    return 4 * (spec.kernel**2 + 2)
 
 
 def _rim(size: int, spec: BlockSpec) -> int:
@@ -163,13 +180,16 @@ def _rim(size: int, spec: BlockSpec) -> int:
 
 
 def patches_of_image(spec: BlockSpec, out_size: tuple[int, int], tile: Tile) -> int:
-    """How many patches cover one image. A dilation of D makes D rows of patches of what is one without."""
+    """How many patches cover one image. The outputs of a patch lie a dilation D apart, so that D of them interlock."""
     patches = 1
     for size, outputs in zip(out_size, tile[:2], strict=True):
-        patches *= min(size, spec.dilation) * _ceil_div(size, outputs * spec.dilation)
+        covered = outputs * spec.dilation
+        patches *= size // covered * spec.dilation + min(size % covered, spec.dilation)
     return patches
 
 
+# Instructions per element; min and max take two, exponential and quotient eight each, by a quarter of the lanes.
+_ACTIVATION_SLOTS = {"relu6": 4, "relu": 3, "identity": 1, "hardswish": 7, "silu": 20}
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 30, 60)
 # Above this the compiler spills; the estimate runs below what is used.
 _MOST_ESTIMATED = 205
@@ -214,13 +234,20 @@ def _plan_of(
     splits = _ceil_div(groups, groups_each)
     tiles = _ceil_div(patches, tile.patches)
     programs = tiles * splits * out_blocks
+    # The pass that pools for a squeeze-and-excite: its programs are each of one image.
+    pooling = n * _ceil_div(patches // max(n, 1), tile.patches) if spec.squeeze_channels else 0
 
     pixels_out = n * out_height * out_width
     expand_weights = spec.in_channels * spec.hidden_channels if spec.expand else 0
-    weights = itemsize * (expand_weights + spec.hidden_channels * spec.out_channels) + 44 * spec.hidden_channels
+    weights = itemsize * (expand_weights + spec.hidden_channels * spec.out_channels)
+    weights += _others(spec) * spec.hidden_channels
     traffic = itemsize * (n * height * width * spec.in_channels + pixels_out * spec.out_channels) + weights
     partial = 4 * splits * pixels_out * spec.out_channels if splits > 1 else 0
     traffic += 2 * partial + itemsize * n * height * width * spec.in_channels * (spec.residual and splits > 1)
+    if spec.squeeze_channels:
+        traffic += itemsize * n * height * width * spec.in_channels + weights
+        traffic += 8 * (pooling + n) * spec.hidden_channels  # partial sums and gates, written and read
+        traffic += 8 * spec.squeeze_channels * spec.hidden_channels
 
     registers = int(min(1.35 * found.registers, 255))
     resident = min(
@@ -231,22 +258,25 @@ def _plan_of(
     resident = max(resident, 1)
     at_once = min(resident, max(_ceil_div(programs, gpu.processors), 1)) * tile.num_warps
     issued = found.slots * groups_each * tile.num_warps + 600 * tile.num_warps
-    busy = _ceil_div(programs, gpu.processors) * issued / 4 * 132 * 2 * 128 / 67e12  # an H200's clock
+    waves = _ceil_div(programs, gpu.processors) + _ceil_div(pooling * splits, gpu.processors)
+    busy = waves * issued / 4 * 132 * 2 * 128 / 67e12  # an H200's clock
     efficiency = 0.8 * min(at_once / 8, 1)  # below two warps a scheduler, latencies show
-    x_read = itemsize * tiles * tile.patches * positions * spec.in_channels
-    from_l2 = tiles * weights + splits * out_blocks * x_read
+    x_read = itemsize * tile.patches * positions * spec.in_channels
+    from_l2 = (tiles + pooling) * weights + (out_blocks * tiles + pooling) * splits * x_read
     rates = gpu.matrix_flops / {2: 1, 4: 2}[itemsize] if matrix else gpu.fp32_flops
-    in_products = found.flops * groups_each * programs
+    in_products = (found.expand_flops + found.project_flops) * groups_each * programs
+    in_products += found.expand_flops * groups_each * splits * pooling
     seconds = max(
         traffic / gpu.copy_bytes,
         from_l2 / _L2_BYTES * 132 / gpu.processors,
         busy / efficiency,
         in_products / rates,
     )
-    seconds += _LAUNCH_SECONDS * (1 + (splits > 1))
+    seconds += _LAUNCH_SECONDS * (1 + (splits > 1) + (_POOLING_LAUNCHES if pooling else 0))
 
     expanded = height * width if spec.expand else 0
-    elements = tiles * tile.patches * groups * tile.group * out_blocks
+    elements = (tiles * out_blocks + pooling) * tile.patches * groups * tile.group
+    depthwise = 2 if spec.squeeze_channels else 1  # before the gate and behind it
     return TritonPlan(
         *tile[:4],
         splits,
@@ -259,20 +289,35 @@ def _plan_of(
         shared_bytes=found.shared_bytes,
         registers=registers,
         occupancy=resident * tile.num_warps / _WARPS,
-        recompute=patches * positions * out_blocks / max(n * height * width, 1),
+        recompute=(patches * out_blocks + (patches if pooling else 0)) * positions / max(n * height * width, 1),
         bytes=traffic,
         matrix_flops=int(in_products),
-        flops=elements * (positions * 3 * spec.expand + outputs * (2 * 9 + 2)),
-        bytes_never_written=n * spec.hidden_channels * (expanded + out_height * out_width) * itemsize,
+        flops=elements * (positions * 3 * spec.expand + outputs * (2 * spec.kernel**2 + 2)),
+        bytes_never_written=n * spec.hidden_channels * (expanded + depthwise * out_height * out_width) * itemsize,
         seconds=seconds,
     )
 
 
-def unsupported(dtype: torch.dtype) -> str | None:
-    """Why the kernel takes no activations of ``dtype``, or None."""
-    if dtype in (torch.float16, torch.bfloat16, torch.float32):
+_MOST_CHANNELS, _MOST_EXTENT, _MOST_PIXELS = 2**15, 2**20, 2**30  # 32-bit numbers in the kernel, and their products
+
+
+def unsupported(dtype: torch.dtype, spec: BlockSpec | None = None) -> str | None:
+    """Why the kernel takes no activations of ``dtype``, or not this block, whatever the image's size; or None."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return (
+            f"x must be float16, bfloat16 or float32 for backend 'triton', got {dtype}; use backend='eager' for others"
+        )
+    if spec is None:
         return None
-    return f"x must be float16, bfloat16 or float32 for backend 'triton', got {dtype}; use backend='eager' for others"
+    channels = max(spec.in_channels, spec.hidden_channels, spec.out_channels)
+    if channels > _MOST_CHANNELS:
+        return f"the Triton kernel takes at most {_MOST_CHANNELS} channels, got {channels}; use backend='eager'"
+    if spec.extent > _MOST_EXTENT:
+        return (
+            f"the Triton kernel takes a depthwise kernel that spans at most {_MOST_EXTENT} pixels, got {spec.extent} "
+            f"by a dilation of {spec.dilation}; use backend='eager'"
+        )
+    return None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -323,14 +368,16 @@ def triton_plan(
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
     if n < 0 or height < 1 or width < 1:
         raise ValueError(f"batch must be at least 0, height and width at least 1, got {shape}")
-    if (why := unsupported(dtype)) is not None:
+    if (why := unsupported(dtype, spec)) is not None:
         raise ValueError(why)
-    out_pixels = n * ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
-    channels = max(spec.in_channels, spec.hidden_channels, spec.out_channels)
-    if max(out_pixels, height, width) > 2**30 or channels > 2**15:  # 32-bit numbers in the kernel, and their products
+    out_size = spec.out_size(height, width)
+    if min(out_size) < 1:
+        raise ValueError(f"{spec} leaves nothing of {height} x {width} pixels; use larger images or more padding")
+    out_pixels = n * out_size[0] * out_size[1]
+    if max(out_pixels, height, width) > _MOST_PIXELS:
         raise ValueError(
-            f"the Triton kernel takes at most 2^30 output pixels, rows and columns, and 2^15 channels, got "
-            f"{out_pixels}, {height}, {width} and {channels}; split the batch, or use backend='eager'"
+            f"the Triton kernel takes at most 2^30 output pixels, rows and columns, got {out_pixels}, {height} and "
+            f"{width}; split the batch, or use backend='eager'"
         )
     automatic = best_plans(spec, shape, dtype, tf32, gpu)[0]
     if forced is None and not values:

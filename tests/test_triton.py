@@ -56,11 +56,12 @@ def quick_interpreter():
 
 @pytest.mark.skipif(REASON is None, reason="the kernel's tests run in this process")
 def test_in_the_interpreter():
-    """Every test of the kernel, here and in test_gpu_op.py, in two processes at a time."""
-    files = __file__, str(Path(__file__).with_name("test_gpu_op.py"))
+    """Every test of the kernel, here and in two other files, in two processes at a time."""
+    files = __file__, *(str(Path(__file__).with_name(name)) for name in ("test_gpu_op.py", "test_triton_variants.py"))
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *files, "-k"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    first = "mobilenet or gpu_op or sizes"  # about half of the time
+    # About half of the time.
+    first = "mobilenet or gpu_op or sizes or (variants and (pair or broken or finite))"
     halves = [
         subprocess.Popen([*command, half], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for half in (first, f"not ({first})")
@@ -286,10 +287,10 @@ MUTATIONS = {
     "depthwise bias": ("(M, GROUP), 0.0, tl.float32) + bias", "(M, GROUP), 0.0, tl.float32) + 0 * bias"),
     "project bias": ("result += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]", "result += 0.0"),
     "residual": ("result += tl.load(x_at, mask=stored_at, other=0.0).to(tl.float32)", "result += 0.0"),
-    "order of taps": ("return 3 * row + col if", "return 3 * col + row if"),
-    "last rows": ("(r < out_height) & (c < out_width)", "(r < out_height - 1) & (c < out_width)"),
-    "first clamp": ("tl.maximum(v, 0.0, propagate_nan=_ALL)", "v"),
-    "second clamp": ("result = _relu6(d[o], 6.0)", "result = d[o]"),
+    "order of taps": ("return kernel * row + col if", "return kernel * col + row if"),
+    "last rows": ("(given & (r < out_height)", "(given & (r < out_height - 1)"),
+    "first clamp": ("tl.minimum(tl.maximum(v, 0.0, propagate_nan=_ALL), cap", "tl.minimum(v, cap"),
+    "second clamp": ("result = _activate(sums[o], ACTIVATION)", "result = sums[o]"),
 }  # fmt: skip
 
 

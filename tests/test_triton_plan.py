@@ -1,6 +1,7 @@
 """The Triton kernel's planner and the file that keeps what was measured; neither needs Triton to run anything."""
 
 import json
+import re
 import time
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnv2_fused import BlockSpec, TritonPlan, triton_plan
+from mnv2_fused.block import ACTIVATIONS
 from mnv2_fused.gpus import GPUS, H200
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_plan import TILES, best_plans
+from mnv2_fused.triton_plan import TILES, best_plans, unsupported
 
 SPEC = BlockSpec(64, 384, 64, residual=True)
 SHAPE = (1, 64, 14, 14)
@@ -26,8 +28,13 @@ def calls(draw):
         c_in,
         draw(st.integers(1, 3000)) if expand else c_in,
         draw(st.integers(1, 1500)),
-        draw(st.sampled_from([1, 2])),
+        stride := draw(st.sampled_from([1, 2])),
         expand=expand,
+        kernel=draw(st.sampled_from([3, 5])),
+        dilation=draw(st.integers(1, 4)) if stride == 1 else 1,
+        padding=draw(st.sampled_from([None, "same"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        squeeze_channels=draw(st.sampled_from([0, 12])),
     )
     return spec, (draw(st.integers(0, 300)), c_in, draw(st.integers(1, 300)), draw(st.integers(1, 300)))
 
@@ -40,7 +47,19 @@ def test_every_plan_adds_up(call, dtype, tf32, gpu):
     plans = best_plans(spec, shape, dtype, tf32, gpu)
     assert 1 <= len(plans) <= len(TILES)
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
-    out_h, out_w = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
+    out_h, out_w = spec.out_size(height, width)
+    assert (out_h, out_w) == ((height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1)
+    depthwise = 1 + (spec.squeeze_channels > 0)
+
+    def patches_along(size, outputs):
+        """Row by row: a patch takes the next ``outputs`` rows of the first row's phase."""
+        left, patches = set(range(size)), 0
+        while left:
+            first = min(left)
+            left -= {first + i * spec.dilation for i in range(outputs)}
+            patches += 1
+        return patches
+
     for p in plans:
         assert p.tile[:5] in [t[:5] for t in TILES]
         assert p.shared_bytes <= gpu.shared_per_block
@@ -48,10 +67,12 @@ def test_every_plan_adds_up(call, dtype, tf32, gpu):
         groups = -(-spec.hidden_channels // p.group)
         assert 1 <= p.splits <= groups
         out_blocks = -(-spec.out_channels // (p.out_tile * p.out_tiles))
-        patches = n * -(-out_h // p.tile_rows) * -(-out_w // p.tile_cols)
+        patches = n * patches_along(out_h, p.tile_rows) * patches_along(out_w, p.tile_cols)
         assert p.programs == -(-patches // p.patches) * p.splits * out_blocks
         expanded = height * width if spec.expand else 0
-        assert p.bytes_never_written == n * spec.hidden_channels * (expanded + out_h * out_w) * dtype.itemsize
+        assert (
+            p.bytes_never_written == n * spec.hidden_channels * (expanded + depthwise * out_h * out_w) * dtype.itemsize
+        )
         least = n * (height * width * spec.in_channels + out_h * out_w * spec.out_channels) * dtype.itemsize
         partial = 8 * p.splits * n * out_h * out_w * spec.out_channels if p.splits > 1 else 0
         assert p.bytes >= least + partial
@@ -68,6 +89,30 @@ def test_products_by_hand():
     assert p.matrix_flops == 4 * 16 * 2 * 384 * 64 * (16 + 4)
     assert p.recompute == pytest.approx(49 * 16 / 196)
     assert p.bytes == 2 * (2 * 196 * 64 + 2 * 64 * 384) + 44 * 384
+
+
+def test_products_of_both_passes_by_hand():
+    # 7 x 7 in patches of 1x2 under 5x5 taps: 28 patches an image, 84 of three in 6 programs; the pass that pools has
+    # two an image. 5 x 6 positions are expanded, two outputs projected.
+    spec = BlockSpec(64, 384, 64, residual=True, kernel=5, squeeze_channels=96)
+    p = triton_plan(spec, (3, 64, 7, 7), tile_rows=1, tile_cols=2, patches=16, group=64, splits=1)
+    assert p.programs == 6
+    assert p.matrix_flops == 16 * 2 * 384 * 64 * ((6 + 6) * 30 + 6 * 2)
+    assert p.recompute == pytest.approx(2 * 84 * 30 / 147)
+    weights = 2 * 2 * 64 * 384 + 4 * (25 + 2) * 384
+    sums = 2 * 4 * (6 + 3) * 384  # of six programs, and three images' gates
+    images = 2 * 147 * 64
+    assert p.bytes == 3 * images + 2 * weights + sums + 2 * 4 * 96 * 384  # x twice, y once
+    assert p.bytes_never_written == 2 * 3 * 384 * 3 * 49  # expanded, depthwise, gated
+    assert p.seconds > triton_plan(BlockSpec(64, 384, 64, residual=True, kernel=5), (3, 64, 7, 7)).seconds
+
+
+def test_dilated_patches_by_hand():
+    # 14 rows at a dilation of 4: phases of 4, 4, 3 and 3 rows are two patches of 2 rows each.
+    spec = BlockSpec(64, 384, 64, dilation=4)
+    p = triton_plan(spec, SHAPE, tile_rows=2, tile_cols=2, patches=16, group=64, splits=1)
+    assert p.programs == 8 * 8 // 16
+    assert p.recompute == pytest.approx(64 * 16 / 196)
 
 
 def test_small_images_are_split_over_the_processors():
@@ -119,7 +164,7 @@ def test_out_of_range(values, message):
         ((1, 3, 14, 14), {}, "3 channels, the block takes 64"),
         ((-1, 64, 14, 14), {}, "batch must be at least 0"),
         ((1, 64, 0, 14), {}, "height and width at least 1"),
-        ((2**20, 64, 2**10, 2**10), {}, r"at most 2\^30 output pixels"),
+        ((2**20, 64, 2**10, 2**10), {}, r"at most 2\^30 output pixels.*split the batch, or use backend='eager'"),
         (SHAPE, {"dtype": torch.float64}, "float16, bfloat16 or float32.*float64; use backend='eager'"),
         (SHAPE, {"forced": [1, 2]}, r"plan must be \[tile_rows.*got 2 values"),
     ],
@@ -129,6 +174,45 @@ def test_bad_input(shape, options, message):
         triton_plan(SPEC, shape, **options)
     with pytest.raises(TypeError, match=r"what can be forced is .*got tiles"):
         triton_plan(SPEC, SHAPE, tiles=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "message"),
+    [
+        (
+            SPEC,
+            torch.float64,
+            "float16, bfloat16 or float32 for backend 'triton', got torch.float64; use backend='eager'",
+        ),
+        (BlockSpec(8, 40000, 8), torch.float16, "at most 32768 channels, got 40000; use backend='eager'"),
+        (BlockSpec(8, 48, 8, dilation=2**20), torch.float16, "at most 1048576 pixels, got 2097153 by a dilation"),
+    ],
+    ids=["dtype", "channels", "dilation"],
+)
+def test_what_is_unsupported_can_be_asked_and_is_refused(spec, dtype, message):
+    assert message in unsupported(dtype, spec)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        triton_plan(spec, (1, spec.in_channels, 9, 9), dtype=dtype)
+
+
+def test_what_is_supported():
+    everything = BlockSpec(
+        *(16, 96, 24),
+        kernel=5,
+        dilation=3,
+        padding=(1, 2, 3, 4),
+        activation="silu",
+        out_activation="hardswish",
+        squeeze_channels=4,
+    )
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert unsupported(dtype, everything) is None
+        assert triton_plan(everything, (1, 16, 20, 20), dtype=dtype).programs > 0
+
+
+def test_an_image_of_which_nothing_is_left():
+    with pytest.raises(ValueError, match=r"padding \(0, 0, 0, 0\) leaves nothing of 4 x 9 pixels; use larger images"):
+        triton_plan(BlockSpec(8, 48, 8, kernel=5, padding=(0, 0, 0, 0)), (1, 8, 4, 9))
 
 
 class TestTuning:
