@@ -166,6 +166,21 @@ def test_training_gives_the_gradients_of_the_ordinary_modules(name):
         assert not torch.equal(buffer, fresh[key].to(buffer.dtype))
 
 
+@by_torchvisions_name
+def test_training_is_torchvisions(name):
+    options = {"width_mult": 0.25, "num_classes": 5, "dropout": 0.0}
+    theirs = getattr(torchvision.models, name)(**options).double()
+    ours = getattr(models, name)(**options).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, target = images(48, 48, batch=4, dtype=torch.float64), torch.arange(4)
+    for m in (ours, theirs):
+        nn.functional.cross_entropy(m(x), target).backward()
+    for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+    for buffer, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+
+
 @by_name
 def test_gradients_in_eval(name):
     model = build(name, width_mult=0.25, num_classes=5).double()
