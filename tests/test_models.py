@@ -13,6 +13,7 @@ from torch import nn
 import mnv2_fused
 from mnv2_fused import models
 from mnv2_fused.cost import cost
+from mnv2_fused.module import FusedBlock
 from mnv2_fused.testing import agreement, fit_batch_norm, perturb_batch_norm
 
 BLOCKS = {"mobilenet_v1": 13, "mobilenet_v2": 17, "mobilenet_v3_large": 15, "mobilenet_v3_small": 11}
@@ -40,7 +41,7 @@ def ran_fused(model, x):
     y = model(x)
     runs = [step.modules for step in model.features._prepared.steps if hasattr(step, "geometry")]
     in_runs = {m for modules in runs for m in modules}
-    blocks = [m for m in model.features if hasattr(m, "spec")]
+    blocks = [m for m in model.features if isinstance(m, FusedBlock)]
     return y, sum(block in in_runs or block._ready is not None for block in blocks)
 
 
@@ -100,12 +101,16 @@ def test_the_same_seed_gives_torchvisions_initial_weights(name):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+by_width_and_size = pytest.mark.parametrize(
+    "width, size", [(1.0, (64, 64)), (0.25, (97, 65)), (0.6, (33, 130)), (1.3, (75, 51)), (0.5, (7, 31)), (0.5, (1, 1))]
+)
+
+
 @by_name
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("width, size", [(1.0, (64, 64)), (0.25, (97, 65)), (0.6, (33, 130)), (1.3, (75, 51))], ids=str)
-def test_fused_is_within_the_rule(name, width, size, dtype):
-    model = build(name, size, width_mult=width).to(dtype)
-    plain, x = mnv2_fused.unfuse(model), images(*size, batch=4, dtype=dtype)
+@by_width_and_size
+def test_fused_is_within_the_rule(name, width, size):
+    model, x = build(name, width_mult=width), images(*size, batch=4)
+    plain = mnv2_fused.unfuse(model)
     with torch.no_grad():
         y, fused = ran_fused(model, x)
         assert fused == BLOCKS[name]
@@ -115,13 +120,20 @@ def test_fused_is_within_the_rule(name, width, size, dtype):
 
 
 @by_name
-@pytest.mark.parametrize("size", [(1, 1), (7, 31)], ids=str)
-def test_images_smaller_than_the_networks_stride(name, size):
-    model = build(name, width_mult=0.25, num_classes=5).double()
-    x = images(*size, dtype=torch.float64)
+@by_width_and_size
+def test_each_block_is_within_the_rule_in_float64(name, width, size):
+    """Not the whole network: eager in float64 is its own reference, and the rule then allows the rounding of one op."""
+    model, x = build(name, width_mult=width).double(), images(*size, dtype=torch.float64)
+    blocks = 0
     with torch.no_grad():
-        found = agreement(model(x), mnv2_fused.unfuse(model)(x), mnv2_fused.unfuse(model)(x))
-    assert found.ok, found
+        for layer, plain in zip(model.features, mnv2_fused.unfuse(model).features, strict=True):
+            expected = plain(x)
+            if isinstance(layer, FusedBlock):
+                found = agreement(layer(x), expected, expected)
+                assert found.ok, f"{layer.spec}: {found}"
+                blocks += layer._ready is not None
+            x = expected
+    assert blocks == BLOCKS[name]
 
 
 @by_name
@@ -216,7 +228,7 @@ def test_copies_run_fused_and_unfuse(name, copied):
         assert torch.equal(y, expected) and fused == BLOCKS[name]
         plain = mnv2_fused.unfuse(other)
         torch.testing.assert_close(copied(plain)(x), expected, rtol=1e-3, atol=1e-4)
-    assert not any(isinstance(m, mnv2_fused.module.FusedBlock) for m in plain.modules())
+    assert not any(isinstance(m, FusedBlock) for m in plain.modules())
     assert list(plain.state_dict()) == list(model.state_dict())
 
 
