@@ -169,7 +169,7 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     plain = unfuse(model).eval()
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     trace = _traced(plain, shape, dtype)
-    fused = report(_fused(plain), shape)
+    fused = report(_fused(copy.deepcopy(model).eval()), shape)  # blocks that are fused already stay so
     kept, scratch, running = _fused_storages(trace, fused, shape[0], dtype)
     rows = trace.rows
     eager_live = _live(trace.storages, len(trace.row_of))
@@ -486,7 +486,7 @@ def measured_peaks(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, i
     x = torch.randn(*input_shape).to(dtype)
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    fused = _fused(copy.deepcopy(plain))
+    fused = _fused(copy.deepcopy(model).eval())
     with torch.inference_mode():
         return peak_activation_bytes(lambda: plain(x)), peak_activation_bytes(lambda: fused(x))
 
