@@ -233,6 +233,15 @@ std::string unsupported(const BlockShape& s) {
     if (pad < 0 || pad >= s.extent())
       return "padding must be 0 to " + std::to_string(s.extent() - 1) + ", got " +
              std::to_string(pad);
+  if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
+  if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
+    return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
+           std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
+           std::to_string(s.out_channels);
+  const std::string large =
+      too_large(s.batch, s.height, s.width,
+                std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));
+  if (!large.empty()) return large;
   if (s.height + s.pad_top + s.pad_bottom < s.extent() ||
       s.width + s.pad_left + s.pad_right < s.extent())
     return "with its padding the image must reach the kernel's " + std::to_string(s.extent()) +
@@ -240,14 +249,7 @@ std::string unsupported(const BlockShape& s) {
            std::to_string(s.width) + " without";
   if (s.residual && (s.out_height() != s.height || s.out_width() != s.width))
     return "a residual needs padding that keeps the image's size";
-  if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
-  if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
-    return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
-           std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
-           std::to_string(s.out_channels);
-  return too_large(
-      s.batch, s.height, s.width,
-      std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));
+  return "";
 }
 
 std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels) {

@@ -5,10 +5,9 @@ moment, freezes its batch norms, gives it a new classifier and fine-tunes all we
 fused from the same start. Prints both losses, the gradients' errors against float64 and the peak memory of a training
 step, and draws losses and memory.
 
-How to freeze so that blocks run fused: ``model.eval()`` alone. Weights still get gradients (``requires_grad`` decides
-that); dropout is off until ``model.classifier.train()``. The other usual way, ``model.train()`` and then ``.eval()`` on
-every batch norm, computes the same but leaves the *blocks* in train(), where their ordinary modules run: call
-``.eval()`` on every ``FusedInvertedResidual``, too. Freeze again after each ``model.train()``.
+Both usual ways to freeze run fused: ``model.eval()`` alone (weights still get gradients, ``requires_grad`` decides
+that; dropout is off until ``model.classifier.train()``), and ``model.train()`` and then ``.eval()`` on every norm.
+Freeze again after each ``model.train()``.
 
 Needs ``pip install 'mnv2_fused[demo]'``. Backward recomputes each block's expanded tensors instead of keeping them.
 """
@@ -102,7 +101,7 @@ def pretrained(digits: Digits, resolution: int, *, steps: int = 30, batch: int =
 
 
 def freeze_norms_only(model: nn.Module) -> nn.Module:
-    """The usual way: train(), then eval() on the norms. The blocks stay in train() and run unfused."""
+    """train(), then eval() on the norms: dropout drops."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -110,18 +109,8 @@ def freeze_norms_only(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze_norms_and_blocks(model: nn.Module) -> nn.Module:
-    """The usual way, and the blocks in eval() as well: they run fused, and dropout drops."""
-    freeze_norms_only(model)
-    for module in model.modules():
-        if isinstance(module, mnv2_fused.FusedInvertedResidual):
-            module.eval()
-    return model
-
-
 WAYS_TO_FREEZE: dict[str, Callable[[nn.Module], nn.Module]] = {
     "model.eval()": nn.Module.eval,
-    "model.train(), norms and blocks eval()": freeze_norms_and_blocks,
     "model.train(), norms eval()": freeze_norms_only,
 }
 
@@ -240,12 +229,11 @@ def draw(losses: dict[str, list[float]], memory: Memory, what: str, output: Path
     groups = {
         "17 blocks": memory.blocks,
         "whole network\nmodel.eval()": memory.step,
-        "whole network\nmodel.train(), norms\nand blocks eval()": None,
-        "whole network\nmodel.train(),\nonly norms eval()": None,
+        "whole network\nmodel.train(),\nnorms eval()": {
+            EAGER: memory.step[EAGER],
+            FUSED: memory.fused_by_way["model.train(), norms eval()"],
+        },
     }
-    _, blocks_too, norms_only = memory.fused_by_way.values()
-    for label, peak in zip(list(groups)[2:], (blocks_too, norms_only), strict=True):
-        groups[label] = {EAGER: memory.step[EAGER], FUSED: peak}
     for k, name in enumerate((EAGER, FUSED)):
         values = [peaks[name] / 1e6 for peaks in groups.values()]
         bars = right.bar([at + (k - 0.5) * 0.38 for at in range(len(values))], values, 0.36, color=COLOURS[name])

@@ -128,9 +128,9 @@ def segmentation():
     return segmentation_1080p
 
 
-# In DeepLabV3+ the last four blocks are dilated: they stay unfused.
+# DeepLabV3+ has separable convolutions in its decoder, which are blocks too.
 @pytest.mark.parametrize(
-    ("name", "fused_blocks", "share"), [("lraspp", 17, 0.6), ("unet", 17, 0.6), ("deeplabv3plus", 13, 0.75)]
+    ("name", "fused_blocks", "share"), [("lraspp", 17, 0.6), ("unet", 17, 0.6), ("deeplabv3plus", 22, 0.75)]
 )
 def test_segmentation_agrees_in_less_memory(segmentation, name, fused_blocks, share):
     if name != "lraspp":
@@ -231,11 +231,9 @@ def test_open_gates_are_those_of_every_relu6(finetune, pair):
 def test_ways_to_freeze_differ_in_memory_only(finetune, pair):
     eager, fused, _ = pair
     found = finetune.measure_memory(eager, fused, batch=2, resolution=96)
-    eval_, blocks_too, norms_only = found.fused_by_way.values()
+    eval_, norms_only = found.fused_by_way.values()
     assert found.blocks[finetune.FUSED] < 0.6 * found.blocks[finetune.EAGER]
-    assert max(eval_, blocks_too) < 0.7 * found.step[finetune.EAGER]
-    # The blocks' ordinary modules run.
-    assert math.isclose(norms_only, found.step[finetune.EAGER], rel_tol=0.02)
+    assert max(eval_, norms_only) < 0.7 * found.step[finetune.EAGER]
     assert found.largest_block[1] <= found.blocks[finetune.FUSED] and not fused.training
 
     x = torch.randn(2, 3, 32, 32)
@@ -253,5 +251,5 @@ def test_finetune_runs_and_draws(finetune, tmp_path):
     output = run("finetune_frozen_bn.py", *small, "--output", picture)
     first = next(line.split() for line in output.splitlines() if line.strip().startswith("0 "))
     assert first[0] == "0" and math.isclose(float(first[1]), float(first[2]), rel_tol=1e-3)
-    assert output.count(" MB") == 8
+    assert output.count(" MB") == 7
     assert all(pixels_of(picture, colour) > 1000 for colour in finetune.COLOURS.values())
