@@ -67,10 +67,12 @@ def compile_for(
     pointers = dict.fromkeys(("x", "w_expand", "w_project"), product)
     pointers |= dict.fromkeys(("b_expand", "w_depthwise", "b_depthwise", "b_project"), "*fp32")
     pointers["y"] = "*fp32" if plan.splits > 1 else product
+    left, _, top, _ = spec.padding_of(16, 16)
+    ones = {name: 1 for name, size in {"top": top, "left": left}.items() if size == 1}
     return _compile(
         triton_kernels.inverted_residual_kernel,
         pointers,
-        constants(plan, spec, tf32) | {"y_channel": 1},
+        constants(plan, spec, tf32) | {"y_channel": 1} | ones,
         capability,
         integers,
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},

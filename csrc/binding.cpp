@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "plan_cache.h"
 
@@ -57,9 +58,17 @@ void for_tasks(int64_t tasks, int64_t workers, F f) {
 
 }  // namespace
 
-Activation activation_of(const Tensor& x) {
+ActivationView activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
 }
+
+namespace {
+void check(const BlockShape& s, const Sizes& x, std::string why = "") {
+  if (why.empty()) why = unsupported(s);
+  if (!why.empty())
+    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
+}
+}  // namespace
 
 BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expand, int64_t stride,
                        bool residual) {
@@ -71,18 +80,17 @@ BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expan
     s.height = (x[2] - 1) / kStemStride + 1;
     s.width = (x[3] - 1) / kStemStride + 1;
   }
-  std::string why = unsupported(s);
-  if (stem && (x[2] < 1 || x[3] < 1)) why = "height and width must be at least 1";
-  if (!why.empty())
-    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
+  check(s, x, stem && (x[2] < 1 || x[3] < 1) ? "height and width must be at least 1" : "");
   return s;
 }
 
 template <class S>
-BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual) {
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
+                       const Options& options) {
   for (const Tensor* t : {w.w_expand, w.w_project})
     if (t) check_dtype<S, S>(*t);
-  for (const Tensor* t : {w.b_expand, w.w_depthwise, w.b_depthwise, w.b_project})
+  for (const Tensor* t : {w.b_expand, w.w_depthwise, w.b_depthwise, w.b_project, w.w_squeeze,
+                          w.b_squeeze, w.w_excite, w.b_excite})
     if (t) check_dtype<S, Compute<S>>(*t);
   if (w.w_project->dim() != kProductDims<S> || w.b_project->dim() != 1)
     fail("w_project must be ", product_layout<S>("C_out/16", "E"), " and b_project [C_out], got ",
@@ -98,18 +106,33 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bo
   // Packed pairs do not tell an odd number from the next.
   const bool fits = w.w_expand ? round_up(x[1], depth<S>) == takes : x[1] == takes;
   if (!fits) fail("x must have ", takes, " channels, got ", x[1], " in ", to_string(x));
-  const BlockShape s =
-      block_shape(x, hidden, w.b_project->size(0), w.w_expand ? Expand::kPointwise : Expand::kNone,
-                  stride, residual);
+  BlockShape s{x[0],    x[2],
+               x[3],    x[1],
+               hidden,  w.b_project->size(0),
+               stride,  w.w_expand ? Expand::kPointwise : Expand::kNone,
+               residual};
+  set_options(s, options, *w.w_depthwise);
+  if (w.w_excite) {
+    if (w.w_excite->dim() != 3 || w.w_excite->size(1) < 1)
+      fail("w_excite must be [E/16, S, 16], got ", to_string(*w.w_excite));
+    s.squeeze_channels = w.w_excite->size(1);
+  }
+  check(s, x);
   const int64_t panels = s.hidden_panels();
   if (w.w_expand) {
     check_product<S>("w_expand", *w.w_expand, panels, s.in_channels);
     check_sizes("b_expand", *w.b_expand, {panels * kPanel});
   }
-  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
+  check_sizes("w_depthwise", *w.w_depthwise, {panels, s.taps(), kPanel});
   check_sizes("b_depthwise", *w.b_depthwise, {panels * kPanel});
   check_product<S>("w_project", *w.w_project, ceil_div(s.out_channels, kPanel), s.hidden_channels);
   check_sizes("b_project", *w.b_project, {s.out_channels});
+  if (w.w_excite) {
+    check_sizes("w_squeeze", *w.w_squeeze, {s.squeeze_panels(), hidden, kPanel});
+    check_sizes("b_squeeze", *w.b_squeeze, {s.squeeze_panels() * kPanel});
+    check_sizes("w_excite", *w.w_excite, {panels, s.squeeze_channels, kPanel});
+    check_sizes("b_excite", *w.b_excite, {panels * kPanel});
+  }
   return s;
 }
 
@@ -144,36 +167,109 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
   return plans.get({shape, machine}, [&] { return make_plan(shape, machine); });
 }
 
+namespace {
+
+// What a squeeze-and-excite needs beside its workers' scratch and partial sums, in this order; each
+// starts on its own cache lines.
+struct SqueezeMemory {
+  int64_t kept, pooled, mean, squeezed, gate;  // bytes
+
+  SqueezeMemory(const BlockShape& s, const Plan& plan, int64_t sum_size, int64_t storage_size)
+      : kept(room(plan.kept_elements(s) * storage_size)),
+        pooled(room(plan.pooled_elements(s) * sum_size)),
+        mean(room(s.batch * s.hidden_panels() * kPanel * sum_size)),
+        squeezed(room(s.batch * s.squeeze_channels * sum_size)),
+        // Read by whole panels, past the last channel.
+        gate(room((s.batch * s.hidden_channels + kPanel) * sum_size)) {}
+  int64_t total() const { return kept + pooled + mean + squeezed + gate; }
+
+ private:
+  static int64_t room(int64_t bytes) { return round_up(bytes, 256); }
+};
+
+// gate = sigmoid(w_excite act(w_squeeze mean(d))), of every image.
+template <class T>
+void compute_gate(const BlockShape& s, const Plan& plan, const BlockPointers& w, const T* pooled,
+                  T* mean, T* squeezed, T* gate) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>(cpu::active());
+  const int64_t rows = s.out_height() * plan.tiles_across(s);
+  const int64_t hidden = s.hidden_panels() * kPanel;
+  const T scale = T(1) / T(s.out_height() * s.out_width());
+  torch::stable::parallel_for(0, s.batch, 1, [&](int64_t image, int64_t end) {
+    for (; image < end; ++image)
+      kernels.mean_of_rows(pooled + image * rows * hidden, rows, hidden, scale,
+                           mean + image * hidden);
+  });
+  // Images as the pixels of one.
+  const auto product = [&](const T* x, int64_t in, int64_t pitch, const void* weight,
+                           const void* bias, int64_t out, T* y) {
+    run_pointwise<T>({1, s.batch, 1, in, out, false, false},
+                     {{1, in, s.batch, 1}, {0, 1, pitch, 0}, x}, weight, bias, y, y);
+  };
+  product(mean, s.hidden_channels, hidden, w.w_squeeze, w.b_squeeze, s.squeeze_channels, squeezed);
+  kernels.activate(squeezed, s.batch * s.squeeze_channels, s.squeeze_activation);
+  product(squeezed, s.squeeze_channels, s.squeeze_channels, w.w_excite, w.b_excite,
+          s.hidden_channels, gate);
+  kernels.gate(gate, s.batch * s.hidden_channels, s.gate);
+}
+
+}  // namespace
+
 int64_t scratch_bytes(const Plan& plan) {
   return slice_bytes(plan) * plan.workers + plan.partial_bytes;
 }
 
 template <class S>
-void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
+int64_t squeeze_bytes(const BlockShape& shape, const Plan& plan) {
+  if (shape.squeeze_channels == 0) return 0;
+  return 256 + SqueezeMemory(shape, plan, sizeof(Compute<S>), sizeof(S)).total();
+}
+
+template <class S>
+void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& x,
                const BlockPointers& w, S* y, void* scratch, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
   const int64_t slice = slice_bytes(plan) / int64_t{sizeof(T)};
   T* const first = static_cast<T*>(scratch);
-  const BlockArgs<S> args{shape,
-                          static_cast<const S*>(x.data),
-                          x.strides[0],
-                          x.strides[2],
-                          x.strides[3],
-                          x.strides[1],
-                          static_cast<const S*>(w.w_expand),
-                          static_cast<const T*>(w.b_expand),
-                          static_cast<const T*>(w.w_depthwise),
-                          static_cast<const T*>(w.b_depthwise),
-                          static_cast<const S*>(w.w_project),
-                          static_cast<const T*>(w.b_project),
-                          y,
-                          first + slice * plan.workers,
-                          next.data,
-                          next.bytes};
-  for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
-    kernels.run_tile(args, plan, task, first + worker * slice);
-  });
+  BlockArgs<S> args{shape,
+                    static_cast<const S*>(x.data),
+                    x.strides[0],
+                    x.strides[2],
+                    x.strides[3],
+                    x.strides[1],
+                    static_cast<const S*>(w.w_expand),
+                    static_cast<const T*>(w.b_expand),
+                    static_cast<const T*>(w.w_depthwise),
+                    static_cast<const T*>(w.b_depthwise),
+                    static_cast<const S*>(w.w_project),
+                    static_cast<const T*>(w.b_project),
+                    y,
+                    first + slice * plan.workers,
+                    next.data,
+                    next.bytes};
+  const auto run_tiles = [&] {
+    for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
+      kernels.run_tile(args, plan, task, first + worker * slice);
+    });
+  };
+  if (shape.squeeze_channels > 0) {
+    const SqueezeMemory memory(shape, plan, sizeof(T), sizeof(S));
+    char* at = static_cast<char*>(scratch) + round_up(scratch_bytes(plan), 256);
+    const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
+    char* const kept = take(memory.kept);
+    args.kept = plan.keeps ? reinterpret_cast<S*>(kept) : nullptr;
+    args.pooled = reinterpret_cast<T*>(take(memory.pooled));
+    T* const mean = reinterpret_cast<T*>(take(memory.mean));
+    T* const squeezed = reinterpret_cast<T*>(take(memory.squeezed));
+    T* const gate = reinterpret_cast<T*>(take(memory.gate));
+    args.pass = Pass::kPool;
+    run_tiles();
+    compute_gate<T>(shape, plan, w, args.pooled, mean, squeezed, gate);
+    args.pass = Pass::kLast;
+    args.gate = gate;
+  }
+  run_tiles();
   if (plan.splits == 1) return;
   const int64_t rows = shape.batch * shape.out_height();
   torch::stable::parallel_for(0, rows, ceil_div(rows, plan.workers), [&](int64_t row, int64_t end) {
@@ -182,7 +278,7 @@ void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
 }
 
 template <class S>
-void run_pointwise(const PointwiseShape& shape, const Activation& x, const void* weight,
+void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const void* weight,
                    const void* bias, S* y, Compute<S>* sums, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
@@ -207,12 +303,14 @@ void run_pointwise(const PointwiseShape& shape, const Activation& x, const void*
             [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
 }
 
-#define MNV2_INSTANTIATE(S)                                                             \
-  template Machine current_machine<S>();                                                \
-  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool); \
-  template void run_block<S>(const BlockShape&, const Plan&, const Activation&,         \
-                             const BlockPointers&, S*, void*, Next);                    \
-  template void run_pointwise<S>(const PointwiseShape&, const Activation&, const void*, \
+#define MNV2_INSTANTIATE(S)                                                                 \
+  template Machine current_machine<S>();                                                    \
+  template int64_t squeeze_bytes<S>(const BlockShape&, const Plan&);                        \
+  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool,      \
+                                     const Options&);                                       \
+  template void run_block<S>(const BlockShape&, const Plan&, const ActivationView&,         \
+                             const BlockPointers&, S*, void*, Next);                        \
+  template void run_pointwise<S>(const PointwiseShape&, const ActivationView&, const void*, \
                                  const void*, S*, Compute<S>*, Next);
 MNV2_INSTANTIATE(float)
 MNV2_INSTANTIATE(double)

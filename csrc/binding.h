@@ -7,21 +7,23 @@
 namespace mnv2_fused {
 
 // What lies between two layers: sizes, and element strides in the order of the sizes.
-struct Activation {
+struct ActivationView {
   Sizes sizes, strides;
   const void* data;
 };
-Activation activation_of(const Tensor& x);
+ActivationView activation_of(const Tensor& x);
 
 // Packed weights of one block; see fold.py for their layout. Weights of bfloat16 products hold pairs
 // of channels in a fourth dimension.
 struct BlockTensors {
   const Tensor *w_expand, *b_expand;  // null without an expansion
   const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
+  const Tensor *w_squeeze, *b_squeeze, *w_excite, *b_excite;  // null without a squeeze-and-excite
 };
 // The same in memory.
 struct BlockPointers {
   const void *w_expand, *b_expand, *w_depthwise, *b_depthwise, *w_project, *b_project;
+  const void *w_squeeze = nullptr, *b_squeeze = nullptr, *w_excite = nullptr, *b_excite = nullptr;
 };
 
 // A block on x, of so many channels. Fails, naming value and limit, where no kernel takes it.
@@ -30,7 +32,8 @@ BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expan
 // The one whose geometry the packed weights carry. Fails where they are not of S's dtypes, or disagree
 // with each other or with x.
 template <class S>
-BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual);
+BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
+                       const Options& options);
 PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool pool);
 
 // Torch's names for S = float, double and BFloat16.
@@ -47,6 +50,9 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine);
 
 // Bytes of scratch that all workers of a plan need together.
 int64_t scratch_bytes(const Plan& plan);
+// And what a block with a squeeze-and-excite needs behind it.
+template <class S>
+int64_t squeeze_bytes(const BlockShape& shape, const Plan& plan);
 
 // Memory that the layer after this one reads first: fetched into L2 meanwhile.
 struct Next {
@@ -54,12 +60,13 @@ struct Next {
   int64_t bytes = 0;
 };
 
+// scratch: scratch_bytes and squeeze_bytes of it.
 template <class S>
-void run_block(const BlockShape& shape, const Plan& plan, const Activation& x,
+void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& x,
                const BlockPointers& w, S* y, void* scratch, Next next = {});
 // sums: [N, C_out] of a pooled layer where S is narrower than its sums, else unused.
 template <class S>
-void run_pointwise(const PointwiseShape& shape, const Activation& x, const void* weight,
+void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const void* weight,
                    const void* bias, S* y, Compute<S>* sums, Next next = {});
 
 }  // namespace mnv2_fused

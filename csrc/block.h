@@ -40,7 +40,13 @@ constexpr int64_t kStemStride = 2;
 // What makes the expanded tensor: the input itself (t = 1), a 1x1 convolution, or the network's stem.
 enum class Expand : int8_t { kNone, kPointwise, kStem };
 
-// Expand -> 3x3 depthwise, padding 1 -> 1x1 project (+ x when residual).
+// In the order of block.py's ACTIVATIONS and GATES, which are what the op takes.
+enum class Activation : int8_t { kRelu6, kRelu, kIdentity, kHardswish, kSilu };
+constexpr int64_t kActivations = 5;
+enum class Gate : int8_t { kHardsigmoid, kSigmoid };
+constexpr int64_t kGates = 2;
+
+// Expand -> depthwise (-> squeeze-and-excite) -> 1x1 project (+ x when residual).
 struct BlockShape {
   int64_t batch, height, width;  // of the expanded tensor
   int64_t in_channels, hidden_channels, out_channels;
@@ -48,10 +54,22 @@ struct BlockShape {
   Expand expand;
   bool residual;
   int64_t image_height = 0, image_width = 0;  // of x, which a stem shrinks
+  // Of the depthwise convolution, too. Zeros lie around the expanded tensor.
+  int64_t kernel = 3, dilation = 1;
+  int64_t pad_left = 1, pad_right = 1, pad_top = 1, pad_bottom = 1;
+  Activation activation = Activation::kRelu6;  // of the expansion and the depthwise convolution
+  Activation out_activation = Activation::kIdentity;
+  int64_t squeeze_channels = 0;  // of a squeeze-and-excite; 0 without one
+  Activation squeeze_activation = Activation::kRelu;
+  Gate gate = Gate::kHardsigmoid;
 
-  int64_t out_height() const { return (height - 1) / stride + 1; }
-  int64_t out_width() const { return (width - 1) / stride + 1; }
+  // Rows, and columns, that the depthwise kernel spans.
+  int64_t extent() const { return dilation * (kernel - 1) + 1; }
+  int64_t taps() const { return kernel * kernel; }
+  int64_t out_height() const { return (height + pad_top + pad_bottom - extent()) / stride + 1; }
+  int64_t out_width() const { return (width + pad_left + pad_right - extent()) / stride + 1; }
   int64_t hidden_panels() const { return ceil_div(hidden_channels, kPanel); }
+  int64_t squeeze_panels() const { return ceil_div(squeeze_channels, kPanel); }
   int64_t out_elements() const { return batch * out_height() * out_width() * out_channels; }
   // Products that one expanded element sums.
   int64_t expand_terms(int64_t depth = 1) const {
@@ -60,6 +78,10 @@ struct BlockShape {
   }
   bool operator==(const BlockShape&) const = default;
 };
+
+// A block runs in one pass. With a squeeze-and-excite a first one sums up d, and a last one, with the
+// gate that follows from the sums, multiplies it and projects.
+enum class Pass : int8_t { kLast, kPool };
 
 // Packed weights are [C/16][K][16], for BFloat16 [C/16][ceil(K/2)][16][2].
 template <class S, class T = Compute<S>>
@@ -78,6 +100,11 @@ struct BlockArgs {
   T* partial;                  // [groups, N, H', W', C_out], when the plan splits the groups
   const void* next = nullptr;  // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
+  // Of a block with a squeeze-and-excite:
+  Pass pass = Pass::kLast;
+  const T* gate = nullptr;  // [N, E], what the last pass multiplies d by
+  S* kept = nullptr;        // [N, H', W', E/16 * 16] in the tiles' order: d, from pass to pass
+  T* pooled = nullptr;      // [N, H', tiles across, E/16 * 16], d's sums over each tile's rows
 };
 
 // 1x1 convolution -> ReLU6 (-> mean over the pixels when pool): the head of the network. Without

@@ -14,13 +14,25 @@ using namespace mnv2_fused;
 
 namespace {
 
-// From [batch, height, width, in, hidden and out channels, stride, expand, residual].
-BlockShape block_shape(const py::args& dims) {
-  if (dims.size() != 9) throw py::value_error("plan takes 9 dimensions");
-  const auto at = [&](int i) { return dims[i].cast<int64_t>(); };
-  return {at(0),     at(1), at(2), at(3),
-          at(4),     at(5), at(6), at(7) != 0 ? Expand::kPointwise : Expand::kNone,
-          at(8) != 0};
+// From plan.shape_of's values.
+BlockShape block_shape(const py::args& values) {
+  if (values.size() != 20) throw py::value_error("plan takes 20 values of a block");
+  const auto at = [&](int i) { return values[i].cast<int64_t>(); };
+  BlockShape s{at(0),     at(1), at(2), at(3),
+               at(4),     at(5), at(6), at(7) != 0 ? Expand::kPointwise : Expand::kNone,
+               at(8) != 0};
+  s.kernel = at(9);
+  s.dilation = at(10);
+  s.pad_left = at(11);
+  s.pad_right = at(12);
+  s.pad_top = at(13);
+  s.pad_bottom = at(14);
+  s.activation = Activation(at(15));
+  s.out_activation = Activation(at(16));
+  s.squeeze_channels = at(17);
+  s.squeeze_activation = Activation(at(18));
+  s.gate = Gate(at(19));
+  return s;
 }
 
 // Whether the collector may look inside: it can come between a Python object's allocation and its
@@ -44,8 +56,9 @@ py::dict to_dict(const Plan& p) {
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
                   "band_rows"_a = p.band_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
                   "workers"_a = p.workers, "scratch_bytes"_a = p.scratch_bytes,
-                  "partial_bytes"_a = p.partial_bytes, "recompute"_a = p.recompute,
-                  "bytes_never_written"_a = p.bytes_never_written, "cost"_a = p.cost);
+                  "partial_bytes"_a = p.partial_bytes, "keeps"_a = p.keeps,
+                  "recompute"_a = p.recompute, "bytes_never_written"_a = p.bytes_never_written,
+                  "cost"_a = p.cost);
 }
 
 cuda::Precision precision_of(const std::string& name) {

@@ -53,27 +53,36 @@ Tensor dispatch(const char* op, ScalarType x, ScalarType weights, F f) {
   }
 }
 
+const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
 
-Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in, H, W]
-                             const std::optional<Tensor>& w_expand,  // [E/16, C_in, 16]
-                             const std::optional<Tensor>& b_expand,  // [E/16 * 16]
-                             const Tensor& w_depthwise,              // [E/16, 9, 16]
-                             const Tensor& b_depthwise,              // [E/16 * 16]
-                             const Tensor& w_project,                // [C_out/16, E, 16]
-                             const Tensor& b_project,                // [C_out]
-                             int64_t stride, bool residual, IntHeaderOnlyArrayRef forced) {
+Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_in, H, W]
+                             const std::optional<Tensor>& w_expand,   // [E/16, C_in, 16]
+                             const std::optional<Tensor>& b_expand,   // [E/16 * 16]
+                             const Tensor& w_depthwise,               // [E/16, 9, 16]
+                             const Tensor& b_depthwise,               // [E/16 * 16]
+                             const Tensor& w_project,                 // [C_out/16, E, 16]
+                             const Tensor& b_project,                 // [C_out]
+                             const std::optional<Tensor>& w_squeeze,  // [S/16, E, 16]
+                             const std::optional<Tensor>& b_squeeze,  // [S/16 * 16]
+                             const std::optional<Tensor>& w_excite,   // [E/16, S, 16]
+                             const std::optional<Tensor>& b_excite,   // [E/16 * 16]
+                             int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
+                             int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
+                             int64_t out_activation, int64_t squeeze_activation, int64_t gate) {
   const ScalarType type = x.scalar_type();
   return dispatch("inverted_residual", type, w_project.scalar_type(), [&]<class S>(S) {
     if (w_expand.has_value() != b_expand.has_value())
       fail("w_expand and b_expand must both be given or both be None");
-    const BlockTensors w{w_expand ? &*w_expand : nullptr,
-                         b_expand ? &*b_expand : nullptr,
-                         &w_depthwise,
-                         &b_depthwise,
-                         &w_project,
-                         &b_project};
-    const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual);
+    for (const auto* t : {&b_squeeze, &w_excite, &b_excite})
+      if (t->has_value() != w_squeeze.has_value())
+        fail("w_squeeze, b_squeeze, w_excite and b_excite must all be given or all be None");
+    const BlockTensors w{pointer(w_expand),  pointer(b_expand),  &w_depthwise,
+                         &b_depthwise,       &w_project,         &b_project,
+                         pointer(w_squeeze), pointer(b_squeeze), pointer(w_excite),
+                         pointer(b_excite)};
+    const Options options{dilation, padding, activation, out_activation, squeeze_activation, gate};
+    const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual, options);
     const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
     const bool channels_last = is_channels_last(x);
     if (shape.batch == 0) return empty(y_sizes, type, channels_last);
@@ -85,15 +94,35 @@ Tensor inverted_residual_cpu(const Tensor& x,                        // [N, C_in
     if (!forced.empty() && forced.size() != 4)
       fail("plan must be [tile_rows, tile_cols, group, splits], got ", forced.size(), " values");
     const Machine machine = current_machine<S>();
-    const Plan plan = forced.empty()
-                          ? cached_plan(shape, machine)
-                          : make_plan(shape, machine, forced[0], forced[1], forced[2], forced[3]);
-    const Tensor scratch = buffer(scratch_bytes(plan));
-    const Tensor result = empty(y_sizes, kStored, true);
     const BlockPointers pointers{data(w.w_expand),    data(w.b_expand),  data(w.w_depthwise),
-                                 data(w.b_depthwise), data(w.w_project), data(w.b_project)};
-    run_block(shape, plan, activation_of(source), pointers,
-              static_cast<S*>(result.mutable_data_ptr()), scratch.mutable_data_ptr());
+                                 data(w.b_depthwise), data(w.w_project), data(w.b_project),
+                                 data(w.w_squeeze),   data(w.b_squeeze), data(w.w_excite),
+                                 data(w.b_excite)};
+    const auto plan_of = [&](const BlockShape& s) {
+      return forced.empty() ? cached_plan(s, machine)
+                            : make_plan(s, machine, forced[0], forced[1], forced[2], forced[3]);
+    };
+    // What a squeeze-and-excite keeps of its images stays near as long as they are few.
+    BlockShape part = shape;
+    if (shape.squeeze_channels > 0) part.batch = squeezed_together(shape, machine);
+    const Plan plan = plan_of(part);
+    const int64_t bytes = scratch_bytes(plan) + squeeze_bytes<S>(part, plan);
+    Tensor scratch = buffer(bytes);
+    ActivationView in = activation_of(source);
+    const Tensor result = empty(y_sizes, kStored, true);
+    S* out = static_cast<S*>(result.mutable_data_ptr());
+    run_block(part, plan, in, pointers, out, scratch.mutable_data_ptr());
+    for (int64_t done = part.batch; done < shape.batch; done += part.batch) {
+      in.data = static_cast<const S*>(in.data) + part.batch * in.strides[0];
+      out += part.out_elements();
+      Plan rest = plan;
+      if (shape.batch - done < part.batch) {
+        part.batch = shape.batch - done;
+        rest = plan_of(part);
+        scratch = buffer(scratch_bytes(rest) + squeeze_bytes<S>(part, rest));
+      }
+      run_block(part, rest, in, pointers, out, scratch.mutable_data_ptr());
+    }
     if (type == kStored && channels_last) return result;
     Tensor y = empty(y_sizes, type, channels_last);
     return torch::stable::copy_(y, result);
@@ -203,7 +232,7 @@ class Weights {
 };
 
 // One-pixel images as the pixels of one image.
-Activation as_pixels(const Activation& x) {
+ActivationView as_pixels(const ActivationView& x) {
   return {{1, x.sizes[1], x.sizes[0], 1}, {0, x.strides[1], x.strides[0], 0}, x.data};
 }
 
@@ -258,7 +287,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     Tensor source = type == kStored ? x : torch::stable::to(x, kStored);
     if (all[0].kind != kStemAndBlock) source = with_channels_together(source);
     const Tensor result = empty(sizes, kStored, true);
-    Activation in = activation_of(source);
+    ActivationView in = activation_of(source);
     for (size_t i = 0; i < all.size(); ++i) {
       const Layer& l = all[i];
       void* out = i % 2 ? first + between - bytes(l) : first;
@@ -288,7 +317,10 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
 // setting of torch that the stable ABI does not reach.
 #define MNV2_BLOCK_ARGUMENTS                                                                \
   "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor b_depthwise, " \
-  "Tensor w_project, Tensor b_project, int stride, bool residual, int[] plan=[]"
+  "Tensor w_project, Tensor b_project, Tensor? w_squeeze, Tensor? b_squeeze, "              \
+  "Tensor? w_excite, Tensor? b_excite, int stride, bool residual, int[] plan=[], "          \
+  "int dilation=1, int[] padding=[], int activation=0, int out_activation=2, "              \
+  "int squeeze_activation=1, int gate=0"
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS ") -> Tensor");

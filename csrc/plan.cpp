@@ -25,6 +25,12 @@ constexpr double kFromL2 = 0.3, kFromBeyond = 2.0, kFromOtherCore = 4.0;
 // Output pixels of a band: enough to reuse the weights in L1, few enough that what is between the
 // stages stays near.
 constexpr int64_t kBandPixels = 112;
+// What a squeeze-and-excite may keep of one image, and of several at once, instead of computing it
+// twice: about what caches hold. Past it, memory is what the block is fused for.
+constexpr int64_t kMostKept = int64_t{4} << 20, kMostKeptTogether = int64_t{16} << 20;
+// Vector operations of an activation beside those of ReLU6: of hardswish, and of SiLU with its
+// exponential and division; both come by way of memory.
+constexpr double kHardswish = 6.0, kSilu = 30.0;
 // What the group is chosen for, once and for all: its best plans on these numbers of threads.
 constexpr int64_t kThreads[] = {1, 2};
 
@@ -38,6 +44,11 @@ double tile_cost(int64_t vectors, int64_t most) {
   const double cost = double((pieces - wider) * narrow) * kTileCost[narrow - 1] +
                       double(wider * (narrow + 1)) * kTileCost[std::min<int64_t>(narrow, 3)];
   return cost / double(vectors);
+}
+
+// Bytes of d of one image.
+int64_t kept_image(const BlockShape& s, const Machine& m) {
+  return s.out_height() * s.out_width() * s.hidden_panels() * kPanel * m.storage_size;
 }
 
 // Part of L2 the scratch may take; the rest holds x, y and the weights of one group.
@@ -64,21 +75,30 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
   if (splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
+  const bool squeezes = s.squeeze_channels > 0;
+  p.keeps = squeezes && kept_image(s, m) <= kMostKept;
   const double out_pixels = double(s.out_height()) * double(s.out_width());
   const double hidden = double(s.hidden_channels);
-  p.bytes_never_written = int64_t(
-      double(s.batch) * hidden * double(m.storage_size) *
-      (out_pixels + (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
+  p.bytes_never_written =
+      int64_t(double(s.batch) * hidden * double(m.storage_size) *
+              (out_pixels * (squeezes && !p.keeps ? 2.0 : 1.0) +
+               (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
 
-  // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Only the
-  // first window can start outside it and only the last can end outside it.
-  const auto windows = [&](int64_t out, int64_t tile, int64_t size) {
-    const int64_t before_last = ceil_div(out, tile) - 1;
-    const int64_t end = std::min((out - 1) * s.stride + 2, size);
-    return before_last * ((tile - 1) * s.stride + 3) + end - before_last * tile * s.stride;
+  // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Those between
+  // the first and the last count as inside it.
+  const auto windows = [&](int64_t out, int64_t tile, int64_t size, int64_t pad) {
+    const auto window = [&](int64_t begin, int64_t outs) {
+      const int64_t first = begin * s.stride - pad;
+      const int64_t end = first + (outs - 1) * s.stride + s.extent();
+      return std::max<int64_t>(std::min(end, size) - std::max<int64_t>(first, 0), 0);
+    };
+    const int64_t last = ceil_div(out, tile) - 1;
+    if (last == 0) return window(0, out);
+    const int64_t between = std::min((tile - 1) * s.stride + s.extent(), size);
+    return window(0, tile) + (last - 1) * between + window(last * tile, out - last * tile);
   };
-  const double in_pixels = double(windows(s.out_height(), tile_rows, s.height)) *
-                           double(windows(s.out_width(), tile_cols, s.width));
+  const double in_pixels = double(windows(s.out_height(), tile_rows, s.height, s.pad_top)) *
+                           double(windows(s.out_width(), tile_cols, s.width, s.pad_left));
   p.recompute = in_pixels / (double(s.height) * double(s.width));
 
   const double vectors = double(round_up(s.hidden_channels, kPanel)) / double(m.lanes);
@@ -91,7 +111,7 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double stored = double(m.storage_size) / double(m.element_size);
   const double depth = double(m.depth);
   // Read again: a group's weights by every band, a tile's x and y by every group.
-  const double terms = double(s.expand_terms() + 9 + s.out_channels);
+  const double terms = double(s.expand_terms() + s.taps() + s.out_channels);
   const double bands = tiles * double(ceil_div(tile_rows, p.band_rows));
   const double weights = hidden * terms * stored / lanes * bands;
   const double x = in_pixels * double(s.in_channels) * stored / lanes * groups;
@@ -104,11 +124,19 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
       weights * from(double(p.scratch_bytes) + double(group) * terms * element, l2 * 0.9) +
       x * from(x / groups / tiles * lanes * element, l2 / 4) +
       y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
-  const double image =
-      in_pixels * vectors * (double(s.expand_terms()) / depth * wide + kExpandEpilogue) +
-      out_pixels * vectors * (9.0 + kDepthwiseEpilogue) +
-      double(s.out_height() * p.tiles_across(s)) * vectors * kRow +
-      out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) + again;
+  const double act = s.activation == Activation::kSilu        ? kSilu
+                     : s.activation == Activation::kHardswish ? kHardswish
+                                                              : 0.0;
+  const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
+  const double to_d = in_pixels * vectors *
+                          (double(s.expand_terms()) / depth * wide + kExpandEpilogue + expand_act) +
+                      out_pixels * vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +
+                      double(s.out_height() * p.tiles_across(s)) * vectors * kRow;
+  // Before a squeeze-and-excite d is computed twice, or written, read, and written and read again.
+  const double squeeze = !squeezes ? 0.0 : p.keeps ? out_pixels * vectors * 4 * kFromBeyond : to_d;
+  const double image = to_d + squeeze +
+                       out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) +
+                       again;
   const double rounds = double(ceil_div(p.tasks, p.workers));
   const double share = double(ceil_div(p.groups(s), splits)) / groups;
   p.cost = rounds * (image / tiles * share + kTaskStart);
@@ -117,6 +145,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
                              double(p.workers);
   return p;
 }
+
+// Past every image that has use for it; an extent stays far from 64 bits.
+constexpr int64_t kMostDilation = int64_t{1} << 16;
 
 // Calls f with the distinct part sizes that split `size` into equal parts: every count up to 8,
 // then ever fewer, down to parts of one.
@@ -142,7 +173,16 @@ Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
     legal.push_back(p);
     return true;
   };
+  // Columns decide the order in which a squeeze-and-excite adds up d, so they rest on neither batch nor
+  // threads: the most whose scratch fits.
+  int64_t only = 0;
+  if (s.squeeze_channels > 0)
+    for_parts(s.out_width(), [&](int64_t cols) {
+      if (only == 0 && complete(s, m, 1, cols, group, 1).scratch_bytes <= scratch_budget(m))
+        only = cols;
+    });
   for_parts(s.out_width(), [&](int64_t cols) {
+    if (only > 0 && cols != only) return;
     for_parts(s.out_height(), [&](int64_t rows) {
       if (!consider(rows, cols, 1)) return;
       const int64_t groups = ceil_div(s.hidden_channels, group);
@@ -184,12 +224,30 @@ std::string unsupported(const BlockShape& s) {
   if (s.expand == Expand::kStem)
     if (const std::string why = too_large(s.batch, s.image_height, s.image_width, 1); !why.empty())
       return why;
+  if (s.kernel != 3 && s.kernel != 5) return text("kernel", s.kernel, "3 or 5");
+  if (s.dilation < 1 || s.dilation > kMostDilation)
+    return text("dilation", s.dilation, "1 to 2^16");
+  if (s.dilation > 1 && s.stride > 1)
+    return text("dilation", s.dilation, "1 where the depthwise convolution has stride 2");
+  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
+    if (pad < 0 || pad >= s.extent())
+      return "padding must be 0 to " + std::to_string(s.extent() - 1) + ", got " +
+             std::to_string(pad);
+  if (s.height + s.pad_top + s.pad_bottom < s.extent() ||
+      s.width + s.pad_left + s.pad_right < s.extent())
+    return "with its padding the image must reach the kernel's " + std::to_string(s.extent()) +
+           " rows and columns, got " + std::to_string(s.height) + " and " +
+           std::to_string(s.width) + " without";
+  if (s.residual && (s.out_height() != s.height || s.out_width() != s.width))
+    return "a residual needs padding that keeps the image's size";
+  if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
   if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
     return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
            std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
            std::to_string(s.out_channels);
-  return too_large(s.batch, s.height, s.width,
-                   std::max({s.in_channels, s.hidden_channels, s.out_channels}));
+  return too_large(
+      s.batch, s.height, s.width,
+      std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));
 }
 
 std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels) {
@@ -203,6 +261,12 @@ std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t chan
   }
   if (channels > int64_t{1} << 18) return "channel counts must be at most 2^18";
   return "";
+}
+
+int64_t squeezed_together(const BlockShape& s, const Machine& m) {
+  const int64_t image = kept_image(s, m);
+  const int64_t fit = image <= kMostKept ? kMostKeptTogether / image : 1;
+  return std::min(s.batch, std::max(fit, m.threads));
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m) {

@@ -25,6 +25,7 @@ struct Plan {
   int64_t band_rows;             // output rows that a task works through at a time
   int64_t splits;         // tasks that share a tile's groups; their sums are added up at the end
   bool total_aside;       // the sums of a tile's groups do not fit y's elements
+  bool keeps;             // before a squeeze-and-excite: d, instead of computing it twice
   int64_t tasks;          // images x tiles x splits
   int64_t workers;        // tasks that run at once, each with its own scratch
   int64_t scratch_bytes;  // per worker
@@ -36,8 +37,8 @@ struct Plan {
   int64_t groups(const BlockShape& s) const { return ceil_div(s.hidden_channels, group); }
   int64_t tiles_down(const BlockShape& s) const { return ceil_div(s.out_height(), tile_rows); }
   int64_t tiles_across(const BlockShape& s) const { return ceil_div(s.out_width(), tile_cols); }
-  int64_t ring_rows(const BlockShape& s) const { return (band_rows - 1) * s.stride + 3; }
-  int64_t in_cols(const BlockShape& s) const { return (tile_cols - 1) * s.stride + 3; }
+  int64_t ring_rows(const BlockShape& s) const { return (band_rows - 1) * s.stride + s.extent(); }
+  int64_t in_cols(const BlockShape& s) const { return (tile_cols - 1) * s.stride + s.extent(); }
   // Elements of one worker's scratch buffers.
   int64_t expanded_elements(const BlockShape& s) const { return group * ring_rows(s) * in_cols(s); }
   int64_t depthwise_elements() const { return group * band_rows * tile_cols; }
@@ -49,6 +50,15 @@ struct Plan {
   // A tile's sums, wherever y cannot hold them.
   int64_t total_elements(const BlockShape& s) const {
     return total_aside ? round_up(tile_rows * tile_cols * s.out_channels, kPanel) : 0;
+  }
+  // What a squeeze-and-excite needs from pass to pass: d where it is kept, its rows' sums.
+  int64_t kept_elements(const BlockShape& s) const {
+    const int64_t pixels = s.batch * s.out_height() * s.out_width();
+    return keeps ? pixels * s.hidden_panels() * kPanel : 0;
+  }
+  int64_t pooled_elements(const BlockShape& s) const {
+    if (s.squeeze_channels == 0) return 0;
+    return s.batch * s.out_height() * tiles_across(s) * s.hidden_panels() * kPanel;
   }
   // The part of the image under a stem's window, padding included, up to a full vector; with room for
   // the channel that makes an odd number of BFloat16 even.
@@ -68,6 +78,10 @@ Plan make_plan(const BlockShape& shape, const Machine& machine);
 // the limit.
 Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_rows,
                int64_t tile_cols, int64_t group, int64_t splits);
+
+// Images of a squeeze-and-excite block that run at once: as many as `threads`, or more where what they
+// keep is small.
+int64_t squeezed_together(const BlockShape& shape, const Machine& machine);
 
 // Why no kernel takes this shape, or an empty string.
 std::string unsupported(const BlockShape& shape);

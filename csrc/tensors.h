@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "block.h"
+
 namespace mnv2_fused {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -44,6 +46,40 @@ std::string list_of(const List& values) {
 using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
 inline std::string to_string(const Sizes& sizes) { return list_of(sizes); }
 inline std::string to_string(const Tensor& t) { return list_of(t.sizes()); }
+
+// What the op takes of a block beside tensors, stride, residual and plan; block.py says what it is.
+struct Options {
+  int64_t dilation;
+  IntHeaderOnlyArrayRef padding;  // left, right, top, bottom; empty for as much as keeps the size
+  int64_t activation, out_activation, squeeze_activation, gate;
+};
+
+// Sets what `options` and the depthwise weights [E/16, taps, 16] tell of a shape.
+inline void set_options(BlockShape& s, const Options& options, const Tensor& w_depthwise) {
+  const auto named = [](const char* name, int64_t value, int64_t count) {
+    if (value < 0 || value >= count)
+      fail(name, " must be 0 to ", count - 1, " (see mnv2_fused.block), got ", value);
+    return value;
+  };
+  if (w_depthwise.dim() != 3 || (w_depthwise.size(1) != 9 && w_depthwise.size(1) != 25))
+    fail("w_depthwise must be [E/16, 9, 16] or [E/16, 25, 16], got ", to_string(w_depthwise),
+         "; pack weights with mnv2_fused.pack");
+  s.kernel = w_depthwise.size(1) == 25 ? 5 : 3;
+  s.dilation = options.dilation;
+  s.activation = Activation(named("activation", options.activation, kActivations));
+  s.out_activation = Activation(named("out_activation", options.out_activation, kActivations));
+  s.squeeze_activation =
+      Activation(named("squeeze_activation", options.squeeze_activation, kActivations));
+  s.gate = Gate(named("gate", options.gate, kGates));
+  const auto& p = options.padding;
+  if (!p.empty() && p.size() != 4)
+    fail("padding must be [left, right, top, bottom] or empty, got ", p.size(), " values");
+  const int64_t around = (s.extent() - 1) / 2;
+  s.pad_left = p.empty() ? around : p[0];
+  s.pad_right = p.empty() ? around : p[1];
+  s.pad_top = p.empty() ? around : p[2];
+  s.pad_bottom = p.empty() ? around : p[3];
+}
 
 // Fails unless x has four dimensions.
 inline Sizes sizes_of(const Tensor& x) {

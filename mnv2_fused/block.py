@@ -6,12 +6,16 @@ and section 5.1 for computing it without its expanded tensor.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from typing_extensions import Unpack
 
 from . import ops
 from .cuda_plan import CudaPlan
@@ -29,10 +33,48 @@ from .fold import (
 from .plan import Plan
 from .triton_plan import TritonPlan
 
+ACTIVATIONS = ("relu6", "relu", "identity", "hardswish", "silu")  # in the order of csrc/block.h
+GATES = ("hardsigmoid", "sigmoid")  # of squeeze-and-excite, the same
+
+_TORCH_ACTIVATIONS = {
+    "relu6": F.relu6,
+    "relu": F.relu,
+    "identity": lambda t: t,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _named(name: str, number: int, names: tuple[str, ...]) -> str:
+    if not 0 <= number < len(names):
+        raise ValueError(f"{name} must be 0 to {len(names) - 1} ({', '.join(names)}), got {number}")
+    return names[number]
+
+
+class Geometry(TypedDict, total=False):
+    """What a block's weights do not tell: the keyword arguments of :func:`inverted_residual` and its reference."""
+
+    stride: int  # of the depthwise convolution, 1 or 2; default 1
+    residual: bool  # whether x is added to the result; default False
+    dilation: int  # of the depthwise convolution; default 1
+    # Rows and columns of zeros around the expanded tensor: None for dilation * (kernel - 1) / 2 on every side, "same"
+    # for TensorFlow's, which rests on the image's size and puts the odd one behind, or (left, right, top, bottom).
+    padding: str | tuple[int, int, int, int] | None
+    activation: str  # after the expansion and the depthwise convolution, one of ACTIVATIONS; default "relu6"
+    out_activation: str  # of the result, before x is added; default "identity"
+    squeeze_activation: str  # between the two products of a squeeze-and-excite; default "relu"
+    gate: str  # behind them, one of GATES; default "hardsigmoid"
+
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Geometry of one block. ``expand=False`` is t = 1: no expansion, ``hidden_channels == in_channels``."""
+    """Geometry of one block. ``expand=False`` is t = 1: no expansion, ``hidden_channels == in_channels``.
+
+    ``kernel``, ``dilation``, ``stride`` and ``padding`` are the depthwise convolution's. ``squeeze_channels`` is 0
+    without a squeeze-and-excite (MobileNetV3, section 5.3) between it and the projection.
+    """
 
     in_channels: int
     hidden_channels: int
@@ -40,13 +82,36 @@ class BlockSpec:
     stride: int = 1
     expand: bool = True
     residual: bool = False
+    kernel: int = 3
+    dilation: int = 1
+    padding: str | tuple[int, int, int, int] | None = None
+    activation: str = "relu6"
+    out_activation: str = "identity"
+    squeeze_channels: int = 0
+    squeeze_activation: str = "relu"
+    gate: str = "hardsigmoid"
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "hidden_channels", "out_channels"):
+        for name in ("in_channels", "hidden_channels", "out_channels", "dilation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {self.stride}; use backend='eager'")
+        if self.kernel not in (3, 5):
+            raise ValueError(f"kernel must be 3 or 5, got {self.kernel}; use backend='eager'")
+        if self.dilation > 1 and self.stride > 1:
+            raise ValueError(f"dilation must be 1 where stride is 2, got {self.dilation}; use backend='eager'")
+        if self.squeeze_channels < 0:
+            raise ValueError(f"squeeze_channels must be at least 0, got {self.squeeze_channels}")
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("out_activation", ACTIVATIONS),
+            ("squeeze_activation", ACTIVATIONS),
+            ("gate", GATES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_padding()
         if not self.expand and self.hidden_channels != self.in_channels:
             raise ValueError(
                 f"without an expansion hidden_channels must equal in_channels ({self.in_channels}), "
@@ -58,17 +123,126 @@ class BlockSpec:
                 f"{self.stride}, {self.in_channels} and {self.out_channels}"
             )
 
+    def _check_padding(self) -> None:
+        if self.padding is None or self.padding == "same":
+            return
+        if isinstance(self.padding, str) or len(self.padding) != 4:
+            raise ValueError(f"padding must be None, 'same' or (left, right, top, bottom), got {self.padding!r}")
+        object.__setattr__(self, "padding", tuple(self.padding))
+        most = self.extent - 1
+        if not all(0 <= p <= most for p in self.padding):
+            raise ValueError(f"padding must be 0 to {most} on each side, got {self.padding}; use backend='eager'")
+        left, right, top, bottom = self.padding
+        if self.residual and (left + right, top + bottom) != (most, most):
+            raise ValueError(f"a residual needs padding that adds {most} rows and columns, got {self.padding}")
+
+    @property
+    def extent(self) -> int:
+        """Rows (and columns) that the depthwise kernel spans: dilation * (kernel - 1) + 1."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def geometry(self) -> Geometry:
+        """The keyword arguments that, with weights, make this block."""
+        return {name: getattr(self, name) for name in Geometry.__annotations__}
+
+    def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom) for an image of this size."""
+        if isinstance(self.padding, tuple):
+            return self.padding
+        around = (self.extent - 1) // 2
+        if self.padding is None:
+            return around, around, around, around
+
+        def same(size: int) -> tuple[int, int]:
+            total = max((-(-size // self.stride) - 1) * self.stride + self.extent - size, 0)
+            return total // 2, total - total // 2
+
+        return *same(width), *same(height)
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H', W') for an image of this size."""
+        left, right, top, bottom = self.padding_of(height, width)
+        return (
+            (height + top + bottom - self.extent) // self.stride + 1,
+            (width + left + right - self.extent) // self.stride + 1,
+        )
+
+    def options(self, height: int, width: int) -> tuple[Any, ...]:
+        """What the op takes behind its plan: nothing for MobileNetV2's block."""
+        padding = self.padding if self.padding != "same" or self.stride > 1 else None
+        rest = (self.dilation, self.activation, self.out_activation, self.squeeze_activation, self.gate)
+        if padding is None and rest == (1, "relu6", "identity", "relu", "hardsigmoid"):
+            return ()
+        explicit = [] if padding is None else list(self.padding_of(height, width))
+        activations = (ACTIVATIONS.index(a) for a in rest[1:4])
+        return (self.dilation, explicit, *activations, GATES.index(self.gate))
+
+    @property
+    def beyond_mobilenet_v2(self) -> str | None:
+        """What of it MobileNetV2's block does not have, in words: for kernels of just that."""
+        if self.kernel != 3:
+            return f"depthwise kernel of {self.kernel}"
+        if self.dilation != 1:
+            return f"dilation of {self.dilation}"
+        if self.padding is not None and not (self.padding == "same" and self.stride == 1):
+            return f"padding {self.padding!r}"
+        if self.activation != "relu6":
+            return f"activation {self.activation!r}"
+        if self.out_activation != "identity":
+            return f"activation {self.out_activation!r} of the output"
+        return "squeeze-and-excite" if self.squeeze_channels else None
+
+    @staticmethod
+    def of_op(
+        packed: PackedWeights,
+        in_channels: int,
+        stride: int,
+        residual: bool,
+        dilation: int = 1,
+        padding: Sequence[int] = (),
+        activation: int = 0,
+        out_activation: int = 2,
+        squeeze_activation: int = 1,
+        gate: int = 0,
+    ) -> BlockSpec:
+        """The block that the op's arguments describe, its plan left out: what :meth:`options` makes, read back."""
+        return BlockSpec.of(
+            packed,
+            in_channels,
+            stride=stride,
+            residual=residual,
+            dilation=dilation,
+            padding=tuple(padding) or None,
+            activation=_named("activation", activation, ACTIVATIONS),
+            out_activation=_named("out_activation", out_activation, ACTIVATIONS),
+            squeeze_activation=_named("squeeze_activation", squeeze_activation, ACTIVATIONS),
+            gate=_named("gate", gate, GATES),
+        )
+
     def __str__(self) -> str:
         hidden = f" -> {self.hidden_channels}" if self.expand else ""
-        residual = ", residual" if self.residual else ""
-        return f"{self.in_channels}{hidden} -> {self.out_channels}, stride {self.stride}{residual}"
+        parts = [f"{self.in_channels}{hidden} -> {self.out_channels}"]
+        if self.kernel != 3:
+            parts.append(f"kernel {self.kernel}")
+        parts.append(f"stride {self.stride}")
+        if self.dilation != 1:
+            parts.append(f"dilation {self.dilation}")
+        if self.padding is not None:
+            parts.append(f"padding {self.padding}")
+        if self.activation != "relu6":
+            parts.append(self.activation)
+        if self.squeeze_channels:
+            parts.append(f"squeeze {self.squeeze_channels} ({self.squeeze_activation}, {self.gate})")
+        if self.out_activation != "identity":
+            parts.append(f"output {self.out_activation}")
+        if self.residual:
+            parts.append("residual")
+        return ", ".join(parts)
 
     @staticmethod
     def of(
-        weights: BlockWeights | PackedWeights,
-        stride: int = 1,
-        residual: bool = False,
-        in_channels: int | None = None,
+        weights: BlockWeights | PackedWeights, in_channels: int | None = None, **geometry: Unpack[Geometry]
     ) -> BlockSpec:
         """The spec that these weights have; raises ValueError where their shapes disagree.
 
@@ -76,6 +250,9 @@ class BlockSpec:
         """
         if (weights.w_expand is None) != (weights.b_expand is None):
             raise ValueError("w_expand and b_expand must both be given or both be None")
+        squeeze = weights.w_squeeze is not None
+        if any((t is not None) != squeeze for t in weights[6:]):
+            raise ValueError("w_squeeze, b_squeeze, w_excite and b_excite must all be given or all be None")
         packed = isinstance(weights, PackedWeights)
         pairs = packed and weights.w_project.dim() == 4 and weights.w_project.shape[3] == 2
         fragments = packed and in_fragments(weights)
@@ -94,6 +271,12 @@ class BlockSpec:
         if fragments:
             in_channels = fragment_channels(weights)
         panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
+        taps = 25 if packed and weights.w_depthwise.shape[1] == 25 else 9
+        kernel = 5 if not packed and weights.w_depthwise.shape[2:] == (5, 5) else math.isqrt(taps)
+        squeezed = 0
+        if squeeze:
+            squeezed = weights.w_excite.shape[1]
+        squeezed_panels = -(-squeezed // PANEL)
 
         def product(panels: int, terms: int) -> tuple[int, ...]:
             return (panels, (terms + 1) // 2, PANEL, 2) if pairs else (panels, terms, PANEL)
@@ -102,7 +285,7 @@ class BlockSpec:
             shapes = [
                 (panels, -(-in_channels // PANEL), FRAGMENT),
                 (panels * PANEL + in_channels,),
-                (panels, 9, PANEL),
+                (panels, taps, PANEL),
                 (hidden + PANEL,),
                 (panels, out_panels, FRAGMENT),
                 (out_channels,),
@@ -111,7 +294,7 @@ class BlockSpec:
             shapes = [
                 product(panels, in_channels),
                 (panels * PANEL,),
-                (panels, 9, PANEL),
+                (panels, taps, PANEL),
                 (panels * PANEL,),
                 product(out_panels, hidden),
                 (out_channels,),
@@ -120,16 +303,33 @@ class BlockSpec:
             shapes = [
                 (hidden, in_channels, 1, 1),
                 (hidden,),
-                (hidden, 1, 3, 3),
+                (hidden, 1, kernel, kernel),
                 (hidden,),
                 (out_channels, hidden, 1, 1),
                 (out_channels,),
+                (squeezed, hidden, 1, 1),
+                (squeezed,),
+                (hidden, squeezed, 1, 1),
+                (hidden,),
+            ]
+        if packed:
+            shapes += [
+                (squeezed_panels, hidden, PANEL),
+                (squeezed_panels * PANEL,),
+                (panels, squeezed, PANEL),
+                (panels * PANEL,),
             ]
         for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         return BlockSpec(
-            in_channels, hidden, out_channels, stride, expand=weights.w_expand is not None, residual=residual
+            in_channels,
+            hidden,
+            out_channels,
+            expand=weights.w_expand is not None,
+            kernel=kernel,
+            squeeze_channels=squeezed,
+            **geometry,
         )
 
 
@@ -137,7 +337,7 @@ def _channels_of(x: Tensor) -> int | None:
     return x.shape[1] if x.dim() == 4 else None
 
 
-def check_input(x: Tensor, in_channels: int) -> None:
+def check_input(x: Tensor, in_channels: int, spec: BlockSpec | None = None) -> None:
     """Raises ValueError or TypeError, saying what to do, for an ``x`` that no backend takes."""
     if x.layout != torch.strided:
         raise TypeError(f"x must be dense, got layout {x.layout}; convert it with x.to_dense()")
@@ -149,44 +349,69 @@ def check_input(x: Tensor, in_channels: int) -> None:
         raise TypeError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"height and width must be at least 1, got {list(x.shape)}")
+    if spec is not None and isinstance(spec.padding, tuple):
+        left, right, top, bottom = spec.padding
+        if x.shape[2] + top + bottom < spec.extent or x.shape[3] + left + right < spec.extent:
+            raise ValueError(
+                f"with padding {spec.padding} height and width must reach {spec.extent}, got {list(x.shape)}"
+            )
 
 
 def inverted_residual_reference(
     x: Tensor,  # [N, C_in, H, W]
     weights: BlockWeights | PackedWeights,
-    *,
-    stride: int = 1,
-    residual: bool = False,
-) -> Tensor:  # [N, C_out, H', W'], H' = (H - 1) // stride + 1
+    **geometry: Unpack[Geometry],
+) -> Tensor:  # [N, C_out, H', W']
     """The block in plain torch ops, any floating dtype, any device: the truth every kernel is checked against.
 
-    ``relu6(conv1x1(x))``, then ``relu6(depthwise3x3)`` with zero padding of the *expanded* tensor, then a linear
-    1x1 projection, then ``+ x`` when ``residual``. Weights are cast to ``x.dtype``. Raises as
-    :func:`inverted_residual` does. Paper: section 3.3, table 1.
+    ``act(conv1x1(x))``, then ``act(depthwise)`` with zero padding of the *expanded* tensor, then, with squeeze weights,
+    ``d * gate(conv1x1(act(conv1x1(mean(d)))))``, then a linear 1x1 projection (or ``out_activation`` of it), then
+    ``+ x`` when ``residual``. ``geometry``: see :class:`Geometry`. Weights are cast to ``x.dtype``. Raises as
+    :func:`inverted_residual` does. Papers: MobileNetV2, section 3.3, table 1; MobileNetV3, section 5.
     """
-    spec = BlockSpec.of(weights, stride, residual, _channels_of(x))
-    check_input(x, spec.in_channels)
+    spec = BlockSpec.of(weights, _channels_of(x), **geometry)
+    check_input(x, spec.in_channels, spec)
     if isinstance(weights, PackedWeights):
         weights = unpack(weights, spec.in_channels)
-    w = BlockWeights(*(None if t is None else t.to(x.dtype) for t in weights))
-    expanded = x if w.w_expand is None else F.relu6(F.conv2d(x, w.w_expand, w.b_expand))
-    depthwise = F.relu6(
-        F.conv2d(expanded, w.w_depthwise, w.b_depthwise, stride, padding=1, groups=spec.hidden_channels)
+    return in_torch(x, BlockWeights(*(None if t is None else t.to(x.dtype) for t in weights)), spec)
+
+
+def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
+    """The reference on weights of ``x``'s dtype that are known to be of ``spec``."""
+    act = _TORCH_ACTIVATIONS[spec.activation]
+    expanded = x if w.w_expand is None else act(F.conv2d(x, w.w_expand, w.b_expand))
+    left, right, top, bottom = spec.padding_of(*x.shape[2:])
+    if left == right and top == bottom:
+        around = (top, left)
+    else:
+        expanded, around = F.pad(expanded, (left, right, top, bottom)), (0, 0)
+    d = act(
+        F.conv2d(
+            expanded, w.w_depthwise, w.b_depthwise, spec.stride, around, spec.dilation, groups=spec.hidden_channels
+        )
     )
-    y = F.conv2d(depthwise, w.w_project, w.b_project)
-    return y + x if residual else y
+    if w.w_squeeze is not None:
+        squeezed = F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze)
+        squeezed = _TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
+        d = d * _TORCH_ACTIVATIONS[spec.gate](F.conv2d(squeezed, w.w_excite, w.b_excite))
+    y = _TORCH_ACTIVATIONS[spec.out_activation](F.conv2d(d, w.w_project, w.b_project))
+    return y + x if spec.residual else y
 
 
 def inverted_residual(
     x: Tensor,  # [N, C_in, H, W]; channels_last is read in place, other strides are copied once
     weights: BlockWeights | PackedWeights,
     *,
-    stride: int = 1,
-    residual: bool = False,
     backend: str = "auto",
     plan: Plan | CudaPlan | TritonPlan | None = None,
-) -> Tensor:  # [N, C_out, H', W'], H' = (H - 1) // stride + 1, in x's dtype and memory format
+    **geometry: Unpack[Geometry],
+) -> Tensor:  # [N, C_out, H', W'], in x's dtype and memory format
     """The block as one kernel, one group of expanded channels at a time; the expanded tensor never exists.
+
+    ``geometry`` is what the weights do not tell: see :class:`Geometry`. A depthwise kernel of 3x3 or 5x5 and a
+    squeeze-and-excite are told by the weights. With a squeeze-and-excite there are two passes over the channel groups,
+    the second of which computes the first's again or reads its depthwise results from a buffer: see
+    :func:`mnv2_fused.plan`.
 
     float32 and float64 compute in their own precision; float16 is widened to float32 inside. bfloat16 rounds the
     packed weights of both 1x1 products, what lies between depthwise and project, and the result; sums are float32. A
@@ -203,11 +428,11 @@ def inverted_residual(
     another backend, TypeError for an ``x`` that is not floating point, RuntimeError when no
     kernel takes the call. Paper: section 5.1.
     """
-    spec = BlockSpec.of(weights, stride, residual, _channels_of(x))
-    check_input(x, spec.in_channels)
+    spec = BlockSpec.of(weights, _channels_of(x), **geometry)
+    check_input(x, spec.in_channels, spec)
     backend = ops.resolve_backend(backend, x.device)
     if backend == "eager":
-        return inverted_residual_reference(x, weights, stride=stride, residual=residual)
+        return inverted_residual_reference(x, weights, **geometry)
     if forward_ad._current_level >= 0:
         raise RuntimeError("the kernel has no forward-mode derivative; use backend='eager'")
     packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype, backend)
@@ -227,8 +452,9 @@ def inverted_residual(
         if not isinstance(plan, kind):
             raise ValueError(f"plan: backend {backend!r} takes one of mnv2_fused.{maker}, got a {type(plan).__name__}")
     if isinstance(plan, Plan):
-        limits = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
-        for name, value, limit in zip(("tile_rows", "tile_cols"), forced, limits, strict=False):
+        for name, value, limit in zip(("tile_rows", "tile_cols"), forced, spec.out_size(*x.shape[2:]), strict=False):
             if not 1 <= value <= limit:
                 raise ValueError(f"plan: {name} must be 1 to {limit} for this input, got {value}")
-    return ops.packed_inverted_residual(x, packed, stride, residual, forced, backend)
+    return ops.packed_inverted_residual(
+        x, packed, spec.stride, spec.residual, forced, backend, spec.options(*x.shape[2:])
+    )

@@ -1,8 +1,7 @@
 """Converting a model: ``fuse`` its inverted residuals, ``unfuse`` them again, ``report`` what runs fused and why not.
 
-Works on module instances: no class is patched, nothing is traced, and state_dict keys never change. A model family
-is one matcher: a function that takes any module and returns its :class:`Match`, the reason why this block must stay
-unfused, or None for a module of another family. To support a family, write its matcher and name it in ``_match``.
+Works on module instances: no class is patched, nothing is traced, and state_dict keys never change. What is an
+inverted residual is known to :mod:`mnv2_fused.families`.
 """
 
 from __future__ import annotations
@@ -20,16 +19,17 @@ from torch import Tensor, nn
 
 from . import layers, ops
 from .block import BlockSpec
-from .module import FusedInvertedResidual
+from .families import Family, family_of, inline_blocks, parts_of, read_mobilenet_v2
+from .module import FusedBlock, FusedInPlace, FusedInvertedResidual, fuse_in_place, kernel_for
 from .ops import LayerKind
 from .plan import plan
 from .sequence import FusedSequential, Layer, RunsFused
 
 
 class Match(NamedTuple):
-    """A block that can run fused: its modules in torchvision's layout, and the geometry they have."""
+    """A block that can run fused."""
 
-    conv: nn.Sequential
+    family: Family
     spec: BlockSpec
 
 
@@ -61,7 +61,7 @@ def fuse(
     left_out: Counter[str] = Counter()
     already_fused = False
     for name, block, found in _blocks(model):
-        if isinstance(block, FusedInvertedResidual):
+        if isinstance(block, FusedBlock):
             already_fused = True
         elif isinstance(found, str):
             skipped[found] += 1
@@ -92,7 +92,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = copy.deepcopy(model)
-    blocks = [block for _, block, _ in _blocks(model) if isinstance(block, FusedInvertedResidual)]
+    blocks = [block for _, block, _ in _blocks(model) if isinstance(block, FusedBlock)]
     model = _replace(model, {block: _unfused(block) for block in blocks})
     for module in model.modules():
         if isinstance(module, RunsFused):
@@ -173,7 +173,7 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     found = list(_blocks(model))
     shapes = {} if input_shape is None else _block_input_shapes(model, input_shape)
     rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)
-    training = any(isinstance(block, FusedInvertedResidual) and block.training for _, block, _ in found)
+    training = any(isinstance(block, FusedBlock) and block.training for _, block, _ in found)
     return Report(rows, training, tuple(_layer_reports(model, shapes)))
 
 
@@ -223,81 +223,26 @@ def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
 _NOT_FOUND = "no inverted residual of a known layout was found (torchvision's MobileNetV2 is known)"
 
 
+_INLINE = "its layers lie among others' in one Sequential: put them into a Sequential of their own"
+
+
 def _match(module: nn.Module) -> Match | str | None:
-    return _match_torchvision(module)
-
-
-def _match_torchvision(block: nn.Module) -> Match | str | None:
-    """torchvision's MobileNetV2 ``InvertedResidual`` of any release, or a class with the same code and structure.
-
-    Geometry is read from the convolutions: segmentation encoders change their strides and dilations in place.
-    """
-    names = [c.__name__ for c in type(block).__mro__]
-    if isinstance(block, torch.jit.ScriptModule):
-        names = [getattr(block, "original_name", "")]
-    if "InvertedResidual" not in names or "conv" not in block._modules:
+    family = family_of(module)
+    if family is None:
         return None
-    objection = next(_objections(block), None)
-    if objection is not None:
-        return objection
-    *expand, depthwise, project = (conv for conv, _, _ in layers.stages_of(block.conv))
-    try:
-        spec = BlockSpec(
-            (expand or [depthwise])[0].in_channels,
-            project.in_channels,
-            project.out_channels,
-            layers.stride_of(depthwise),
-            expand=bool(expand),
-            residual=block.use_res_connect,
-        )
-    except ValueError as error:  # a residual that the convolutions' shapes contradict
-        return str(error)
-    return Match(block.conv, spec)
+    parts = parts_of(module, family.read)
+    if isinstance(parts, str):
+        return parts
+    if _is_torchvisions(module, family) and layers.has_hooks(module):
+        return "a hook on it would not be called: remove it first"
+    return Match(family, parts.spec)
 
 
-def _torchvision_forward(self, x):  # compared with, never called
-    if self.use_res_connect:
-        return x + self.conv(x)
-    else:
-        return self.conv(x)
-
-
-def _is_torchvision_code(cls: type) -> bool:
-    """Whether the class is torchvision's own, or a copy whose forward compiles to the same instructions."""
-    if cls.__module__ in ("torchvision.models.mobilenetv2", "torchvision.models.mobilenet"):
-        return True
-    code, expected = getattr(cls.forward, "__code__", None), _torchvision_forward.__code__
-    return code is not None and (code.co_code, code.co_names) == (expected.co_code, expected.co_names)
-
-
-def _objections(block: nn.Module) -> Iterator[str]:
-    """Why a torchvision block cannot be replaced. Only the first one counts: later checks rely on earlier ones."""
-    cls = type(block)
-    if isinstance(block, torch.jit.ScriptModule):
-        yield "it is scripted: fuse first, then script or trace"
-    if cls.__name__ != "InvertedResidual":
-        yield f"{cls.__name__} is a subclass of InvertedResidual and may compute something else"
-    if not _is_torchvision_code(cls):
-        yield f"{cls.__module__}.InvertedResidual has a forward that is not torchvision's"
-    if list(block._modules) != ["conv"] or block._parameters or block._buffers:
-        yield "it holds more than its module conv"
-    if not isinstance(getattr(block, "use_res_connect", None), bool):
-        yield "it has no attribute use_res_connect that says whether it adds its input"
-    if "forward" in vars(block) or layers.has_hooks(block):
-        yield "a hook on it, or a forward of its own, would not be called: remove it first"
-    yield from _tensor_objections([*block.parameters(), *block.buffers()])
-    yield from layers.objections(block.conv)
-
-
-def _tensor_objections(tensors: list[Tensor]) -> Iterator[str]:
-    for t in tensors:
-        if type(t) not in (Tensor, nn.Parameter):
-            yield f"a weight is a {type(t).__name__}, not a plain tensor"
-        if t.is_meta:
-            yield "its parameters are on the meta device: load the weights first"
-    kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors if t.is_floating_point()})
-    if len(kinds) > 1:
-        yield f"its parameters are mixed: {', '.join(kinds)}"
+def _is_torchvisions(block: nn.Module, family: Family) -> bool:
+    """Whether a ``FusedInvertedResidual`` takes its place: layers nested, and a sum, as torchvision's."""
+    if family.read is not read_mobilenet_v2 or not isinstance(getattr(block, "use_res_connect", None), bool):
+        return False
+    return layers.is_plain(block.conv) and layers.is_plain(block.conv._modules.get("0"))
 
 
 def _blocks(
@@ -308,7 +253,7 @@ def _blocks(
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, FusedInvertedResidual):
+    if isinstance(module, FusedBlock):
         yield name, module, None
         return
     compiled = compiled or layers.is_compiled(module)
@@ -316,6 +261,8 @@ def _blocks(
     if found is not None:
         yield name, module, "it is compiled: fuse first, then compile" if compiled else found
         return
+    for key, child in inline_blocks(module):
+        yield f"{name}.{key}" if name else key, child, _INLINE
     for key, child in module._modules.items():
         if child is not None:
             yield from _blocks(child, f"{name}.{key}" if name else key, compiled, seen)
@@ -335,7 +282,7 @@ def _run_whole_sequences(model: nn.Module) -> None:
     The instances stay, with all that refers to them; they become instances of a subclass of what they were.
     """
     for module in model.modules():
-        if type(module) is nn.Sequential and any(isinstance(m, FusedInvertedResidual) for m in module):
+        if type(module) is nn.Sequential and any(isinstance(m, FusedBlock) for m in module):
             module.__class__ = FusedSequential
     torchvision_models = [m for m in model.modules() if type(m).__name__ == "MobileNetV2"]
     if torchvision_models and "torchvision" in sys.modules:
@@ -345,16 +292,20 @@ def _run_whole_sequences(model: nn.Module) -> None:
             module.__class__ = torchvision_model.MobileNetV2
 
 
-def _fused(block: nn.Module, match: Match, backend: str) -> FusedInvertedResidual:
+def _fused(block: nn.Module, match: Match, backend: str) -> FusedBlock:
+    if not _is_torchvisions(block, match.family):
+        return fuse_in_place(block, match.family.read, backend=backend, base=match.family.base)
     fused = FusedInvertedResidual.adopt(
-        match.conv, stride=match.spec.stride, residual=match.spec.residual, backend=backend
+        block.conv, stride=match.spec.stride, residual=match.spec.residual, backend=backend
     )
     # In a tuple, so that it is no submodule. It shares conv, hence follows .to(), copies and training.
     fused._original = (block,)
     return _with_state_of(block, fused)
 
 
-def _unfused(block: FusedInvertedResidual) -> nn.Module:
+def _unfused(block: FusedBlock) -> nn.Module:
+    if isinstance(block, FusedInPlace):
+        return block.unfused()
     original = next(iter(block._original), None)
     if original is None:
         try:
@@ -387,13 +338,13 @@ def _block_report(
     if isinstance(found, Match):
         return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
     reason = block.why_modules()
-    if not block._pairs:  # its layers were changed beyond recognition
+    if block.spec is None:  # its layers were changed beyond recognition
         return BlockReport(name, None, True, "eager", reason, None)
     weight = block._pairs[-1][0].weight
     backend: str | None = "eager"
     if reason is None:
         try:
-            backend = ops.resolve_backend(block.backend, weight.device)
+            backend, reason = kernel_for(block.spec, block.backend, weight.device)
         except (RuntimeError, ValueError) as error:  # no backend here, or an override that names none
             backend, reason = None, str(error)
     never_written = None
@@ -416,8 +367,8 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         for name, block, _ in _blocks(meta):
-            if isinstance(block, FusedInvertedResidual) and block._pairs:
-                block.forward = _recorder(block.spec, shapes.setdefault(name, []))
+            if isinstance(block, FusedBlock) and block.spec is not None:
+                block.forward = _recorder(block.spec, shapes.setdefault(name, []), block.in_front)
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         with torch.no_grad(), torch.device("meta"):
             meta(torch.empty(*input_shape, dtype=dtype))
@@ -429,13 +380,13 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
     return shapes
 
 
-def _recorder(spec: BlockSpec, shapes: list[torch.Size]) -> Callable[[Tensor], Tensor]:
+def _recorder(spec: BlockSpec, shapes: list[torch.Size], in_front: nn.Module | None) -> Callable[[Tensor], Tensor]:
     """Stands in for a block's forward: notes the input's shape, returns an output without values."""
 
     def forward(x: Tensor) -> Tensor:
+        x = x if in_front is None else in_front(x)
         shapes.append(x.shape)
-        height, width = ((size - 1) // spec.stride + 1 for size in x.shape[2:])
-        return x.new_empty(x.shape[0], spec.out_channels, height, width)
+        return x.new_empty(x.shape[0], spec.out_channels, *spec.out_size(*x.shape[2:]))
 
     return forward
 

@@ -10,6 +10,7 @@ import torch
 
 from . import ops
 from .gpus import H200, Gpu
+from .plan import shape_of
 
 if TYPE_CHECKING:
     from .block import BlockSpec
@@ -83,8 +84,7 @@ def cuda_plan(
     if dtype == torch.float32 and tf32 and gpu.capability >= 80:
         precision = "tf32"
     values = ops._C.cuda_plan(
-        *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
-        *(spec.stride, spec.expand, spec.residual),
+        *shape_of(spec, n, height, width),
         precision=precision,
         gpu=gpu[1:9],
         forced=None if forced is None else list(forced),

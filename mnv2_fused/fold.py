@@ -1,13 +1,18 @@
 """Batch-norm folding, and the packed weight layout that every backend reads.
 
-Packed layout (``P = 16``, the panel; ``E16 = ceil(E / 16)``; padding holds zeros)::
+Packed layout (``P = 16``, the panel; ``E16 = ceil(E / 16)``; padding holds zeros; ``kk`` is 9 or 25, the taps)::
 
     w_expand     [E16, C_in, 16]           w_expand[p, i, l]    = W_e[16 p + l, i]
     b_expand     [16 E16]
-    w_depthwise  [E16, 9, 16]              w_depthwise[p, k, l] = W_d[16 p + l, k // 3, k % 3]
+    w_depthwise  [E16, kk, 16]             w_depthwise[p, i, l] = W_d[16 p + l, i // k, i % k]
     b_depthwise  [16 E16]
     w_project    [ceil(C_out/16), E, 16]   w_project[q, e, l]   = W_p[16 q + l, e]
     b_project    [C_out]
+
+and with a squeeze-and-excite of S channels, whatever the backend, in the dtype of sums (float32 for half precision)::
+
+    w_squeeze    [ceil(S/16), E, 16]       b_squeeze  [16 ceil(S/16)]
+    w_excite     [E16, S, 16]              b_excite   [16 E16]
 
 For bfloat16 activations on the CPU, ``w_expand`` and ``w_project`` are bfloat16 and hold pairs of channels, which one
 dot-product instruction multiplies; the rest stays float32::
@@ -27,7 +32,7 @@ zeros to 16 x 16 weights each; ``C16`` and ``O16`` count the panels of C_in and 
 
     w_expand     [E16, C16, 256]           w_expand[p, i]  = fragment of W_e[16 p :, 16 i :]
     b_expand     [16 E16 + C_in]
-    w_depthwise  [E16, 9, 16]
+    w_depthwise  [E16, kk, 16]
     b_depthwise  [E + 16]
     w_project    [E16, O16, 256]           w_project[p, q] = fragment of W_p[16 q :, 16 p :]
     b_project    [C_out]
@@ -41,6 +46,7 @@ C_in and E, which padded shapes do not, and a kernel may read whole panels of th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,10 +62,14 @@ class BlockWeights(NamedTuple):
 
     w_expand: Tensor | None  # [E, C_in, 1, 1]
     b_expand: Tensor | None  # [E]
-    w_depthwise: Tensor  # [E, 1, 3, 3]
+    w_depthwise: Tensor  # [E, 1, k, k]
     b_depthwise: Tensor  # [E]
     w_project: Tensor  # [C_out, E, 1, 1]
     b_project: Tensor  # [C_out]
+    w_squeeze: Tensor | None = None  # [S, E, 1, 1]; the four of a squeeze-and-excite are None without one
+    b_squeeze: Tensor | None = None  # [S]
+    w_excite: Tensor | None = None  # [E, S, 1, 1]
+    b_excite: Tensor | None = None  # [E]
 
 
 class PackedWeights(NamedTuple):
@@ -71,6 +81,10 @@ class PackedWeights(NamedTuple):
     b_depthwise: Tensor
     w_project: Tensor
     b_project: Tensor
+    w_squeeze: Tensor | None = None
+    b_squeeze: Tensor | None = None
+    w_excite: Tensor | None = None
+    b_excite: Tensor | None = None
 
 
 def unfoldable(norm: nn.Module) -> str | None:
@@ -204,6 +218,10 @@ def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str
         w_project = w_project.transpose(0, 1).contiguous()
         b_depthwise = F.pad(weights.b_depthwise.to(others), (0, PANEL))
         b_expand = None if b_expand is None else F.pad(b_expand, (0, weights.w_expand.shape[1]))
+    squeeze: list[Tensor] = []
+    if weights.w_squeeze is not None:
+        for weight, bias in (weights[6:8], weights[8:10]):
+            squeeze += [_panels(weight.to(others).flatten(1)), padded(bias)]
     return PackedWeights(
         w_expand,
         b_expand,
@@ -211,6 +229,7 @@ def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str
         b_depthwise,
         w_project,
         weights.b_project.to(others).contiguous(),
+        *squeeze,
     )
 
 
@@ -256,11 +275,22 @@ def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeight
     if packed.w_expand is not None and packed.b_expand is not None:
         w_expand = rows(packed.w_expand, hidden)[:, :in_channels, None, None]
         b_expand = packed.b_expand[:hidden]
+    squeeze: list[Tensor] = []
+    if packed.w_squeeze is not None:
+        channels = packed.w_excite.shape[1]
+        squeeze = [
+            rows(packed.w_squeeze, channels)[:, :, None, None],
+            packed.b_squeeze[:channels],
+            rows(packed.w_excite, hidden)[:, :, None, None],
+            packed.b_excite[:hidden],
+        ]
+    kernel = math.isqrt(packed.w_depthwise.shape[1])
     return BlockWeights(
         w_expand,
         b_expand,
-        rows(packed.w_depthwise, hidden).reshape(hidden, 1, 3, 3),
+        rows(packed.w_depthwise, hidden).reshape(hidden, 1, kernel, kernel),
         packed.b_depthwise[:hidden],
         rows(w_project, out_channels)[:, :hidden, None, None],
         packed.b_project,
+        *squeeze,
     )

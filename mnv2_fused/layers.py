@@ -3,130 +3,328 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .block import BlockSpec
 from .fold import unfoldable
 
 
-def _is_plain(module: nn.Module | None) -> bool:
-    # ConvBNReLU and its successors are Sequential with a name.
+class Unfusable(Exception):
+    """Why a block cannot run as one kernel."""
+
+
+class Parts(NamedTuple):
+    """What a block's reader finds in it."""
+
+    stages: tuple[tuple[nn.Conv2d, nn.Module | None], ...]  # (convolution, norm) of [expand,] depthwise, project
+    squeeze: tuple[nn.Conv2d, nn.Conv2d] | None  # both products of a squeeze-and-excite
+    spec: BlockSpec
+    training_only: tuple[nn.Module, ...]  # what changes a result in train() alone: dropout, stochastic depth
+
+
+def full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether it is a Sequential, by whatever name: ConvBNReLU and its successors are."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def stages_of(conv: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module | None]] | None:
-    """(convolution, norm, activation) of [expand,] depthwise, project; None for any other layout."""
-    if not _is_plain(conv) or len(conv) not in (3, 4):
-        return None
-    *stages, project, norm = conv._modules.values()
-    if any(not _is_plain(s) or list(s._modules) != ["0", "1", "2"] for s in stages):
-        return None
-    return [*(tuple(s._modules.values()) for s in stages), (project, norm, None)]
+def flatten(modules: Iterable[nn.Module | None]) -> Iterator[nn.Module]:
+    """What runs one after the other, Sequentials within Sequentials opened, without what does nothing."""
+    for module in modules:
+        if is_plain(module):
+            yield from flatten(module._modules.values())
+        elif module is not None and type(module) is not nn.Identity:
+            yield module
 
 
-def watched_attributes(module: nn.Module) -> tuple[str, ...]:
-    """The attributes that decide what ``module`` computes, besides its tensors and submodules."""
-    if isinstance(module, nn.Conv2d):
-        return "stride", "padding", "dilation", "groups", "padding_mode"
-    if isinstance(module, nn.ReLU6):
-        return "min_val", "max_val"
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return ("output_size",)
-    if isinstance(module, nn.Flatten):
-        return "start_dim", "end_dim"
-    if isinstance(module, nn.Dropout):
-        return ("training",)
-    if "eps" in vars(module):  # a norm
-        return "training", "eps"
-    if "use_res_connect" in vars(module):  # a fused block
-        return "training", "backend", "use_res_connect", "_forgotten"
-    return ()
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.ReLU6": "relu6",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Hardswish": "hardswish",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.HardSwish": "hardswish",
+}
+_GATES = {
+    "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.HardSigmoid": "hardsigmoid",
+}
+# The two products, what is between them and the gate, by a squeeze-and-excite's type.
+_SQUEEZES = {
+    "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
+    "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "conv_expand", "act1", "gate"),
+}
+_TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+_SAME_CONV = "timm.layers.conv2d_same.Conv2dSame"  # reports padding 0 and pads as TensorFlow does
+_TRAINING_ONLY = {  # and the attribute that says how often
+    "torchvision.ops.stochastic_depth.StochasticDepth": "p",
+    "timm.layers.drop.DropPath": "drop_prob",
+    "torch.nn.modules.dropout.Dropout": "p",
+    "torch.nn.modules.dropout.Dropout2d": "p",
+}
+
+
+def read_chain(
+    modules: Iterable[nn.Module | None],
+    *,
+    residual: bool,
+    same: bool = False,
+    beside: Iterable[nn.Module] = (),
+) -> Parts:
+    """The block that ``modules``, run one after the other, compute. Raises :class:`Unfusable` with the reason.
+
+    ``same``: whether every convolution pads as TensorFlow does, whatever it says of its padding. ``beside``: what lies
+    on the way to the sum with the block's input.
+    """
+    stages: list[tuple[nn.Module, nn.Module | None]] = []
+    activations: list[str] = []
+    squeeze, training_only = None, []
+    for module in flatten(modules):
+        name = full_name(module)
+        if name in _TRAINING_ONLY:
+            training_only.append(module)
+        elif isinstance(module, nn.modules.conv._ConvNd) or not stages:
+            stages.append((module, None))
+            activations.append("")
+        elif name in _SQUEEZES and squeeze is None:
+            squeeze = len(stages), module
+            activations[-1] = activations[-1] or "identity"
+        elif activations[-1]:
+            raise Unfusable(f"its layers are not {_LAYOUT}: there is a {name} where none belongs")
+        elif name in _ACTIVATIONS or stages[-1][1] is not None:
+            activations[-1] = _activation(module)
+        else:
+            stages[-1] = stages[-1][0], module
+            activations[-1] = _timm_activation(module) if _is_timm_norm(module) else ""
+    if len(stages) not in (2, 3):
+        raise Unfusable(f"its layers are not {_LAYOUT}")
+    for module in beside:
+        if full_name(module) in _TRAINING_ONLY:
+            training_only.append(module)
+        elif type(module) is not nn.Identity:
+            raise Unfusable(f"it has a {full_name(module)} before the sum with its input")
+    for i, (conv, norm) in enumerate(stages):
+        role = ("expand", "depthwise", "project")[i - len(stages)]
+        _first(_conv_objections(conv, role))
+        if norm is not None:
+            _first(_norm_objections(norm))
+        _first(_geometry_objections(role, conv))
+    convs = [conv for conv, _ in stages]
+    if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(convs)):
+        raise Unfusable("one convolution's channels do not match the next one's")
+    *before, activation, out_activation = (a or "identity" for a in activations)
+    if before not in ([], [activation]):
+        raise Unfusable(
+            f"its activation is {before[0]} after the expansion and {activation} after the depthwise convolution, the "
+            "fused op computes one kind"
+        )
+    *_, depthwise, project = convs
+    if squeeze is not None and squeeze[0] != len(stages) - 1:
+        raise Unfusable("its squeeze-and-excite does not follow the depthwise convolution")
+    products, options = (None, {}) if squeeze is None else _read_squeeze(squeeze[1], depthwise.out_channels)
+    try:
+        spec = BlockSpec(
+            convs[0].in_channels,
+            project.in_channels,
+            project.out_channels,
+            _both(depthwise.stride)[0],
+            expand=len(convs) == 3,
+            residual=residual,
+            kernel=depthwise.weight.shape[-1],
+            dilation=_both(depthwise.dilation)[0],
+            padding=_padding(depthwise, same),
+            activation=activation,
+            out_activation=out_activation,
+            **options,
+        )
+    except ValueError as error:  # a residual that the convolutions' shapes contradict, a padding too large
+        raise Unfusable(str(error)) from None
+    return Parts(tuple(stages), products, spec, tuple(training_only))
+
+
+_LAYOUT = "[1x1, norm, activation], [depthwise, norm, activation], 1x1, norm"
+
+
+def _first(objections: Iterator[str]) -> None:
+    for reason in objections:  # later checks rely on earlier ones
+        raise Unfusable(reason)
+
+
+def _activation(module: nn.Module, names: dict[str, str] = _ACTIVATIONS) -> str:
+    name = full_name(module)
+    if name not in names:
+        raise Unfusable(f"its activation is {name}, the fused op computes {', '.join(dict.fromkeys(names.values()))}")
+    if names[name] == "relu6" and (module.min_val, module.max_val) != (0.0, 6.0):
+        raise Unfusable(f"its ReLU6 clips to {module.min_val} ... {module.max_val}")
+    return names[name]
+
+
+def _is_timm_norm(module: nn.Module) -> bool:
+    return full_name(module) in [f"timm.layers.norm_act.{name}" for name in _TIMM_NORMS]
+
+
+def _timm_activation(norm: nn.Module) -> str:
+    if type(norm._modules.get("drop", nn.Identity())) not in (nn.Identity, type(None)):
+        raise Unfusable(f"its {type(norm).__name__} has a {full_name(norm.drop)} before the activation")
+    return _activation(norm.act) if "act" in norm._modules else ""
+
+
+def _norm_objections(norm: nn.Module) -> Iterator[str]:
+    if not _is_timm_norm(norm):
+        reason = unfoldable(norm)
+    elif norm.running_mean is None or norm.running_var is None:
+        reason = f"{type(norm).__name__} has no running statistics, so it normalises by the batch even in eval"
+    else:
+        reason = None
+    if reason is not None:
+        yield reason
+
+
+def _both(value: Any) -> tuple[Any, Any]:
+    """A convolution's value along rows and columns; users may have assigned a plain int."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _padding(conv: nn.Conv2d, same: bool) -> str | tuple[int, int, int, int] | None:
+    rows, columns = _both(conv.padding)
+    if same or full_name(conv) == _SAME_CONV:
+        if (rows, columns) != (0, 0):
+            raise Unfusable(f"the depthwise convolution pads twice, as TensorFlow does and by {conv.padding!r}")
+        return "same"
+    around = _both(conv.dilation)[0] * (conv.weight.shape[-1] - 1) // 2
+    return None if rows == columns == around else (columns, columns, rows, rows)
+
+
+def _read_squeeze(module: nn.Module, hidden: int) -> tuple[tuple[nn.Conv2d, nn.Conv2d], dict[str, Any]]:
+    """Both products, and what of them belongs to the spec."""
+    *names, between, gate = _SQUEEZES[full_name(module)]
+    reduce, expand = products = tuple(module._modules[name] for name in names)
+    for conv in products:
+        _first(_conv_objections(conv, "squeeze-and-excite"))
+        _first(_geometry_objections("squeeze-and-excite", conv))
+    channels = reduce.out_channels
+    if (reduce.in_channels, expand.in_channels, expand.out_channels) != (hidden, channels, hidden):
+        raise Unfusable("its squeeze-and-excite's channels do not match the depthwise convolution's")
+    if (pool := module._modules.get("avgpool")) is not None and getattr(pool, "output_size", None) not in (1, (1, 1)):
+        raise Unfusable(f"its squeeze-and-excite pools by {pool}, the fused op takes the mean")
+    return products, {
+        "squeeze_channels": channels,
+        "squeeze_activation": _activation(module._modules[between]),
+        "gate": _activation(module._modules[gate], _GATES),
+    }
+
+
+def training_only_now(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of these, which matter in train() alone, changes a result now."""
+    return any(m.training and getattr(m, _TRAINING_ONLY[full_name(m)]) for m in modules)
+
+
+_WATCHED = (bool, int, float, str, tuple, list)
+
+
+def watched_entries(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """(dictionary, key) of what decides what ``module`` computes, besides its tensors and submodules."""
+    attributes = vars(module)
+    for name, value in attributes.items():
+        # A fused block counts how often it forgot what it knew.
+        if name == "_forgotten" or (name[0] != "_" and (value is None or type(value) in _WATCHED)):
+            yield attributes, name
+    config = attributes.get("config")
+    if "tf_padding" in getattr(config, "__dict__", ()):  # transformers' MobileNetV2 looks at it in forward
+        yield vars(config), "tf_padding"
 
 
 def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def _full_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__name__}"
-
-
-def objections(conv: nn.Module) -> Iterator[str]:
-    """Why ``conv``, the layers of a block, cannot run as one kernel that looks at its weights only."""
-    yield from _module_objections(conv)
-    stages = stages_of(conv)
-    if stages is None:
-        yield "its layers are not [1x1, norm, activation], [3x3, norm, activation], 1x1, norm"
-        return
-    for stage in stages:
-        yield from _stage_objections(*stage)
-    convs = [conv2d for conv2d, _, _ in stages]
-    for name, conv2d in zip(("expand", "depthwise", "project")[-len(convs) :], convs, strict=True):
-        yield from _geometry_objections(name, conv2d)
-    if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(convs)):
-        yield "one convolution's channels do not match the next one's"
-    yield from _hook_objections(conv)
-
-
 def conv_objections(layer: nn.Module, name: str) -> Iterator[str]:
     """Why ``layer``, [convolution, norm, activation], is not the network's ``"stem"`` or ``"head"``."""
-    yield from _module_objections(layer)
-    if not _is_plain(layer) or list(layer._modules) != ["0", "1", "2"]:
+    yield from _module_objections(layer.modules())
+    if not is_plain(layer) or list(layer._modules) != ["0", "1", "2"]:
         yield "its layers are not convolution, norm, activation"
         return
-    yield from _stage_objections(*layer._modules.values())
-    yield from _geometry_objections(name, layer[0])
-    yield from _hook_objections(layer)
+    conv, norm, activation = layer._modules.values()
+    yield from _conv_objections(conv, name)
+    if full_name(activation) != "torch.nn.modules.activation.ReLU6":
+        yield f"its activation is {full_name(activation)}, the fused op computes ReLU6"
+    elif (activation.min_val, activation.max_val) != (0.0, 6.0):
+        yield f"its ReLU6 clips to {activation.min_val} ... {activation.max_val}"
+    if (reason := unfoldable(norm)) is not None:
+        yield reason
+    yield from _geometry_objections(name, conv)
+    yield from _hook_objections(layer.modules())
 
 
-def _module_objections(root: nn.Module) -> Iterator[str]:
-    for module in root.modules():
+def inner_objections(modules: Sequence[nn.Module]) -> Iterator[str]:
+    """Why a kernel that looks at a block's weights only cannot stand in for these modules inside it."""
+    yield from _module_objections(modules)
+    yield from _hook_objections(modules)
+
+
+def _module_objections(modules: Iterable[nn.Module]) -> Iterator[str]:
+    for module in modules:
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule) or is_compiled(module):
             yield f"a {kind} inside is compiled or scripted: fuse first, then compile"
         if "parametrizations" in module._modules:
             yield "a weight is parametrized: remove_parametrizations first"
+        elif isinstance(module, nn.modules.conv._ConvNd) and "weight" not in module._parameters:
+            yield "a weight is computed from others (pruning, weight norm): make it permanent first"
 
 
-def _stage_objections(conv: nn.Module, norm: nn.Module, activation: nn.Module | None) -> Iterator[str]:
-    if type(conv) is not nn.Conv2d:
-        yield f"it has a {_full_name(conv)} where a torch.nn.Conv2d is needed"
-    if "weight" not in conv._parameters:
-        yield "a weight is computed from others (pruning, weight norm): make it permanent first"
-    if activation is not None and type(activation) is not nn.ReLU6:
-        yield f"its activation is {_full_name(activation)}, the fused op computes ReLU6"
-    elif activation is not None and (activation.min_val, activation.max_val) != (0.0, 6.0):
-        yield f"its ReLU6 clips to {activation.min_val} ... {activation.max_val}"
-    if (reason := unfoldable(norm)) is not None:
-        yield reason
+def _conv_objections(conv: nn.Module, role: str) -> Iterator[str]:
+    if type(conv) is not nn.Conv2d and not (full_name(conv) == _SAME_CONV and role != "squeeze-and-excite"):
+        yield f"it has a {full_name(conv)} where a torch.nn.Conv2d is needed"
 
 
-# (kernel, strides) by what a convolution is for
-_GEOMETRY = {"expand": (1, (1,)), "depthwise": (3, (1, 2)), "project": (1, (1,)), "stem": (3, (2,)), "head": (1, (1,))}
+# (kernels, strides) by what a convolution is for
+_GEOMETRY = {
+    "expand": ((1,), (1,)),
+    "depthwise": ((3, 5), (1, 2)),
+    "project": ((1,), (1,)),
+    "squeeze-and-excite": ((1,), (1,)),
+    "stem": ((3,), (2,)),
+    "head": ((1,), (1,)),
+}
 
 
 def _geometry_objections(name: str, conv: nn.Conv2d) -> Iterator[str]:
-    kernel, strides = _GEOMETRY[name]
+    kernels, strides = _GEOMETRY[name]
     groups = conv.in_channels if name == "depthwise" else 1
-    taken = {"stride": strides, "padding": (kernel // 2,), "padding_mode": ("zeros",), "groups": (groups,)}
-    if kernel > 1:  # the dilation of a 1x1 changes nothing
-        taken["dilation"] = (1,)
+    taken: dict[str, tuple] = {"stride": strides, "padding_mode": ("zeros",), "groups": (groups,)}
     if name == "depthwise":
         taken["out_channels"] = (groups,)
+        for attribute in ("padding", "dilation"):
+            value = _both(getattr(conv, attribute))
+            if not all(isinstance(v, int) for v in value) or (attribute == "dilation" and value[0] != value[1]):
+                yield f"the depthwise convolution has {attribute} {getattr(conv, attribute)!r}, the fused op takes int"
+    else:
+        taken["padding"] = (kernels[0] // 2,)
+        if kernels[0] > 1:  # the dilation of a 1x1 changes nothing
+            taken["dilation"] = (1,)
     for attribute, values in taken.items():
         value = getattr(conv, attribute)
         if value not in values and value not in [(v, v) for v in values]:
             allowed = " or ".join(map(str, values))
             yield f"the {name} convolution has {attribute} {value!r}, the fused op takes {allowed}"
-    expected = [conv.out_channels, conv.in_channels // groups, kernel, kernel]
-    if list(conv.weight.shape) != expected:
-        yield f"the {name} convolution's weight is {list(conv.weight.shape)}, not {expected}"
+    expected = [[conv.out_channels, conv.in_channels // groups, k, k] for k in kernels]
+    if list(conv.weight.shape) not in expected:
+        yield f"the {name} convolution's weight is {list(conv.weight.shape)}, not {' or '.join(map(str, expected))}"
 
 
-def _hook_objections(root: nn.Module) -> Iterator[str]:
-    for module in root.modules():
+def _hook_objections(modules: Iterable[nn.Module]) -> Iterator[str]:
+    for module in modules:
         if "forward" in vars(module) or has_hooks(module):
             kind = type(module).__name__
             yield f"a hook on a {kind} inside, or a forward of its own, would not be called: remove it first"
@@ -144,8 +342,3 @@ def hooks_of(module: nn.Module) -> list[dict]:
 
 def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module))
-
-
-def stride_of(conv: nn.Conv2d) -> int:
-    """A convolution's stride where both directions share it; users may have assigned a plain int."""
-    return conv.stride if isinstance(conv.stride, int) else conv.stride[0]

@@ -1,11 +1,13 @@
-"""The drop-in module: folded weights that follow their sources, autograd, and what a compiled graph calls."""
+"""Drop-in modules: folded weights that follow their sources, autograd, and what a compiled graph calls."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +16,101 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
-from .block import BlockSpec, check_input
+from .block import _TORCH_ACTIVATIONS, ACTIVATIONS, GATES, BlockSpec, check_input
 from .fold import PackedWeights, packed_dtypes
+from .layers import Parts, Unfusable
 from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
+
+Reader = Callable[[nn.Module], Parts]  # raises Unfusable
+
+# Kernels of MobileNetV2's block alone.
+_PLAIN_KERNELS = {"cuda": "CUDA", "triton": "Triton"}
+
+
+def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
+    """What ``backend`` has no kernel for, in words; None where it takes the block."""
+    if backend not in _PLAIN_KERNELS or (beyond := spec.beyond_mobilenet_v2) is None:
+        return None
+    return f"the {_PLAIN_KERNELS[backend]} kernel has no {beyond}"
+
+
+def kernel_for(spec: BlockSpec, backend: str, device: torch.device) -> tuple[str, str | None]:
+    """The backend that runs such a block on ``device``, and, where "auto" finds no kernel for it, why.
+
+    Raises as :func:`mnv2_fused.ops.resolve_backend`, and RuntimeError where a named backend does not take the block.
+    """
+    found = ops.resolve_backend(backend, device)
+    why = missing_kernel(found, spec)
+    if why is None:
+        return found, None
+    if (os.environ.get("MNV2_FUSED_BACKEND") or backend) != "auto":
+        raise RuntimeError(f"{why} (backend={found!r}); use backend='auto' or 'eager', or unfuse the model")
+    if found == "cuda":
+        triton = ops.backend_reasons(device)["triton"] or missing_kernel("triton", spec)
+        if triton is None:
+            return "triton", None
+        why = f"{why}; triton: {triton}"
+    return "eager", why
+
+
+def _rest(spec: BlockSpec) -> list[int]:
+    """What neither weights nor MobileNetV2's block tell of ``spec``; :func:`_spec_of` reads it."""
+    if spec.options(8, 8) == ():
+        return []
+    padding = [-1] if spec.padding == "same" else list(spec.padding or ())
+    names = spec.activation, spec.out_activation, spec.squeeze_activation
+    return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding]
+
+
+def _spec_of(sources: list[Tensor | None], stages: int, stride: int, residual: bool, rest: Sequence[int]) -> BlockSpec:
+    shapes = [sources[6 * i].shape for i in range(stages)]
+    squeeze = sources[6 * stages :]
+    return _spec_of_shapes(
+        shapes[0][1] if stages == 3 else shapes[0][0],
+        *(shapes[-1][1], shapes[-1][0], shapes[-2][-1]),
+        squeeze[0].shape[0] if squeeze else 0,
+        *(stages, stride, residual, tuple(rest)),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _spec_of_shapes(
+    in_channels: int,
+    hidden: int,
+    out_channels: int,
+    kernel: int,
+    squeezed: int,
+    stages: int,
+    stride: int,
+    residual: bool,
+    rest: tuple[int, ...],
+) -> BlockSpec:
+    dilation, activation, out_activation, squeeze_activation, gate, *padding = rest or (1, 0, 2, 1, 0)
+    return BlockSpec(
+        *(in_channels, hidden, out_channels, stride, stages == 3, residual, kernel, dilation),
+        padding="same" if padding == [-1] else tuple(padding) or None,
+        activation=ACTIVATIONS[activation],
+        out_activation=ACTIVATIONS[out_activation],
+        squeeze_channels=squeezed,
+        squeeze_activation=ACTIVATIONS[squeeze_activation],
+        gate=GATES[gate],
+    )
 
 
 class _Ready:
     """A block found fit to run fused on ``packed``, while its ``watch`` holds."""
 
-    def __init__(
-        self, block: FusedInvertedResidual, sources: list[Tensor | None], next_hook: int, backend: str
-    ) -> None:
+    def __init__(self, block: FusedBlock, sources: list[Tensor | None], next_hook: int, backend: str) -> None:
         self.backend = backend
         self.is_cpu = sources[0].is_cpu
         self.sources = sources
         self.tensors = [t for t in sources if t is not None]
-        self.eps = [norm.eps for _, norm in block._pairs]
+        self.eps = block._eps()
         self.dtype = sources[0].dtype
-        self.stride = layers.stride_of(block._pairs[-2][0])
+        self.spec = spec = block.spec
+        self.stride, self.residual = spec.stride, spec.residual
+        # The op's, where they do not rest on the image's size.
+        self.options = None if spec.padding == "same" and spec.stride > 1 else spec.options(8, 8)
         self.lasting = lasting(self.tensors)
         self.watch = Watch([block], next_hook) if self.lasting else None
         self.packed: PackedWeights | None = None
@@ -40,27 +119,29 @@ class _Ready:
 # Caches by number, for the op that a compiled graph calls: a graph can hold a number but not an object.
 _caches: weakref.WeakValueDictionary[int, PackedCache] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
-_blocks: weakref.WeakValueDictionary[int, FusedInvertedResidual] = weakref.WeakValueDictionary()
+_blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDictionary()
 
 
-def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], stride: int, residual: bool) -> Tensor:
+def _unfolded(x: Tensor, sources: list[Tensor | None], eps: list[float], spec: BlockSpec) -> Tensor:
     """The block as separate convolutions and norms in eval, from the cache's source tensors."""
-    y = x
+    y, squeeze = x, sources[6 * len(eps) :]
+    left, right, top, bottom = spec.padding_of(*x.shape[2:])
     for i, e in enumerate(eps):
         weight, bias, *norm = sources[6 * i : 6 * i + 6]
-        depthwise = i == len(eps) - 2
-        y = F.conv2d(
-            y,
-            weight,
-            bias,
-            stride if depthwise else 1,
-            padding=1 if depthwise else 0,
-            groups=weight.shape[0] if depthwise else 1,
-        )
-        y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], training=False, eps=e)
-        if i < len(eps) - 1:
-            y = F.relu6(y)
-    return y + x if residual else y
+        if i == len(eps) - 2:  # depthwise
+            even = left == right and top == bottom
+            y = y if even else F.pad(y, (left, right, top, bottom))
+            around = (top, left) if even else (0, 0)
+            y = F.conv2d(y, weight, bias, spec.stride, around, spec.dilation, groups=weight.shape[0])
+        else:
+            y = F.conv2d(y, weight, bias)
+        if norm[2] is not None:
+            y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], training=False, eps=e)
+        y = _TORCH_ACTIVATIONS[spec.activation if i < len(eps) - 1 else spec.out_activation](y)
+        if squeeze and i == len(eps) - 2:
+            s = _TORCH_ACTIVATIONS[spec.squeeze_activation](F.conv2d(y.mean((2, 3), keepdim=True), *squeeze[:2]))
+            y = y * _TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, *squeeze[2:]))
+    return y + x if spec.residual else y
 
 
 @torch.compiler.assume_constant_result
@@ -73,12 +154,12 @@ class _Recomputed(torch.autograd.Function):
     """Forward by the fused op; backward through :func:`_unfolded`, computed again from the saved input."""
 
     @staticmethod
-    def forward(ctx, x, packed, eps, stride, residual, backend, *sources):
+    def forward(ctx, x, packed, eps, spec, options, backend, *sources):
         ctx.save_for_backward(x, *sources)
-        ctx.eps, ctx.stride, ctx.residual = eps, stride, residual
+        ctx.eps, ctx.spec = eps, spec
         device = ctx.device = x.device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend)
+        return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, backend=backend, options=options)
 
     @staticmethod
     def backward(ctx, grad):
@@ -94,14 +175,292 @@ class _Recomputed(torch.autograd.Function):
         ]
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(ctx.device, enabled=enabled, dtype=dtype):
-            y = _unfolded(leaves[0], leaves[1:], ctx.eps, ctx.stride, ctx.residual)
+            y = _unfolded(leaves[0], leaves[1:], ctx.eps, ctx.spec)
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad))
         x_grad, *source_grads = (next(found) if need else None for need in needed)
         return x_grad, None, None, None, None, None, *source_grads
 
 
-class FusedInvertedResidual(nn.Module):
+class FusedBlock(nn.Module):
+    """What every fused block is, whatever family it comes from: in eval one kernel on weights that follow its modules.
+
+    A subclass says what is inside (:meth:`_read`) and how the ordinary modules run (:meth:`_forward_modules`).
+    """
+
+    def _start(self, backend: str) -> None:
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        self.backend = backend
+        self._warned = False
+        self._forgotten = 0
+        self._look_inside()
+        if self._objection is not None:
+            raise ValueError(f"{self._objection}; leave this block unfused")
+        self._reset_cache()
+
+    def _read(self) -> Parts:
+        raise NotImplementedError
+
+    def _forward_modules(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _inside(self) -> list[nn.Module]:
+        """The modules that a kernel stands in for."""
+        inside = list(self.modules())[1:]
+        if self.in_front is None:
+            return inside
+        others = set(self.in_front.modules())
+        return [m for m in inside if m not in others]
+
+    @property
+    def in_front(self) -> nn.Module | None:
+        """A child that forward runs first, as it is."""
+        return None
+
+    def _look_inside(self) -> None:
+        """Notes what the inner modules are, and why the fused op could not stand in for them."""
+        objection = next(layers.inner_objections(self._inside()), None)
+        parts = None
+        try:
+            parts = self._read()
+        except Unfusable as why:
+            objection = objection or str(why)
+        # Only now, and never to nothing in between: another thread may run this block.
+        self._objection = objection
+        # (convolution, norm) of each stage: [expand,] depthwise, project.
+        self._pairs: tuple[tuple[nn.Conv2d, nn.Module | None], ...] = parts.stages if parts else ()
+        self._squeeze: tuple[nn.Conv2d, ...] = (parts.squeeze or ()) if parts else ()
+        self._training_only: tuple[nn.Module, ...] = parts.training_only if parts else ()
+        self._spec: BlockSpec | None = parts.spec if parts else None
+        self._rest = _rest(parts.spec) if parts else []
+
+    def why_modules(self) -> str | None:
+        """Why the inner modules run one by one even in eval, because of how they were changed; None if they don't."""
+        self._look_inside()
+        return self._objection
+
+    def _reset_cache(self) -> None:
+        self._ready: _Ready | None = None
+        self._cache = PackedCache()
+        self._token = next(_tokens)
+        _caches[self._token] = self._cache
+        _blocks[self._token] = self
+
+    _FOUND = ("_ready", "_cache", "_token", "_objection", "_pairs", "_squeeze", "_training_only", "_spec", "_rest")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in self._FOUND:
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._look_inside()
+        self._reset_cache()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedBlock:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> FusedBlock:
+        self._forget()
+        return super().train(mode)
+
+    @property
+    def spec(self) -> BlockSpec | None:
+        """None where the layers were changed beyond recognition."""
+        return self._spec
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}{self._objection or self.spec}, backend={self.backend}"
+
+    def _forget(self) -> None:
+        self._forgotten += 1  # seen by a sequence that runs this block
+        self._ready = None
+        self._cache.clear()
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(x)
+        ready = self._ready
+        if ops.transformed():
+            return self._forward_modules(x)
+        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.watch.holds():
+            # Mode and backend are looked at here only: while the watch holds, they are what they were.
+            ready = None if self.training else self._prepare(x)
+            if ready is None:
+                return self._forward_modules(x)
+        options = ready.options
+        try:
+            if options is None:
+                options = ready.spec.options(*x.shape[2:])
+            if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
+                return _Recomputed.apply(x, ready.packed, ready.eps, ready.spec, options, ready.backend, *ready.sources)
+            return ops.packed_inverted_residual(
+                x, ready.packed, ready.stride, ready.residual, backend=ready.backend, options=options
+            )
+        except (RuntimeError, TypeError):
+            check_input(x, ready.spec.in_channels, ready.spec)  # says it better, if x is what is wrong
+            raise
+
+    def _prepare(self, x: Tensor) -> _Ready | None:
+        """Looks at everything and folds what changed; None when the inner modules must run."""
+        backend = ops.resolve_backend(self.backend, x.device)
+        if backend == "eager":
+            return None
+        next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
+        why = self.why_modules()
+        if why is None:
+            backend, why = kernel_for(self._spec, self.backend, x.device)
+        if why is not None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=3)
+            return None
+        if self._trains():
+            return None
+        sources, eps = self._sources()
+        ready = _Ready(self, sources, next_hook, backend)
+        dtype = self._compute_dtype(x, sources, backend)
+        ready.packed = self._cache.get(sources, eps, dtype, backend)
+        if ready.lasting and x.dtype == ready.dtype == dtype:  # else autocast allows it, for now
+            self._ready = ready
+        return ready
+
+    def fits_sequence(self) -> bool:
+        """Whether a sequence may run this block in eval, as long as it watches it."""
+        if self.training or self.why_modules() is not None or self._trains() or self.in_front is not None:
+            return False
+        if self.spec.beyond_mobilenet_v2 is not None:
+            return False
+        sources, _ = self._sources()
+        dtype, device = sources[0].dtype, sources[0].device
+        # In one run, every product's weights are packed alike.
+        alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
+        return alike and lasting(t for t in sources if t is not None)
+
+    def packed_for_sequence(self) -> PackedWeights | None:
+        """Weights for a sequence that runs this block and keeps them; None if it may not."""
+        if not self.fits_sequence():
+            return None
+        sources, eps = self._sources()
+        with torch.no_grad():
+            return fold_and_pack(sources, eps, sources[0].dtype)
+
+    def _trains(self) -> bool:
+        """Whether something inside computes now what it does in train() alone."""
+        if any(norm is not None and norm.training and norm._parameters for _, norm in self._pairs):
+            return True  # FrozenBatchNorm2d has no parameters
+        return bool(self._training_only) and layers.training_only_now(self._training_only)
+
+    def _eps(self) -> list[float]:
+        return [0.0 if norm is None else norm.eps for _, norm in self._pairs]
+
+    def _sources(self) -> tuple[list[Tensor | None], list[float]]:
+        sources: list[Tensor | None] = []
+        for pair in self._pairs:
+            sources += parameters_of(*pair)
+        for conv in self._squeeze:
+            sources += parameters_of(conv, None)[:2]
+        return sources, self._eps()
+
+    def _compute_dtype(self, x: Tensor, sources: list[Tensor | None], backend: str) -> torch.dtype:
+        dtype, device = sources[0].dtype, x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if x.dtype != dtype and not autocast:
+            raise TypeError(
+                f"x is {x.dtype} but the block's parameters are {dtype}; convert one of them or use autocast"
+            )
+        if x.dtype == torch.float64:
+            return x.dtype
+        return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
+
+    def _forward_compiled(self, x: Tensor) -> Tensor:
+        if self.training or ops.resolve_backend(self.backend, x.device) == "eager":
+            return self._forward_modules(x)
+        if _why_modules(self._token) is not None or self._trains():
+            return self._forward_modules(x)
+        spec = self._spec
+        backend, _ = kernel_for(spec, self.backend, x.device)
+        if backend == "eager":
+            return self._forward_modules(x)
+        sources, eps = self._sources()
+        dtype = self._compute_dtype(x, sources, backend)
+        check_input(x, spec.in_channels, spec)
+        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+        if recording or torch.compiler.is_exporting():
+            # Folding goes into the graph: differentiable, and an exported program owns its weights.
+            packed = fold_and_pack(sources, eps, dtype, backend)
+            options = spec.options(*x.shape[2:]) if self._rest else ()
+            return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, backend=backend, options=options)
+        return torch.ops.mnv2_fused.cached_inverted_residual(
+            x, sources, eps, spec.stride, spec.residual, self._token, backend, self._rest
+        )
+
+
+class FusedInPlace(FusedBlock):
+    """A block of any class that stays the instance it was: attributes, children, names in the state_dict.
+
+    :func:`fuse_in_place` makes an instance of a subclass of both, ``Fused<Name>``, of it.
+    """
+
+    original: type[nn.Module]  # what the block was
+    reader: Reader
+
+    def __new__(cls, *args: Any, **options: Any) -> nn.Module:
+        # Sequential's slices make more of their own class: these are ordinary modules.
+        return cls.original(*args, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls = type(self)
+        return _restored, (cls.original, cls.reader, cls.__mro__[1]), self.__getstate__()
+
+    def _read(self) -> Parts:
+        return type(self).reader(self)
+
+    def _forward_modules(self, x: Tensor) -> Tensor:
+        return super(FusedBlock, self).forward(x)
+
+    def unfused(self) -> nn.Module:
+        """Itself, as it was."""
+        for name in (*self._FOUND, "backend", "_warned", "_forgotten"):
+            vars(self).pop(name, None)
+        self.__class__ = type(self).original
+        return self
+
+
+def _restored(original: type[nn.Module], reader: Reader, base: type[FusedInPlace]) -> FusedInPlace:
+    block = original.__new__(original)
+    block.__class__ = _fused_class(original, reader, base)
+    return block
+
+
+@functools.cache
+def _fused_class(original: type[nn.Module], reader: Reader, base: type[FusedInPlace]) -> type[FusedInPlace]:
+    members = {"original": original, "reader": staticmethod(reader), "__module__": __name__, "__doc__": base.__doc__}
+    return type(f"Fused{original.__name__}", (base, original), members)
+
+
+def fuse_in_place(
+    block: nn.Module, reader: Reader, *, backend: str = "auto", base: type[FusedInPlace] = FusedInPlace
+) -> FusedInPlace:
+    """Makes ``block`` run fused: it becomes an instance of a subclass of its class, and is returned.
+
+    Raises ValueError, leaving it as it was, where ``reader`` finds it unfit, or for an unknown ``backend``.
+    """
+    block.__class__ = _fused_class(type(block), reader, base)
+    try:
+        block._start(backend)
+    except ValueError:
+        block.unfused()
+        raise
+    return block
+
+
+class FusedInvertedResidual(FusedBlock):
     """Drop-in for torchvision's ``InvertedResidual``: same constructor, same state_dict, fused in eval.
 
     ``torchvision.models.mobilenet_v2(block=FusedInvertedResidual)`` loads published weights and trains. In
@@ -152,175 +511,16 @@ class FusedInvertedResidual(nn.Module):
         return block
 
     def _adopt(self, conv: nn.Sequential, stride: int, residual: bool, backend: str) -> None:
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
         self.conv = conv
         self.stride = stride
         self.use_res_connect = residual
-        self.backend = backend
         self._is_cn = stride > 1
         self._original: tuple[nn.Module, ...] = ()  # the block that fuse() replaced; a tuple, so no submodule
-        self._warned = False
-        self._forgotten = 0
-        self._look_inside()
-        if self._objection is not None:
-            raise ValueError(f"{self._objection}; leave this block unfused")
+        self._start(backend)
         self.out_channels = self._pairs[-1][0].out_channels
-        self._reset_cache()
 
-    def _look_inside(self) -> None:
-        """Notes what the inner modules are, and why the fused op could not stand in for them."""
-        self._objection = next(layers.objections(self.conv), None)
-        # (convolution, norm) of each stage: [expand,] depthwise, project.
-        self._pairs = [(conv, norm) for conv, norm, _ in layers.stages_of(self.conv) or ()]
-
-    def why_modules(self) -> str | None:
-        """Why the inner modules run one by one even in eval, because of how they were changed; None if they don't."""
-        self._look_inside()
-        return self._objection
-
-    def _reset_cache(self) -> None:
-        self._ready: _Ready | None = None
-        self._cache = PackedCache()
-        self._token = next(_tokens)
-        _caches[self._token] = self._cache
-        _blocks[self._token] = self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_ready", "_cache", "_token", "_objection", "_pairs"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._look_inside()
-        self._reset_cache()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedInvertedResidual:
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> FusedInvertedResidual:
-        self._forget()
-        return super().train(mode)
-
-    @property
-    def spec(self) -> BlockSpec:
-        convs = [conv for conv, _ in self._pairs]
-        return BlockSpec(
-            convs[0].in_channels,
-            convs[-1].in_channels,
-            convs[-1].out_channels,
-            layers.stride_of(convs[-2]),
-            expand=len(convs) == 3,
-            residual=self.use_res_connect,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self._objection or self.spec}, backend={self.backend}"
-
-    def _forget(self) -> None:
-        self._forgotten += 1  # seen by a sequence that runs this block
-        self._ready = None
-        self._cache.clear()
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
-        if torch.compiler.is_compiling():
-            return self._forward_compiled(x)
-        ready = self._ready
-        if ops.transformed():
-            return self._forward_modules(x)
-        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.watch.holds():
-            # Mode and backend are looked at here only: while the watch holds, they are what they were.
-            if self.training or (backend := ops.resolve_backend(self.backend, x.device)) == "eager":
-                return self._forward_modules(x)
-            ready = self._prepare(x, backend)
-            if ready is None:
-                return self._forward_modules(x)
-        sources = ready.sources
-        try:
-            if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
-                geometry = ready.eps, ready.stride, self.use_res_connect, ready.backend
-                return _Recomputed.apply(x, ready.packed, *geometry, *sources)
-            return ops.packed_inverted_residual(
-                x, ready.packed, ready.stride, self.use_res_connect, backend=ready.backend
-            )
-        except RuntimeError:
-            check_input(x, self._pairs[0][0].in_channels)  # says it better, if x is what is wrong
-            raise
-
-    def _prepare(self, x: Tensor, backend: str) -> _Ready | None:
-        """Looks at everything and folds what changed; None when the inner modules must run."""
-        next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
-        if (why := self.why_modules()) is not None:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"an inverted residual runs unfused: {why}", stacklevel=3)
-            return None
-        if self._norms_train():
-            return None
-        sources, eps = self._sources()
-        ready = _Ready(self, sources, next_hook, backend)
-        dtype = self._compute_dtype(x, sources, backend)
-        ready.packed = self._cache.get(sources, eps, dtype, backend)
-        if ready.lasting and x.dtype == ready.dtype == dtype:  # else autocast allows it, for now
-            self._ready = ready
-        return ready
-
-    def fits_sequence(self) -> bool:
-        """Whether a sequence may run this block in eval, as long as it watches it."""
-        if self.training or self.why_modules() is not None or self._norms_train():
-            return False
-        sources, _ = self._sources()
-        dtype, device = sources[0].dtype, sources[0].device
-        # In one run, every product's weights are packed alike.
-        alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
-        return alike and lasting(t for t in sources if t is not None)
-
-    def packed_for_sequence(self) -> PackedWeights | None:
-        """Weights for a sequence that runs this block and keeps them; None if it may not."""
-        if not self.fits_sequence():
-            return None
-        sources, eps = self._sources()
-        with torch.no_grad():
-            return fold_and_pack(sources, eps, sources[0].dtype)
-
-    def _norms_train(self) -> bool:
-        return any(norm.training for _, norm in self._pairs if norm._parameters)  # FrozenBatchNorm2d has none
-
-    def _sources(self) -> tuple[list[Tensor | None], list[float]]:
-        sources: list[Tensor | None] = []
-        for pair in self._pairs:
-            sources += parameters_of(*pair)
-        return sources, [norm.eps for _, norm in self._pairs]
-
-    def _compute_dtype(self, x: Tensor, sources: list[Tensor | None], backend: str) -> torch.dtype:
-        dtype, device = sources[0].dtype, x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        if x.dtype != dtype and not autocast:
-            raise TypeError(
-                f"x is {x.dtype} but the block's parameters are {dtype}; convert one of them or use autocast"
-            )
-        if x.dtype == torch.float64:
-            return x.dtype
-        return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
-
-    def _forward_compiled(self, x: Tensor) -> Tensor:
-        if self.training or (backend := ops.resolve_backend(self.backend, x.device)) == "eager":
-            return self._forward_modules(x)
-        if _why_modules(self._token) is not None or self._norms_train():
-            return self._forward_modules(x)
-        sources, eps = self._sources()
-        dtype = self._compute_dtype(x, sources, backend)
-        check_input(x, self._pairs[0][0].in_channels)
-        stride, residual = layers.stride_of(self._pairs[-2][0]), self.use_res_connect
-        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
-        if recording or torch.compiler.is_exporting():
-            # Folding goes into the graph: differentiable, and an exported program owns its weights.
-            packed = fold_and_pack(sources, eps, dtype, backend)
-            return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend)
-        return torch.ops.mnv2_fused.cached_inverted_residual(x, sources, eps, stride, residual, self._token, backend)
+    def _read(self) -> Parts:
+        return layers.read_chain([self.conv], residual=self.use_res_connect)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -332,14 +532,15 @@ class FusedInvertedResidual(nn.Module):
 _library = torch.library.Library("mnv2_fused", "FRAGMENT")
 _library.define(
     "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache, "
-    'str backend="cpu") -> Tensor'
+    'str backend="cpu", int[] rest=[]) -> Tensor'
 )
 
 
-def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu"):
+def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
     found = _caches.get(cache) or PackedCache()
     packed = found.get(sources, eps, x.dtype, backend)
-    return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend)
+    options = _spec_of(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
+    return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, options=options)
 
 
 _library.impl("cached_inverted_residual", _cached_inverted_residual, "CompositeExplicitAutograd")
@@ -356,5 +557,6 @@ _library.impl(
 
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
-def _(x, sources, eps, stride, residual, cache, backend="cpu"):
-    return ops.empty_output(x, sources[-6].shape[0], stride)
+def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
+    spec = _spec_of(sources, len(eps), stride, residual, rest)
+    return ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))

@@ -14,13 +14,13 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .fold import FRAGMENT, PackedWeights, cast_fragments, pack, unpack
+from .fold import FRAGMENT, PackedWeights, cast_fragments, unpack
 
 try:
     from . import _C
@@ -195,19 +195,25 @@ def packed_inverted_residual(
     residual: bool,
     plan: Sequence[int] = (),
     backend: str = "cpu",
+    options: tuple[Any, ...] = (),
 ) -> Tensor:  # [N, C_out, H', W']
-    """The op itself, skipping the Python part of autograd where nothing records."""
+    """The op itself, skipping the Python part of autograd where nothing records. ``options``: of a BlockSpec."""
     family = torch.ops.mnv2_fused
-    arguments = (x, *packed, stride, residual, plan) if plan else (x, *packed, stride, residual)
+    arguments = (x, *packed, stride, residual, plan, *options) if plan or options else (x, *packed, stride, residual)
     if backend == "cuda":
         op = family.inverted_residual_cuda.default
-        arguments = (x, *packed, stride, residual, plan, x.dtype == torch.float32 and tf32_allowed())
+        tf32 = x.dtype == torch.float32 and tf32_allowed()
+        arguments = (x, *packed, stride, residual, plan, *(options or _PLAIN), tf32)
     else:
         op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+# Dilation, padding and activations of MobileNetV2's block: the op's defaults.
+_PLAIN = (1, (), 0, 2, 1, 0)
 
 
 def sequence(x: Tensor, weights: Tensor, geometry: list[int]) -> Tensor:
@@ -269,83 +275,63 @@ def _is_channels_last(x: Tensor) -> bool:
     return True
 
 
-def empty_output(x: Tensor, out_channels: int, stride: int) -> Tensor:
+def empty_output(x: Tensor, out_channels: int, out_size: tuple[int, int]) -> Tensor:
     """An uninitialised result with the strides the kernel gives it."""
-    n, _, h, w = x.shape
     return torch.empty(
-        (n, out_channels, (h - 1) // stride + 1, (w - 1) // stride + 1),
+        (x.shape[0], out_channels, *out_size),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format,
     )
 
 
-def _fake(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, stride, residual, plan=(), tf32=False):
+_TENSORS = 1 + len(PackedWeights._fields)  # that the op takes, before all else
+
+
+def _spec(x: Tensor, packed: PackedWeights, stride: int, residual: bool, plan=(), *options):
+    from .block import BlockSpec, check_input  # which imports this module
+
+    check_input(x, x.shape[1] if x.dim() == 4 else -1)
+    spec = BlockSpec.of_op(packed, x.shape[1], stride, residual, *options[:6])  # behind them, whether TF32 may be
+    check_input(x, spec.in_channels, spec)
+    return spec
+
+
+def _fake(x, *arguments):
+    packed = PackedWeights(*arguments[: _TENSORS - 1])
     torch._check(x.dim() == 4, lambda: f"x must be [N, C_in, H, W], got {list(x.shape)}")
-    for t in (w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project):
+    for t in packed:
         if t is not None and t.device != x.device:
             raise RuntimeError(f"x is on {x.device} but packed weights are on {t.device}; move one with .to()")
-    return empty_output(x, b_project.shape[0], stride)
+    spec = _spec(x, packed, *arguments[_TENSORS - 1 :])
+    return empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.stride, ctx.residual = inputs[7:9]
-    ctx.not_tensors = len(inputs) - 7
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.others = inputs[_TENSORS:]
 
 
-def _backward(backend: str, ctx, grad: Tensor):
+def _backward(ctx, grad: Tensor):
     """Recomputes both expanded tensors; only the block's input and weights were kept.
 
-    Made of differentiable torch ops, so that it traces under torch.compile and has a derivative itself.
+    Through torch's own derivatives, so that it traces under torch.compile and has a derivative itself.
     """
+    from .block import in_torch  # which imports this module
+
     x, *packed = ctx.saved_tensors
-    dtype, stride = packed[-1].dtype, ctx.stride
-    packed_weights = PackedWeights(*packed)
-    w = unpack(packed_weights, x.shape[1])
-    w = w._make(None if t is None else t.to(dtype) for t in w)
-    x_wide, grad = x.to(dtype), grad.to(dtype)
-    hidden = w.w_project.shape[1]
+    spec = _spec(x, PackedWeights(*packed), *ctx.others)
+    dtype = packed[5].dtype  # b_project's: what sums are in
 
-    def relu6_grad(g: Tensor, before: Tensor) -> Tensor:
-        return g * ((before > 0) & (before < 6)).to(g.dtype)
+    def block(x: Tensor, *given: Tensor) -> Tensor:
+        tensors = iter(given)
+        weights = unpack(PackedWeights(*(None if t is None else next(tensors) for t in packed)), spec.in_channels)
+        return in_torch(x.to(dtype), weights._make(None if t is None else t.to(dtype) for t in weights), spec)
 
-    def conv_grad(g: Tensor, inp: Tensor, weight: Tensor, stride: int, padding: int, groups: int):
-        two = [1, 1]
-        return torch.ops.aten.convolution_backward(
-            g, inp, weight, None, [stride] * 2, [padding] * 2, two, False, [0, 0], groups, [True, True, False]
-        )[:2]
-
-    if w.w_expand is not None:
-        before_expand = F.conv2d(x_wide, w.w_expand, w.b_expand)
-        expanded = F.hardtanh(before_expand, 0.0, 6.0)
-    else:
-        expanded = x_wide
-    before_depthwise = F.conv2d(expanded, w.w_depthwise, w.b_depthwise, stride, 1, 1, hidden)
-    depthwise = F.hardtanh(before_depthwise, 0.0, 6.0)
-
-    sum_pixels = [0, 2, 3]
-    g_depthwise, g_w_project = conv_grad(grad, depthwise, w.w_project, 1, 0, 1)
-    g_before = relu6_grad(g_depthwise, before_depthwise)
-    g_expanded, g_w_depthwise = conv_grad(g_before, expanded, w.w_depthwise, stride, 1, hidden)
-    g_w_expand = g_b_expand = None
-    if w.w_expand is not None:
-        g_before_expand = relu6_grad(g_expanded, before_expand)
-        g_x, g_w_expand = conv_grad(g_before_expand, x_wide, w.w_expand, 1, 0, 1)
-        g_b_expand = g_before_expand.sum(sum_pixels)
-    else:
-        g_x = g_expanded
-    if ctx.residual:
-        g_x = g_x + grad
-    grads = w._replace(
-        w_expand=g_w_expand,
-        b_expand=g_b_expand,
-        w_depthwise=g_w_depthwise,
-        b_depthwise=g_before.sum(sum_pixels),
-        w_project=g_w_project,
-        b_project=grad.sum(sum_pixels),
-    )
-    return g_x.to(x.dtype), *pack(grads, packed_weights.w_project.dtype, backend), *[None] * ctx.not_tensors
+    _, pullback = torch.func.vjp(block, x, *(t for t in packed if t is not None))
+    x_grad, *grads = pullback(grad.to(dtype))
+    left = iter(grads)
+    return x_grad, *(None if t is None else next(left) for t in packed), *[None] * len(ctx.others)
 
 
 def autocast_rule(op: torch._ops.OpOverload):
@@ -402,15 +388,9 @@ def _inverted_residual_triton(*arguments):
 
 
 if _C is not None:
-    for _name, _kernels in (
-        ("inverted_residual", "auto"),
-        ("inverted_residual_cuda", "cuda"),
-        ("inverted_residual_triton", "triton"),
-    ):
+    for _name in ("inverted_residual", "inverted_residual_cuda", "inverted_residual_triton"):
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
-        torch.library.register_autograd(
-            f"mnv2_fused::{_name}", functools.partial(_backward, _kernels), setup_context=_setup_context
-        )
+        torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
     torch.library.register_fake("mnv2_fused::sequence", _sequence_fake)
     torch.library.register_autograd("mnv2_fused::sequence", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")

@@ -28,6 +28,7 @@ class Plan:
     workers: int  # tasks that run at once, each with its own scratch
     scratch_bytes: int  # per worker
     partial_bytes: int  # the sums of every group, shared by all workers, when splits > 1
+    keeps: bool  # before a squeeze-and-excite: the depthwise results, instead of computing them twice
     recompute: float  # expanded pixels computed / expanded pixels needed (tiles overlap by their halo)
     bytes_never_written: int  # the expanded tensors that an unfused block writes
     cost: float  # estimated vector operations of the slowest worker
@@ -36,12 +37,27 @@ class Plan:
         return (
             f"tile {self.tile_rows}x{self.tile_cols}, group {self.group}, splits {self.splits}, {self.tasks} tasks on "
             f"{self.workers} workers, scratch {self.scratch_bytes / 1024:.0f} KiB each, "
-            f"recompute {self.recompute:.3f}, never written {self.bytes_never_written / 2**20:.2f} MiB"
+            f"recompute {self.recompute:.3f}, "
+            + "keeps d, " * self.keeps
+            + f"never written {self.bytes_never_written / 2**20:.2f} MiB"
         )
 
     def forced(self) -> list[int]:
         """What the op takes as its ``plan`` argument."""
         return [self.tile_rows, self.tile_cols, self.group, self.splits]
+
+
+def shape_of(spec: BlockSpec, batch: int, height: int, width: int) -> tuple[int, ...]:
+    """What the planners in C++ take of a block and its input."""
+    from .block import ACTIVATIONS, GATES  # which imports this module
+
+    return (
+        *(batch, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
+        *(spec.stride, spec.expand, spec.residual, spec.kernel, spec.dilation),
+        *spec.padding_of(height, width),
+        *(ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation), spec.squeeze_channels),
+        *(ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)),
+    )
 
 
 def plan(
@@ -77,8 +93,7 @@ def plan(
 
     def make(forced: list[int] | None) -> Plan:
         values = ops._C.plan(
-            *(n, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
-            *(spec.stride, spec.expand, spec.residual),
+            *shape_of(spec, n, height, width),
             threads=threads or torch.get_num_threads(),
             dtype=str(stored).removeprefix("torch."),
             forced=forced,

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
 from .fold import fold_conv_bn, pack_conv
-from .module import FusedInvertedResidual
+from .module import FusedBlock
 from .ops import LayerKind
 from .watch import Watch, lasting, parameters_of
 
@@ -35,7 +35,7 @@ class Layer:
     def geometry(self) -> list[int]:
         """Kind, C_in, E (of a block), C_out, stride, residual: this layer's part of the op's ``layers``."""
         first, last = self.modules[0], self.modules[-1]
-        if isinstance(last, FusedInvertedResidual):
+        if isinstance(last, FusedBlock):
             spec = last.spec
             in_channels = spec.in_channels if first is last else first[0].in_channels
             return [self.kind, in_channels, spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)]
@@ -47,7 +47,7 @@ class Layer:
         """The weights in the order in which the op takes them."""
         with torch.no_grad():
             for module in self.modules:
-                if isinstance(module, FusedInvertedResidual):
+                if isinstance(module, FusedBlock):
                     packed = module.packed_for_sequence()
                     if packed is None:
                         raise _ChangedMeanwhile
@@ -102,11 +102,11 @@ def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tupl
     """The kind of the layer that the next modules begin with, or None, and how many of them it takes."""
     first, *rest = ahead
     second = rest[0] if rest else None
-    if isinstance(first, FusedInvertedResidual):
+    if isinstance(first, FusedBlock):
         if _block_can_run(first):
             return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
     elif _is_conv(first, "stem"):
-        if isinstance(second, FusedInvertedResidual) and _block_can_run(second):
+        if isinstance(second, FusedBlock) and _block_can_run(second):
             spec = second.spec
             if not spec.expand and not spec.residual and spec.in_channels == first[0].out_channels:
                 return LayerKind.STEM_AND_BLOCK, 2
@@ -147,7 +147,7 @@ def _is_conv(module: nn.Module, name: str) -> bool:
     return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
 
 
-def _block_can_run(block: FusedInvertedResidual) -> bool:
+def _block_can_run(block: FusedBlock) -> bool:
     if block.backend not in ("auto", "cpu") or "forward" in vars(block) or layers.has_hooks(block):
         return False
     return block.fits_sequence()
@@ -188,7 +188,7 @@ class _Prepared:
         self.watch = Watch(in_runs, next_hook, parents, hooked)
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
-        has_blocks = any(isinstance(m, FusedInvertedResidual) for m in in_runs)
+        has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
         self.runs = has_blocks and len(kinds) == 1 and device.type == "cpu"
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
@@ -237,7 +237,7 @@ class RunsFused:
         children, _ = self.fusable_children()
         found = list(layers_of(children)) if ops._C is not None and not self.training else []
         on_kernels = [layer for layer in found if isinstance(layer, Layer)]
-        blocks = [m for layer in on_kernels for m in layer.modules if isinstance(m, FusedInvertedResidual)]
+        blocks = [m for layer in on_kernels for m in layer.modules if isinstance(m, FusedBlock)]
         return on_kernels if blocks and all(t.is_cpu for block in blocks for t in block.parameters()) else []
 
     def _prepare(self, x: Tensor) -> _Prepared | None:

@@ -60,14 +60,20 @@ def random_weights(
         return (values / fan_in**0.5).to(dtype)
 
     e, c_in, c_out = spec.hidden_channels, spec.in_channels, spec.out_channels
-    return BlockWeights(
+    products = (
         normal(e, c_in, 1, 1, fan_in=c_in) if spec.expand else None,
         normal(e, fan_in=1) * expand_bias if spec.expand else None,
-        normal(e, 1, 3, 3, fan_in=3),
+        normal(e, 1, spec.kernel, spec.kernel, fan_in=spec.kernel),
         normal(e, fan_in=1),
         normal(c_out, e, 1, 1, fan_in=e),
         normal(c_out, fan_in=1),
     )
+    if not spec.squeeze_channels:
+        return BlockWeights(*products)
+    s = spec.squeeze_channels
+    # The gate's product spreads over all of a sigmoid.
+    squeeze = normal(s, e, 1, 1, fan_in=e), normal(s, fan_in=1), normal(e, s, 1, 1, fan_in=s) * 3, normal(e, fan_in=1)
+    return BlockWeights(*products, *squeeze)
 
 
 def perturb_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -146,9 +152,8 @@ def agreement(fused: Tensor, eager: Tensor, reference: Tensor) -> Agreement:
 
 def block_agreement(fused: Tensor, x: Tensor, weights: BlockWeights, spec: BlockSpec) -> Agreement:
     """:func:`agreement` of one block's result with the reference on the same input and float64 weights."""
-    geometry = {"stride": spec.stride, "residual": spec.residual}
-    eager = inverted_residual_reference(x, weights, **geometry)
-    return agreement(fused, eager, inverted_residual_reference(x.double(), weights, **geometry))
+    eager = inverted_residual_reference(x, weights, **spec.geometry)
+    return agreement(fused, eager, inverted_residual_reference(x.double(), weights, **spec.geometry))
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """The inverted residual in Triton: expand, depthwise and project in one kernel, by groups of expanded channels.
 
-    e = relu6(x W_e + b_e), 0 outside the image     d = relu6(depthwise3x3(e) + b_d)     y = d W_p + b_p (+ x)
+    e = act(x W_e + b_e), 0 outside the image     d = act(depthwise(e) + b_d)     y = d W_p + b_p (+ x)
 
 **How depthwise taps reach their neighbours.** Triton cannot shift inside a register tile. Each row of the products is
 therefore a *patch* of ``ROWS x COLS`` neighbouring outputs: the expansion is computed at each position of the patch
-and its rim, one small product a position, and goes straight into the up to nine outputs it belongs to. Which those
+and its rim, one small product a position, and goes straight into the outputs it belongs to. Which those
 are is known at compile time, so that both ``e`` and ``d`` stay in registers: nothing is shifted, written or waited
-for. What that costs is the rim: ``(ROWS + 2)(COLS + 2) / (ROWS COLS)`` expansions an output at stride 1.
+for. What that costs is the rim: ``(ROWS + 2)(COLS + 2) / (ROWS COLS)`` expansions an output at stride 1 under 3x3
+taps. The outputs of a patch lie ``DILATION`` apart, so that a dilated convolution, which is several ordinary ones
+between each other, has no larger rim.
 
 SASS of prototypes for sm_90, block 64 -> 384 -> 64, float16, counted by hand: instructions of one group's loop per
 thread and depthwise result:
@@ -23,8 +25,9 @@ not run in the interpreter, where every machine can check a kernel, and needs a 
 A patch of 2x2 is fewest instructions *and* the simplest; larger patches run out of registers (4x4: 128 bytes spilled).
 
 **Outside the image** a position reads the nearest pixel inside, and its expansion is cut off at 0 instead of 6: one
-``min`` is both ReLU6's and the padding's. That pixel lies under the same 3x3 window, so that a NaN in it reaches
-exactly the outputs that it reaches in eager.
+``min`` is both ReLU6's and the padding's. That pixel lies under the same window, so that a NaN in it reaches
+exactly the outputs that it reaches in eager. Under dilated taps it need not, and other activations have no ``min``:
+there the expansion is replaced by 0.
 
 Products have 16 rows, ``mma.sync``'s least; 64 rows would make ``wgmma`` of them, whose accumulators then spill.
 """
@@ -46,6 +49,22 @@ _ALL = tl.constexpr(tl.PropagateNan.ALL)
 def _relu6(v, cap):
     """A NaN stays one, as in torch; plain ``max(min())`` would make a number of it."""
     return tl.minimum(tl.maximum(v, 0.0, propagate_nan=_ALL), cap, propagate_nan=_ALL)
+
+
+@triton.jit
+def _activate(v, NAME: tl.constexpr):
+    """One of ``mnv2_fused.block.ACTIVATIONS``, as torch computes it."""
+    if NAME == "relu6":
+        return _relu6(v, 6.0)
+    elif NAME == "relu":
+        return tl.maximum(v, 0.0, propagate_nan=_ALL)
+    elif NAME == "hardswish":
+        return v * (_relu6(v + 3.0, 6.0) * (1.0 / 6.0))
+    elif NAME == "silu":
+        return v / (1.0 + tl.exp(-v))
+    else:
+        tl.static_assert(NAME == "identity")
+        return v
 
 
 @triton.jit
@@ -100,6 +119,8 @@ def _expand(
     PRECISION: tl.constexpr,
     HIDDEN: tl.constexpr,
     RAGGED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DILATION: tl.constexpr,
 ):  # [M, G]
     e = tl.full((M, hidden.shape[0]), 0.0, tl.float32) + bias[None, :]
     if KEEP_X:  # which does not depend on the group, so that the compiler keeps it in shared memory
@@ -108,33 +129,37 @@ def _expand(
     else:
         for first in range(0, C_IN, CHUNK):
             e = _chunk(x, w_expand, hidden, first, e, C_IN, CHUNK, PRECISION, HIDDEN, RAGGED)
-    return _relu6(e, cap[:, None])
+    if ACTIVATION == "relu6" and DILATION == 1:
+        return _relu6(e, cap[:, None])
+    else:
+        return tl.where((cap > 0.0)[:, None], _activate(e, ACTIVATION), 0.0)
 
 
 @triton.constexpr_function
-def _tap(position: int, output: int, rim_cols: int, cols: int, stride: int) -> int:
-    """Which of the nine taps joins a position of the rim to an output of the patch; -1 for none."""
+def _tap(position: int, output: int, rim_cols: int, cols: int, stride: int, kernel: int) -> int:
+    """Which tap joins a position of the rim to an output of the patch; -1 for none."""
     row = position // rim_cols - output // cols * stride
     col = position % rim_cols - output % cols * stride
-    return 3 * row + col if 0 <= row < 3 and 0 <= col < 3 else -1
+    return kernel * row + col if 0 <= row < kernel and 0 <= col < kernel else -1
 
 
 @triton.jit
 def _depthwise(
     d,  # outputs of the patch, each [M, G]
     e,  # [M, G]
-    taps,  # nine of [G]
+    taps,  # KERNEL * KERNEL of [G]
     position: tl.constexpr,
     RIM_COLS: tl.constexpr,
     COLS: tl.constexpr,
     STRIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
     """What the expansion at one position adds to every output of the patch."""
     added = ()
     for o in tl.static_range(OUTPUTS):
-        if _tap(position, o, RIM_COLS, COLS, STRIDE) >= 0:
-            added = added + (d[o] + e * taps[_tap(position, o, RIM_COLS, COLS, STRIDE)][None, :],)
+        if _tap(position, o, RIM_COLS, COLS, STRIDE, KERNEL) >= 0:
+            added = added + (d[o] + e * taps[_tap(position, o, RIM_COLS, COLS, STRIDE, KERNEL)][None, :],)
         else:
             added = added + (d[o],)
     return added
@@ -168,6 +193,25 @@ def _project(
 
 
 @triton.jit
+def _patches_along(out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
+    """How many patches one side of the image takes, as in :func:`mnv2_fused.triton_plan.patches_of_image`."""
+    if DILATION == 1:
+        return tl.cdiv(out_size, PATCH)
+    else:
+        return tl.minimum(out_size, DILATION) * tl.cdiv(out_size, PATCH * DILATION)
+
+
+@triton.jit
+def _first_output(index, out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
+    """The row (or column) of a patch's first output; the next ones follow at distances of ``DILATION``."""
+    if DILATION == 1:
+        return index * PATCH
+    else:
+        phases = tl.minimum(out_size, DILATION)
+        return index // phases * (PATCH * DILATION) + index % phases
+
+
+@triton.jit
 def inverted_residual_kernel(
     x,  # [N, H, W, C_IN] by the strides below, channels together
     w_expand,
@@ -190,11 +234,17 @@ def inverted_residual_kernel(
     y_row,
     y_col,
     y_channel,
+    top,  # rows of zeros above the expanded tensor
+    left,
     C_IN: tl.constexpr,
     HIDDEN: tl.constexpr,
     C_OUT: tl.constexpr,
+    KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
     EXPAND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OUT_ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -210,22 +260,22 @@ def inverted_residual_kernel(
     OUT_TILES: tl.constexpr,
 ):
     OUTPUTS: tl.constexpr = ROWS * COLS
-    RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + 3
-    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + 3
+    RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
+    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + KERNEL
     dtype: tl.constexpr = x.dtype.element_ty
 
     # Patches of all images in one row, so that small images share a program. Past the last one, that one again.
     patch = tl.minimum(tl.program_id(0) * M + tl.arange(0, M), patches - 1)
-    patch_cols = tl.cdiv(out_width, COLS)
-    patch_rows = tl.cdiv(out_height, ROWS)
-    col = patch % patch_cols * COLS
-    row = patch // patch_cols % patch_rows * ROWS
+    patch_cols = _patches_along(out_width, COLS, DILATION)
+    patch_rows = _patches_along(out_height, ROWS, DILATION)
+    col = _first_output(patch % patch_cols, out_width, COLS, DILATION)
+    row = _first_output(patch // patch_cols % patch_rows, out_height, ROWS, DILATION)
     image = (patch // (patch_cols * patch_rows)).to(tl.int64)
 
     pixels, caps = (), ()
     for position in tl.static_range(RIM_ROWS * RIM_COLS):
-        h = row * STRIDE + position // RIM_COLS - 1
-        w = col * STRIDE + position % RIM_COLS - 1
+        h = row * STRIDE + position // RIM_COLS * DILATION - top
+        w = col * STRIDE + position % RIM_COLS * DILATION - left
         inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
         h = tl.minimum(tl.maximum(h, 0), height - 1).to(tl.int64)
         w = tl.minimum(tl.maximum(w, 0), width - 1).to(tl.int64)
@@ -240,9 +290,9 @@ def inverted_residual_kernel(
     for group in range(GROUPS):
         hidden = (tl.program_id(1) * GROUPS + group) * GROUP + tl.arange(0, GROUP)
         exists = hidden < HIDDEN
-        panel = hidden // _PANEL * (9 * _PANEL) + hidden % _PANEL
+        panel = hidden // _PANEL * (KERNEL * KERNEL * _PANEL) + hidden % _PANEL
         taps = ()
-        for t in tl.static_range(9):
+        for t in tl.static_range(KERNEL * KERNEL):
             taps = taps + (_load(w_depthwise + panel + t * _PANEL, exists, RAGGED),)
         bias = _load(b_depthwise + hidden, exists, RAGGED)
         d = ()
@@ -253,15 +303,15 @@ def inverted_residual_kernel(
                 b = _load(b_expand + hidden, exists, RAGGED)
                 e = _expand(
                     *(pixels[position], caps[position], w_expand, b, hidden),
-                    *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED),
+                    *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, ACTIVATION, DILATION),
                 )
             else:
                 there = (caps[position] > 0.0)[:, None] & exists[None, :]
                 e = tl.load(pixels[position][:, None] + hidden[None, :], mask=there, other=0.0).to(tl.float32)
-            d = _depthwise(d, e, taps, position, RIM_COLS, COLS, STRIDE, OUTPUTS)
+            d = _depthwise(d, e, taps, position, RIM_COLS, COLS, STRIDE, KERNEL, OUTPUTS)
         stored = ()
         for o in tl.static_range(OUTPUTS):
-            result = _relu6(d[o], 6.0)
+            result = _activate(d[o], ACTIVATION)
             if RAGGED:  # a channel of the padding is 0 * Inf where x is infinite
                 result = tl.where(exists[None, :], result, 0.0)
             stored = stored + (result.to(dtype),)
@@ -275,13 +325,14 @@ def inverted_residual_kernel(
     for t in tl.static_range(OUT_TILES):
         out = first_out + t * OUT_TILE + tl.arange(0, OUT_TILE)
         for o in tl.static_range(OUTPUTS):
-            r = row + o // COLS
-            c = col + o % COLS
+            r = row + o // COLS * DILATION
+            c = col + o % COLS * DILATION
             stored_at = (given & (r < out_height) & (c < out_width))[:, None] & (out < C_OUT)[None, :]
             r, c = r.to(tl.int64)[:, None], c.to(tl.int64)[:, None]
             result = sums[t * OUTPUTS + o]
             if not PARTIAL:
                 result += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]
+                result = _activate(result, OUT_ACTIVATION)
                 if RESIDUAL:
                     x_at = x + image[:, None] * x_image + r * x_row + c * x_col + out[None, :]
                     result += tl.load(x_at, mask=stored_at, other=0.0).to(tl.float32)
@@ -307,6 +358,7 @@ def add_splits_kernel(
     y_channel,
     SPLITS: tl.constexpr,
     C_OUT: tl.constexpr,
+    OUT_ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     M: tl.constexpr,
     OUT_TILE: tl.constexpr,
@@ -324,6 +376,7 @@ def add_splits_kernel(
         total += tl.load(at, mask=inside, other=0.0)
         at += tl.cast(pixels, tl.int64) * C_OUT
     total += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]
+    total = _activate(total, OUT_ACTIVATION)
     if RESIDUAL:
         x_at = x + image * x_image + row * x_row + col * x_col + out[None, :]
         total += tl.load(x_at, mask=inside, other=0.0).to(tl.float32)

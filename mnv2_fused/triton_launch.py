@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from .block import BlockSpec, check_input
 from .fold import PackedWeights
 from .gpus import H200, Gpu
 from .triton_kernels import add_splits_kernel, inverted_residual_kernel
-from .triton_plan import TritonPlan, best_plans, triton_plan, unsupported
+from .triton_plan import TritonPlan, best_plans, patches_of_image, triton_plan, unsupported
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -40,11 +41,13 @@ def _check_weights(x_dtype: torch.dtype, device: torch.device, packed: PackedWei
 
 
 @functools.lru_cache(maxsize=4096)
-def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, stride: int, residual: bool) -> BlockSpec:
+def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, *options: Any) -> BlockSpec:
     """The block that weights of these shapes are of; kept, since it takes longer than a launch."""
     meta = PackedWeights(*(None if s is None else torch.empty(s, device="meta") for s in shapes))
-    spec = BlockSpec.of(meta, stride, residual, x_shape[1])
-    check_input(torch.empty(x_shape, device="meta"), spec.in_channels)
+    spec = BlockSpec.of_op(meta, x_shape[1], *options)
+    check_input(torch.empty(x_shape, device="meta"), spec.in_channels, spec)
+    if spec.squeeze_channels:
+        raise RuntimeError("the Triton kernel has no squeeze-and-excite; use backend='eager'")
     return spec
 
 
@@ -52,16 +55,27 @@ def inverted_residual_triton(
     x: Tensor,  # [N, C_in, H, W]
     w_expand: Tensor | None,  # [E/16, C_in, 16]
     b_expand: Tensor | None,  # [E/16 * 16]
-    w_depthwise: Tensor,  # [E/16, 9, 16]
+    w_depthwise: Tensor,  # [E/16, 9 or 25, 16]
     b_depthwise: Tensor,  # [E/16 * 16]
     w_project: Tensor,  # [C_out/16, E, 16]
     b_project: Tensor,  # [C_out]
+    w_squeeze: Tensor | None,  # [S/16, E, 16]
+    b_squeeze: Tensor | None,  # [S/16 * 16]
+    w_excite: Tensor | None,  # [E/16, S, 16]
+    b_excite: Tensor | None,  # [E/16 * 16]
     stride: int,
     residual: bool,
     plan: Sequence[int] = (),
+    dilation: int = 1,
+    padding: Sequence[int] = (),
+    activation: int = 0,
+    out_activation: int = 2,
+    squeeze_activation: int = 1,
+    gate: int = 0,
 ) -> Tensor:  # [N, C_out, H', W'], in x's memory format
     """The op. Raises ValueError or RuntimeError, naming value, limit and way out, for what the kernel cannot take."""
-    packed = PackedWeights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
+    products = w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project
+    packed = PackedWeights(*products, w_squeeze, b_squeeze, w_excite, b_excite)
     if x.dim() != 4:
         check_input(x, -1)
     if (why := unsupported(x.dtype)) is not None:
@@ -69,8 +83,9 @@ def inverted_residual_triton(
     if (w_expand is None) != (b_expand is None):
         raise RuntimeError("w_expand and b_expand must both be given or both be None")
     _check_weights(x.dtype, x.device, packed)
-    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual)
-    y = ops.empty_output(x, spec.out_channels, stride)
+    options = dilation, tuple(padding), activation, out_activation, squeeze_activation, gate
+    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual, *options)
+    y = ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
     if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together
         x = x.contiguous(memory_format=torch.channels_last)
     tf32 = x.dtype == torch.float32 and ops.tf32_allowed()
@@ -97,8 +112,12 @@ def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object
         "C_IN": spec.in_channels,
         "HIDDEN": spec.hidden_channels,
         "C_OUT": spec.out_channels,
+        "KERNEL": spec.kernel,
         "STRIDE": spec.stride,
+        "DILATION": spec.dilation,
         "EXPAND": spec.expand,
+        "ACTIVATION": spec.activation,
+        "OUT_ACTIVATION": spec.out_activation,
         "RESIDUAL": spec.residual,
         "PARTIAL": plan.splits > 1,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -123,6 +142,7 @@ def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
     return {
         "SPLITS": splits,
         "C_OUT": spec.out_channels,
+        "OUT_ACTIVATION": spec.out_activation,
         "RESIDUAL": spec.residual,
         "M": _ADDED_PIXELS,
         "OUT_TILE": _ADDED_CHANNELS,
@@ -133,7 +153,8 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
     """Runs ``plan`` on the current stream of ``x``'s device. ``x``: channels together; ``y``: any strides."""
     n, _, height, width = x.shape
     out_height, out_width = y.shape[2:]
-    patches = n * triton.cdiv(out_height, plan.tile_rows) * triton.cdiv(out_width, plan.tile_cols)
+    left, _, top, _ = spec.padding_of(height, width)
+    patches = n * patches_of_image(spec, (out_height, out_width), plan.tile)
     out_blocks = triton.cdiv(spec.out_channels, plan.out_tile * plan.out_tiles)
     x_strides = x.stride(0), x.stride(2), x.stride(3)
     y_strides = y.stride(0), y.stride(2), y.stride(3), y.stride(1)
@@ -146,11 +167,12 @@ def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, 
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         inverted_residual_kernel[(triton.cdiv(patches, plan.patches), plan.splits, out_blocks)](
             x,
-            *(x if t is None else t for t in packed),  # without an expansion the kernel reads none
+            *(x if t is None else t for t in packed[:6]),  # without an expansion the kernel reads none
             partial,
             *(patches, height, width, out_height, out_width),
             *x_strides,
             *strides,
+            *(top, left),  # compiled for, where 1
             **constants(plan, spec, tf32),
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,

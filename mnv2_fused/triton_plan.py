@@ -126,7 +126,7 @@ def _estimate(
     ``out``: output channels of the program, with padding. ``matrix``: whether products run on tensor cores.
     """
     warps, m, outputs = tile.num_warps, tile.patches, tile.tile_rows * tile.tile_cols
-    positions = rim(tile.tile_rows, spec.stride) * rim(tile.tile_cols, spec.stride)
+    positions = _rim(tile.tile_rows, spec) * _rim(tile.tile_cols, spec)
     k = _ceil_div(spec.in_channels, chunk) * chunk if spec.expand else 0
     threads = 32 * warps
     columns = max(tile.group / (8 * warps), 1)  # tiles of 8 that a warp has of the group
@@ -157,9 +157,17 @@ def _estimate(
     return _Estimate(registers, int(shared), slots, flops)
 
 
-def rim(size: int, stride: int) -> int:
-    """Expanded rows (or columns) under ``size`` outputs."""
-    return (size - 1) * stride + 3
+def _rim(size: int, spec: BlockSpec) -> int:
+    """Expanded rows (or columns) under ``size`` outputs, which lie a dilation apart."""
+    return (size - 1) * spec.stride + spec.kernel
+
+
+def patches_of_image(spec: BlockSpec, out_size: tuple[int, int], tile: Tile) -> int:
+    """How many patches cover one image. A dilation of D makes D rows of patches of what is one without."""
+    patches = 1
+    for size, outputs in zip(out_size, tile[:2], strict=True):
+        patches *= min(size, spec.dilation) * _ceil_div(size, outputs * spec.dilation)
+    return patches
 
 
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 30, 60)
@@ -180,7 +188,7 @@ def _plan_of(
 ) -> TritonPlan | None:
     """The plan with this configuration, or None if it asks for more registers or shared memory than there are."""
     n, _, height, width = shape
-    out_height, out_width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
+    out_height, out_width = spec.out_size(height, width)
     chunk, out_tile = _chunk(spec.in_channels, itemsize), _out_tile(spec.out_channels, tile.num_warps)
     out_tiles = _ceil_div(spec.out_channels, out_tile)
     chunks = _ceil_div(spec.in_channels, chunk)
@@ -198,8 +206,8 @@ def _plan_of(
         break
 
     outputs = tile.tile_rows * tile.tile_cols
-    positions = rim(tile.tile_rows, spec.stride) * rim(tile.tile_cols, spec.stride)
-    patches = n * _ceil_div(out_height, tile.tile_rows) * _ceil_div(out_width, tile.tile_cols)
+    positions = _rim(tile.tile_rows, spec) * _rim(tile.tile_cols, spec)
+    patches = n * patches_of_image(spec, (out_height, out_width), tile)
     out_blocks = _ceil_div(_ceil_div(spec.out_channels, out_tile), out_tiles)
     groups = _ceil_div(spec.hidden_channels, tile.group)
     groups_each = _ceil_div(groups, splits)

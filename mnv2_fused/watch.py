@@ -17,15 +17,28 @@ from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
 def fold_and_pack(
     sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
 ) -> PackedWeights:
-    """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance."""
+    """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance, all four None
+    without a norm. Behind them weight and bias of both products of a squeeze-and-excite, if there is one.
+    """
     folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
     for i, e in enumerate(eps):
-        folded += fold_conv_bn(*sources[6 * i : 6 * i + 6], e)
+        stage = sources[6 * i : 6 * i + 6]
+        folded += _plain_weights(*stage[:2]) if stage[4] is None else fold_conv_bn(*stage, e)
+    squeeze = sources[6 * len(eps) :]
+    for i in range(0, len(squeeze), 2):
+        folded += _plain_weights(*squeeze[i : i + 2])
     return pack(BlockWeights(*folded), dtype, backend)
 
 
-def parameters_of(conv: nn.Conv2d, norm: nn.Module) -> list[Tensor | None]:
+def _plain_weights(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In float64, zeros for a missing bias."""
+    return weight.double(), weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
+
+
+def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> list[Tensor | None]:
     # Straight from the dictionaries: nn.Module.__getattr__ costs more than the rest of the check.
+    if norm is None:
+        return [conv._parameters["weight"], conv._parameters["bias"], None, None, None, None]
     of_norm = norm._buffers if "weight" in norm._buffers else norm._parameters
     return [
         conv._parameters["weight"],
@@ -102,7 +115,7 @@ class Watch:
             [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d] + [p._modules for p in parents],
             # An instance's own forward is one attribute more.
             [vars(m) for m in (*modules, *parents)] + [hooks for m in hooked for hooks in layers.hooks_of(m) if hooks],
-            [(vars(m), name) for m in modules for name in layers.watched_attributes(m)],
+            [entry for m in modules for entry in layers.watched_entries(m)],
             self.tensors,
             # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
             [t for t in self.tensors if t.dim() > 1],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torchvision.models import mobilenet_v2, mobilenet_v3_small
+from torchvision.models import mobilenet_v2, resnet18
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.quantization import mobilenet_v2 as quantizable_mobilenet_v2
 from torchvision.ops import FrozenBatchNorm2d
@@ -276,12 +276,20 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         _set("conv.3", lambda n: nn.BatchNorm2d(8, track_running_stats=False)),
         "no running statistics",
     ),
-    "5x5 kernel": (
-        _set("conv.1.0", lambda c: nn.Conv2d(16, 16, 5, padding=1, groups=16)),
-        r"depthwise convolution's weight is \[16, 1, 5, 5\]",
+    "7x7 kernel": (
+        _set("conv.1.0", lambda c: nn.Conv2d(16, 16, 7, padding=3, groups=16)),
+        r"depthwise convolution's weight is \[16, 1, 7, 7\]",
     ),
-    "dilated": (_set("conv.1.0.dilation", (2, 2)), r"depthwise convolution has dilation \(2, 2\)"),
-    "padding": (_set("conv.1.0.padding", (0, 1)), r"depthwise convolution has padding \(0, 1\)"),
+    "oblong kernel": (
+        _set("conv.1.0", lambda c: nn.Conv2d(16, 16, (3, 5), padding=(1, 2), groups=16)),
+        r"depthwise convolution's weight is \[16, 1, 3, 5\]",
+    ),
+    "oblong dilation": (
+        _set("conv.1.0", lambda c: nn.Conv2d(16, 16, 3, padding=(2, 1), dilation=(2, 1), groups=16)),
+        r"depthwise convolution has dilation \(2, 1\)",
+    ),
+    "residual against a smaller result": (_set("conv.1.0.dilation", (2, 2)), "a residual needs padding that adds 4"),
+    "padding too large": (_set("conv.1.0.padding", (3, 3)), r"padding must be 0 to 2 on each side, got \(3, 3, 3, 3\)"),
     "string padding": (_set("conv.1.0.padding", "same"), "depthwise convolution has padding 'same'"),
     "padding mode": (_set("conv.1.0.padding_mode", "reflect"), "padding_mode 'reflect'"),
     "uneven stride": (_set("conv.1.0.stride", (1, 2)), r"depthwise convolution has stride \(1, 2\)"),
@@ -298,12 +306,15 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "1x1 padding": (_set("conv.2.padding", (1, 1)), r"project convolution has padding \(1, 1\)"),
     "1x1 groups": (_set("conv.2", lambda c: nn.Conv2d(16, 8, 1, groups=2)), "project convolution has groups 2"),
     "cut channels": (_set("conv.2", lambda c: nn.Conv2d(12, 8, 1)), "channels do not match"),
-    "relu": (_set("conv.1.2", lambda a: nn.ReLU()), "activation is torch.nn.modules.activation.ReLU,"),
-    "missing activation": (_set("conv.0", lambda s: nn.Sequential(s[0], s[1])), "layers are not"),
-    "extra layer": (lambda b: b.conv.append(nn.ReLU6()), "layers are not"),
+    "relu": (_set("conv.1.2", lambda a: nn.ReLU()), "activation is relu6 after the expansion and relu after"),
+    "gelu": (_set("conv.1.2", lambda a: nn.GELU()), "activation is torch.nn.modules.activation.GELU,"),
+    "clip": (_set("conv.1.2", lambda a: nn.Hardtanh(0, 1)), "activation is torch.nn.modules.activation.Hardtanh,"),
+    "missing activation": (_set("conv.0", lambda s: nn.Sequential(s[0], s[1])), "activation is identity after"),
+    "two activations": (_set("conv.0.2", lambda a: nn.Sequential(a, nn.ReLU())), "layers are not"),
+    "extra layer": (lambda b: b.conv.append(nn.Conv2d(8, 8, 1)), "layers are not"),
     "stage with a forward": (
         _set("conv.0", lambda s: type("Odd", (nn.Sequential,), {"forward": lambda self, x: x})(*s)),
-        "layers are not",
+        "Odd where a torch.nn.Conv2d is needed",
     ),
     "convolution subclass": (_set("conv.0.0", _subclass_of_conv), "LoraConv2d where a torch.nn.Conv2d"),
     "quantized convolution": (
@@ -416,7 +427,7 @@ def test_a_copy_with_another_forward_does_not_match():
         fuse(_as(_copied_class(_forward_scaled), block()))
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), mobilenet_v3_small(), nn.Sequential()])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), resnet18(), nn.Sequential()])
 def test_a_model_without_blocks_warns(model):
     with pytest.warns(UserWarning, match="no inverted residual of a known layout was found"):
         fused = fuse(model)
@@ -439,7 +450,7 @@ def test_strict_refuses_a_skipped_block_before_changing_anything():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kinds(fuse(model)) == (1, 1)
-    with pytest.raises(ValueError, match=r"would leave blocks unfused: 1 x its activation is .*ReLU"):
+    with pytest.raises(ValueError, match="1 x its activation is relu6 after the expansion and relu"):
         fuse(model, strict=True, inplace=True)
     assert kinds(model) == (0, 2)
     assert kinds(fuse(two_blocks(), strict=True)) == (2, 0)
@@ -616,7 +627,8 @@ def test_report_before_fusing_and_without_a_shape():
     result = report(model, (1, 8, 8, 8))
     assert [b.reason for b in result.blocks] == [
         "not fused: call fuse(model)",
-        "its activation is torch.nn.modules.activation.ReLU, the fused op computes ReLU6",
+        "its activation is relu6 after the expansion and relu after the depthwise convolution, the fused op computes "
+        "one kind",
     ]
     assert result.blocks[0].spec is not None
     assert result.blocks[1].spec is None
@@ -685,7 +697,7 @@ def test_hooks_with_kwargs_survive_unfusing():
 
 def test_report_of_unrecognisable_layers():
     fused = fuse(InvertedResidual(8, 8, 1, 6).eval())
-    fused.conv[0] = nn.Conv2d(8, 48, 1)
+    fused.conv[0] = nn.Linear(8, 48)
     (found,) = report(fused).blocks
-    assert found.spec is None and found.backend == "eager" and "its layers are not" in found.reason
-    assert "its layers are not" in str(report(fused))
+    assert found.spec is None and found.backend == "eager" and "torch.nn.modules.linear.Linear where" in found.reason
+    assert "torch.nn.modules.linear.Linear where" in str(report(fused))

@@ -223,7 +223,7 @@ def test_autocast_backward():
     x = torch.randn(2, 4, 6, 5)
 
     def gradients(function, dtype, autocast):
-        present = [t.to(dtype).requires_grad_() for t in (x, *wide)]
+        present = [t.to(dtype).requires_grad_() for t in (x, *wide[:6])]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = function(present[0], BlockWeights(*present[1:]))
         return torch.autograd.grad(y, present, torch.ones_like(y))

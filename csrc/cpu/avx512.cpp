@@ -42,6 +42,12 @@ struct F64x8 {
   static MNV2_INLINE F64x8 add(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
   static MNV2_INLINE F64x8 min(F64x8 a, F64x8 b) { return {_mm512_min_pd(a.v, b.v)}; }
   static MNV2_INLINE F64x8 max(F64x8 a, F64x8 b) { return {_mm512_max_pd(a.v, b.v)}; }
+  static MNV2_INLINE F64x8 div(F64x8 a, F64x8 b) { return {_mm512_div_pd(a.v, b.v)}; }
+  // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
+  static MNV2_INLINE F64x8 power_of_two(F64x8 bits) {
+    const __m512i exponent = _mm512_slli_epi64(_mm512_castpd_si512(bits.v), 52);
+    return {_mm512_castsi512_pd(_mm512_add_epi64(exponent, _mm512_set1_epi64(0x3ffll << 52)))};
+  }
 };
 
 }  // namespace

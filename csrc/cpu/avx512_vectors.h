@@ -24,6 +24,12 @@ struct F32x8 {
   static MNV2_INLINE F32x8 add(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static MNV2_INLINE F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
   static MNV2_INLINE F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x8 div(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+  // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
+  static MNV2_INLINE F32x8 power_of_two(F32x8 bits) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(bits.v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)))};
+  }
 };
 
 struct F32x16 {
@@ -47,6 +53,11 @@ struct F32x16 {
   static MNV2_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
   static MNV2_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
   static MNV2_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static MNV2_INLINE F32x16 power_of_two(F32x16 bits) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(bits.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)))};
+  }
 };
 
 }  // namespace

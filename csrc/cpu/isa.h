@@ -16,6 +16,11 @@ struct Kernels {
   void (*run_tile)(const BlockArgs<S>&, const Plan&, int64_t task, T* scratch);
   // Adds up the groups' sums of one output row, counted over the batch, when the plan splits them.
   void (*add_row)(const BlockArgs<S>&, const Plan&, int64_t row);
+  // Of a squeeze-and-excite: an image's rows' sums [rows][channels] to its mean, times `scale`;
+  // and what follows a product, in place.
+  void (*mean_of_rows)(const T* rows, int64_t count, int64_t channels, T scale, T* mean);
+  void (*activate)(T* p, int64_t count, Activation a);
+  void (*gate)(T* p, int64_t count, Gate gate);
   void (*run_pointwise)(const PointwiseArgs<S>&, int64_t task);  // task: image x part
   // Does rounds x flops_per_round floating-point operations of the products' kind, a multiply-add
   // being two; the return value only keeps them alive. For the peak meter.

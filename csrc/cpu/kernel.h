@@ -44,6 +44,62 @@ template <class V>
 MNV2_INLINE V relu6(V v) {
   return clamp(v, V::set1(0), V::set1(6));
 }
+template <class V>
+MNV2_INLINE V multiplied(V a, V b) {
+  return V::fma(a, b, V::set1(0));
+}
+
+// What an activation clips to; the others come after it, by way of memory.
+template <class T>
+struct Clip {
+  T low, high;
+
+  explicit Clip(Activation a)
+      : low(a <= Activation::kRelu ? T(0) : -std::numeric_limits<T>::infinity()),
+        high(a == Activation::kRelu6 ? T(6) : std::numeric_limits<T>::infinity()) {}
+};
+constexpr bool is_clip(Activation a) { return a <= Activation::kIdentity; }
+
+// exp(x): 2^n e^r with the nearest n and |r| <= ln(2) / 2, e^r by as many terms of its series as T
+// has digits for. Infinite where T is; the smallest normal number below that.
+template <class V>
+MNV2_INLINE V exponential(V x) {
+  using T = typename V::T;
+  constexpr bool kFloat = sizeof(T) == 4;
+  constexpr T kLowest = kFloat ? -87 : -708, kHighest = kFloat ? 89 : 710;
+  // Added to n, it leaves n in the lowest bits of the sum.
+  constexpr T kMagic = kFloat ? T(0x1.8p23) : T(0x1.8p52);
+  // ln(2) in two parts, n times the first of which is exact.
+  constexpr T kLn2High = kFloat ? T(0x1.63p-1) : T(0x1.62e42feep-1);
+  constexpr T kLn2Low = kFloat ? T(-0x1.bd0105c610ca8p-13) : T(0x1.a39ef35793c76p-33);
+  constexpr int kTerms = kFloat ? 7 : 13;
+  const V t = clamp(x, V::set1(kLowest), V::set1(kHighest));
+  const V bits = V::fma(t, V::set1(T(0x1.71547652b82fep0)), V::set1(kMagic));
+  const V n = V::add(bits, V::set1(-kMagic));
+  const V r = V::fma(n, V::set1(-kLn2Low), V::fma(n, V::set1(-kLn2High), t));
+  V sum = V::set1(1);
+  for (int i = kTerms; i > 0; --i)  // 1 + r / i * sum
+    sum = V::fma(multiplied(r, V::set1(T(1) / T(i))), sum, V::set1(1));
+  return multiplied(sum, V::power_of_two(bits));
+}
+template <class V>
+MNV2_INLINE V one_plus_exp_of_minus(V v) {
+  return V::add(V::set1(1), exponential(multiplied(v, V::set1(-1))));
+}
+template <class V>
+MNV2_INLINE V hardsigmoid(V v) {
+  using T = typename V::T;
+  return multiplied(relu6(V::add(v, V::set1(3))), V::set1(T(1) / T(6)));
+}
+
+template <class V>
+MNV2_INLINE V activated(V v, Activation a) {
+  using T = typename V::T;
+  if (a == Activation::kHardswish) return multiplied(v, hardsigmoid(v));
+  if (a == Activation::kSilu) return V::div(v, one_plus_exp_of_minus(v));
+  const Clip<T> clip(a);
+  return clamp(v, V::set1(clip.low), V::set1(clip.high));
+}
 
 // Calls f(begin, count) over [0, total) in near-equal pieces of at most `most`.
 template <class F>
@@ -105,8 +161,39 @@ template <class V>
 struct Elements<V, BFloat16> : Bf16<V> {};
 #endif
 
+// Of the vectors at `count` places, `step` elements apart.
+template <class V, class S, class F>
+MNV2_INLINE void transform(S* p, int64_t count, int64_t step, F f) {
+  for (int64_t i = 0; i < count; ++i, p += step)
+    Elements<V, S>::store(f(Elements<V, S>::load(p)), p);
+}
+// Hardswish or SiLU, in place.
+template <class V, class S>
+__attribute__((noinline)) void activate(S* p, int64_t count, int64_t step, Activation a) {
+  if (a == Activation::kHardswish)
+    transform<V>(p, count, step, [](V v) { return activated(v, Activation::kHardswish); });
+  else
+    transform<V>(p, count, step, [](V v) { return activated(v, Activation::kSilu); });
+}
+
 template <class S>
 constexpr int64_t kDepth = depth<S>;
+
+// Calls f(i, load, store) for the vectors of `count` elements of any kinds, the last of which may be
+// partial.
+template <class V, class F>
+MNV2_INLINE void for_vectors(int64_t count, F f) {
+  for (int64_t i = 0; i < count; i += V::kLanes) {
+    const int64_t lanes = count - i;
+    const auto load = [lanes]<class O>(const O* p) MNV2_INLINE_LAMBDA {
+      return lanes >= V::kLanes ? Elements<V, O>::load(p) : Elements<V, O>::load_partial(p, lanes);
+    };
+    const auto store = [lanes]<class O>(V v, O* p) MNV2_INLINE_LAMBDA {
+      lanes >= V::kLanes ? Elements<V, O>::store(v, p) : Elements<V, O>::store_partial(v, p, lanes);
+    };
+    f(i, load, store);
+  }
+}
 
 // What a kernel fetches into L2 while it multiplies: `step` bytes on with every term.
 struct Fetch {
@@ -342,8 +429,9 @@ struct ProjectTile {
   bool add_sum;        // after a further group: what lies at `sum` counts
   bool add_x;          // after the last group of a residual block
   bool finished;       // the result goes to y
-  int64_t lanes;       // valid lanes, when partial
-  int64_t half;        // channel offset inside the first panel
+  Clip<T> clip{Activation::kIdentity};  // of what is finished, by its activation
+  int64_t lanes;                        // valid lanes, when partial
+  int64_t half;                         // channel offset inside the first panel
   Fetch fetch{};
 };
 
@@ -380,6 +468,7 @@ void project_tile(const ProjectTile<S>& t) {
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
       V y = acc[i][j];
       if (t.add_sum) y = V::add(y, load(t.sum[i] + j * V::kLanes));
+      y = clamp(y, V::set1(t.clip.low), V::set1(t.clip.high));
       if (t.add_x) y = V::add(y, load(t.x[i] + j * V::kLanes));
       if constexpr (kDepth<S> == 1)
         store(y, t.sum[i] + j * V::kLanes);
@@ -391,55 +480,106 @@ void project_tile(const ProjectTile<S>& t) {
   });
 }
 
-// `cols` outputs of one depthwise row, one vector of channels: all taps from three expanded rows.
-template <class V, int S, int C, class O>
-MNV2_INLINE void depthwise_cols(const typename V::T* const (&rows)[3], int64_t col,
-                                const typename V::T* weights, V bias, O* out) {
+// One row of depthwise outputs, one vector of channels.
+template <class V, class O, class T = typename V::T>
+struct DepthwiseRow {
+  const T* rows[5];  // expanded rows under the kernel's, at the first output's first tap
+  const T* weights;  // [taps][16]
+  const T* bias;
+  O* out;
+  int64_t step;           // elements between neighbouring taps, and between outputs of a pass
+  Activation activation;  // of them, and what they are multiplied by then
+  const T* gate;          // or null
+};
+
+// C outputs from `first` on: all taps from K expanded rows. kPlain: the activation clips, no gate.
+template <class V, int K, int S, int C, bool kDilated, bool kPlain, class O>
+MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bias) {
+  const int64_t step = kDilated ? t.step : kPanel;
   V acc[C];
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
-  unrolled<3>([&](auto ky) MNV2_INLINE_LAMBDA {
-    V tap[3];
-    unrolled<3>([&](auto kx)
-                    MNV2_INLINE_LAMBDA { tap[kx] = V::load(weights + (ky * 3 + kx) * kPanel); });
-    unrolled<(C - 1) * S + 3>([&](auto i) MNV2_INLINE_LAMBDA {
-      V v = V::load(rows[ky] + (col * S + i) * kPanel);
-      // One load for up to three products: left to itself, the compiler makes it an operand of each.
+  unrolled<K>([&](auto ky) MNV2_INLINE_LAMBDA {
+    V tap[K];
+    unrolled<K>([&](auto kx)
+                    MNV2_INLINE_LAMBDA { tap[kx] = V::load(t.weights + (ky * K + kx) * kPanel); });
+    unrolled<(C - 1) * S + K>([&](auto i) MNV2_INLINE_LAMBDA {
+      V v = V::load(t.rows[ky] + (first * S + i) * step);
+      // One load for up to K products: left to itself, the compiler makes it an operand of each.
       asm volatile("" : V_KEEP(v.v));
-      unrolled<3>([&](auto kx) MNV2_INLINE_LAMBDA {
+      unrolled<K>([&](auto kx) MNV2_INLINE_LAMBDA {
         constexpr int kFirst = decltype(i)::value - decltype(kx)::value, kOut = kFirst / S;
         if constexpr (kFirst >= 0 && kFirst % S == 0 && kOut < C)
           acc[kOut] = V::fma(v, tap[kx], acc[kOut]);
       });
     });
   });
-  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
-    Elements<V, O>::store(relu6(acc[c]), out + (col + c) * kPanel);
-  });
+  const Clip<typename V::T> clip(t.activation);
+  const V low = V::set1(clip.low), high = V::set1(clip.high);
+  O* const out = t.out + first * step;
+  if constexpr (kPlain) {
+    unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
+      Elements<V, O>::store(clamp(acc[c], low, high), out + c * step);
+    });
+  } else {
+    typename V::T results[C * V::kLanes];
+    unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
+      clamp(acc[c], low, high).store(results + c * V::kLanes);
+    });
+    if (!is_clip(t.activation)) activate<V>(results, C, V::kLanes, t.activation);
+    const V gate = t.gate ? V::load(t.gate) : V::set1(1);
+    for (int64_t c = 0; c < C; ++c)
+      Elements<V, O>::store(multiplied(V::load(results + c * V::kLanes), gate), out + c * step);
+  }
 }
 
-template <class V, int S, class O>
-void depthwise_row(const typename V::T* const (&rows)[3], const typename V::T* weights,
-                   const typename V::T* bias, O* out, int64_t cols) {
-  const V b = V::load(bias);
+template <class V, int K, int S, bool kDilated, bool kPlain, class O>
+void depthwise_row(const DepthwiseRow<V, O>& t, int64_t cols) {
+  const V bias = V::load(t.bias);
   int64_t col = 0;
   for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
-    depthwise_cols<V, S, kDepthwiseCols>(rows, col, weights, b, out);
+    depthwise_cols<V, K, S, kDepthwiseCols, kDilated, kPlain>(t, col, bias);
   switch (cols - col) {
     case 6:
-      return depthwise_cols<V, S, 6>(rows, col, weights, b, out);
+      return depthwise_cols<V, K, S, 6, kDilated, kPlain>(t, col, bias);
     case 5:
-      return depthwise_cols<V, S, 5>(rows, col, weights, b, out);
+      return depthwise_cols<V, K, S, 5, kDilated, kPlain>(t, col, bias);
     case 4:
-      return depthwise_cols<V, S, 4>(rows, col, weights, b, out);
+      return depthwise_cols<V, K, S, 4, kDilated, kPlain>(t, col, bias);
     case 3:
-      return depthwise_cols<V, S, 3>(rows, col, weights, b, out);
+      return depthwise_cols<V, K, S, 3, kDilated, kPlain>(t, col, bias);
     case 2:
-      return depthwise_cols<V, S, 2>(rows, col, weights, b, out);
+      return depthwise_cols<V, K, S, 2, kDilated, kPlain>(t, col, bias);
     case 1:
-      return depthwise_cols<V, S, 1>(rows, col, weights, b, out);
+      return depthwise_cols<V, K, S, 1, kDilated, kPlain>(t, col, bias);
     default:
       return;
   }
+}
+
+// Dilated, the outputs of every dilation-th column are a row of their own.
+template <class V, int K, bool kPlain, class O>
+void dilated_row(DepthwiseRow<V, O> t, int64_t cols, int64_t dilation) {
+  t.step = dilation * kPanel;
+  for (int64_t first = 0; first < dilation && first < cols; ++first) {
+    depthwise_row<V, K, 1, true, kPlain>(t, ceil_div(cols - first, dilation));
+    for (int ky = 0; ky < K; ++ky) t.rows[ky] += kPanel;
+    t.out += kPanel;
+  }
+}
+
+template <class V, class O>
+using RowKernel = void (*)(const DepthwiseRow<V, O>&, int64_t cols);
+// The one for a shape; null where it is dilated.
+template <class V, class O>
+RowKernel<V, O> row_kernel(const BlockShape& s, bool plain) {
+  if (s.dilation > 1) return nullptr;
+  const auto chosen = [&]<int K, int S>() -> RowKernel<V, O> {
+    if (plain) return &depthwise_row<V, K, S, false, true, O>;
+    return &depthwise_row<V, K, S, false, false, O>;
+  };
+  if (s.kernel == 3)
+    return s.stride == 1 ? chosen.template operator()<3, 1>() : chosen.template operator()<3, 2>();
+  return s.stride == 1 ? chosen.template operator()<5, 1>() : chosen.template operator()<5, 2>();
 }
 
 // Function tables over the number of rows: entry r - 1 handles r pixels.
@@ -500,21 +640,33 @@ class Tile {
     rows_ = least(plan.tile_rows, s_.out_height() - row_);
     cols_ = least(plan.tile_cols, s_.out_width() - col_);
     ring_ = plan.ring_rows(s_);
-    in_cols_ = (cols_ - 1) * s_.stride + 3;
+    in_cols_ = (cols_ - 1) * s_.stride + s_.extent();
     // The window of expanded pixels that lie inside the image.
-    top_ = greatest(0, 1 - row_ * s_.stride);
-    left_ = greatest(0, 1 - col_ * s_.stride);
-    bottom_ = least((rows_ - 1) * s_.stride + 3, s_.height + 1 - row_ * s_.stride);
-    right_ = least(in_cols_, s_.width + 1 - col_ * s_.stride);
+    top_ = greatest(0, s_.pad_top - row_ * s_.stride);
+    left_ = greatest(0, s_.pad_left - col_ * s_.stride);
+    bottom_ =
+        least((rows_ - 1) * s_.stride + s_.extent(), s_.height + s_.pad_top - row_ * s_.stride);
+    right_ = least(in_cols_, s_.width + s_.pad_left - col_ * s_.stride);
     x_ = args.x + image * args.x_image;
     if (s_.expand != Expand::kStem)
-      x_ += (row_ * s_.stride - 1) * args.x_row + (col_ * s_.stride - 1) * args.x_col;
+      x_ += (row_ * s_.stride - s_.pad_top) * args.x_row +
+            (col_ * s_.stride - s_.pad_left) * args.x_col;
     out_ = ((image * s_.out_height() + row_) * s_.out_width() + col_) * s_.out_channels;
     panel_ = ring_ * in_cols_ * kPanel;
+    if (args.gate && args.pass == Pass::kLast) gate_ = args.gate + image * s_.hidden_channels;
+    const int64_t hidden = s_.hidden_panels() * kPanel;
+    if (args.kept)
+      kept_ =
+          args.kept + ((image * s_.out_height() + row_) * s_.out_width() + col_ * rows_) * hidden;
+    if (args.pass == Pass::kPool)
+      pooled_ = args.pooled +
+                ((image * s_.out_height() + row_) * across + col_ / plan.tile_cols) * hidden;
+    row_kernel_ = row_kernel<V, S>(s_, is_clip(s_.activation) && !gate_);
   }
 
   void run() {
-    clear_columns();
+    const bool expands = !kept_ || a_.pass == Pass::kPool;
+    if (expands) clear_columns();
     const int64_t groups = plan_.groups(s_), splits = plan_.splits;
     const int64_t last_group = groups * (split_ + 1) / splits - 1;
     for (int64_t g = groups * split_ / splits; g <= last_group; ++g) {
@@ -532,7 +684,14 @@ class Tile {
       }
       for (int64_t row = 0, done = 0; row < rows_; row += plan_.band_rows) {
         const int64_t band = least(plan_.band_rows, rows_ - row);
-        const int64_t needed = (row + band - 1) * s_.stride + 3;
+        const int64_t needed = (row + band - 1) * s_.stride + s_.extent();
+        if (kept_) depthwise_ = kept_ + (first * rows_ + row * round_up(channels, kPanel)) * cols_;
+        if (!expands) {
+          multiply_by_gate(first, channels, band);
+          ahead_ = {};
+          project(first, channels, row, band);
+          continue;
+        }
         run_band(first, channels, row, band, done, needed, g == last_group);
         done = needed;
       }
@@ -557,6 +716,7 @@ class Tile {
       // While these channels are in L1.
       depthwise(first, vector, least(vector + n, ceil_div(channels, V::kLanes)), row, band);
     });
+    if (a_.pass == Pass::kPool) return pool(first, channels, row, band);
     const int64_t out_vectors = ceil_div(s_.out_channels, V::kLanes);
     ahead_ =
         before_next(first + channels, row + band, to, last_group, calls(out_vectors, band * cols_));
@@ -580,13 +740,14 @@ class Tile {
   Ahead before_next(int64_t channel, int64_t row, int64_t from, bool last_group,
                     int64_t calls) const {
     if (row < rows_) {
-      const int64_t to = least((least(row + plan_.band_rows, rows_) - 1) * s_.stride + 3, bottom_);
+      const int64_t to =
+          least((least(row + plan_.band_rows, rows_) - 1) * s_.stride + s_.extent(), bottom_);
       if (s_.expand != Expand::kStem) {
         const int64_t run = (right_ - left_) * a_.x_col * kBytes;
         return {x_ + from * a_.x_row + left_ * a_.x_col, (to - from) * run, run, a_.x_row * kBytes,
                 calls};
       }
-      const int64_t first = (row_ * s_.stride - 1 + from) * kStemStride;
+      const int64_t first = (row_ * s_.stride - s_.pad_top + from) * kStemStride;
       const int64_t rows = least((to - from) * kStemStride, s_.image_height - first);
       const int64_t run = rows * a_.x_row * kBytes;
       const int64_t planes = a_.x_channel == 1 ? 1 : s_.in_channels;
@@ -671,6 +832,9 @@ class Tile {
     t.bias = a_.b_expand + first;
     t.in_channels = s_.in_channels;
     t.vector = vector;
+    const Clip<T> clip(s_.activation);
+    t.low = clip.low;
+    t.high = clip.high;
     with_vectors<V>(n, [&](auto N) {
       const auto table = expand_table<V, S, T, N, false>(Rows<V, N>{});
       Cursor at = cursor(from);
@@ -680,6 +844,11 @@ class Tile {
         table[rows - 1](t);
       });
     });
+    if (is_clip(s_.activation)) return;
+    for (int64_t v = vector; v < vector + n; ++v)
+      for (int64_t row = from; row < to; ++row)
+        activate<V>(expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + left_ * kPanel,
+                    right_ - left_, kPanel, s_.activation);
   }
 
   // The image under rows [from, to) of the window: what the stem's taps reach.
@@ -687,8 +856,8 @@ class Tile {
     const int64_t channels = patch_channels();
     const int64_t rows = (to - from - 1) * kStemStride + 3;
     const int64_t cols = (right_ - left_ - 1) * kStemStride + 3;
-    const int64_t first_row = (row_ * s_.stride - 1 + from) * kStemStride - 1;
-    const int64_t first_col = (col_ * s_.stride - 1 + left_) * kStemStride - 1;
+    const int64_t first_row = (row_ * s_.stride - s_.pad_top + from) * kStemStride - 1;
+    const int64_t first_col = (col_ * s_.stride - s_.pad_left + left_) * kStemStride - 1;
     const int64_t begin = greatest(0, -first_col), end = least(cols, s_.image_width - first_col);
     patch_row_ = cols * channels;
     for (int64_t r = 0; r < rows; ++r) {
@@ -773,21 +942,52 @@ class Tile {
 
   // Vectors [begin, end) of the group, output rows [row, row + band).
   void depthwise(int64_t first, int64_t begin, int64_t end, int64_t row, int64_t band) {
+    DepthwiseRow<V, S> t;
+    t.activation = s_.activation;
     for (int64_t v = begin; v < end; ++v) {
-      const T* weights = a_.w_depthwise + vector_offset<V>(first / V::kLanes + v, 9 * kPanel);
-      const T* bias = a_.b_depthwise + first + v * V::kLanes;
+      t.weights = a_.w_depthwise + vector_offset<V>(first / V::kLanes + v, s_.taps() * kPanel);
+      t.bias = a_.b_depthwise + first + v * V::kLanes;
+      t.gate = gate_ ? gate_ + first + v * V::kLanes : nullptr;
       const T* in = expanded_ + vector_offset<V>(v, panel_);
       S* out = depthwise_ + vector_offset<V>(v, band * cols_ * kPanel);
       for (int64_t r = 0; r < band; ++r) {
-        const int64_t e = (row + r) * s_.stride;
-        const T* const rows[] = {in + ring_offset(e), in + ring_offset(e + 1),
-                                 in + ring_offset(e + 2)};
-        S* d = out + r * cols_ * kPanel;
-        if (s_.stride == 1)
-          depthwise_row<V, 1>(rows, weights, bias, d, cols_);
+        for (int64_t ky = 0; ky < s_.kernel; ++ky)
+          t.rows[ky] = in + ring_offset((row + r) * s_.stride + ky * s_.dilation);
+        t.out = out + r * cols_ * kPanel;
+        if (row_kernel_)
+          row_kernel_(t, cols_);
         else
-          depthwise_row<V, 2>(rows, weights, bias, d, cols_);
+          dilated(t);
       }
+    }
+  }
+  void dilated(const DepthwiseRow<V, S>& t) {
+    const bool plain = is_clip(s_.activation) && !gate_;
+    const auto run = [&]<int K>() {
+      plain ? dilated_row<V, K, true>(t, cols_, s_.dilation)
+            : dilated_row<V, K, false>(t, cols_, s_.dilation);
+    };
+    s_.kernel == 3 ? run.template operator()<3>() : run.template operator()<5>();
+  }
+
+  // Sums of each row of the band, one for every channel.
+  void pool(int64_t first, int64_t channels, int64_t row, int64_t band) {
+    const int64_t pitch = plan_.tiles_across(s_) * s_.hidden_panels() * kPanel;
+    for (int64_t v = 0; v < ceil_div(channels, V::kLanes); ++v) {
+      const S* d = depthwise_ + vector_offset<V>(v, band * cols_ * kPanel);
+      for (int64_t r = row; r < row + band; ++r) {
+        V sum = V::set1(0);
+        for (int64_t col = 0; col < cols_; ++col, d += kPanel) sum = V::add(sum, In::load(d));
+        sum.store(pooled_ + r * pitch + first + v * V::kLanes);
+      }
+    }
+  }
+
+  void multiply_by_gate(int64_t first, int64_t channels, int64_t band) {
+    for (int64_t v = 0; v < ceil_div(channels, V::kLanes); ++v) {
+      const V gate = V::load(gate_ + first + v * V::kLanes);
+      transform<V>(depthwise_ + vector_offset<V>(v, band * cols_ * kPanel), band * cols_, kPanel,
+                   [&](V d) MNV2_INLINE_LAMBDA { return multiplied(d, gate); });
     }
   }
 
@@ -799,7 +999,8 @@ class Tile {
     t.half = channel % kPanel;
     t.bias = first == 0 ? a_.b_project + channel : nullptr;
     t.finished = plan_.splits == 1 && !aside && first + t.terms == s_.hidden_channels;
-    t.add_x = s_.residual && t.finished;
+    t.clip = Clip<T>(t.finished ? s_.out_activation : Activation::kIdentity);
+    t.add_x = s_.residual && t.finished && is_clip(s_.out_activation);
     int64_t r = row, c = 0;
     for_pieces(band * cols_, most, [&](int64_t pixel, int rows) {
       t.depthwise = t.panels + pixel * kPanel;
@@ -811,7 +1012,7 @@ class Tile {
           t.sum.fill(i, sums_ + r * sums_row_ + c * step + channel, step);
         if constexpr (kDepth<S> > 1)
           t.y.fill(i, y_ + (r * s_.out_width() + c) * step + channel, step);
-        if (t.add_x) t.x.fill(i, x_ + (r + 1) * a_.x_row + (c + 1) * a_.x_col + channel, a_.x_col);
+        if (t.add_x) t.x.fill(i, residual(r, c) + channel, a_.x_col);
         const int64_t run = least(rows - i, cols_ - c);
         i += int(run);
         c += run;
@@ -823,6 +1024,11 @@ class Tile {
       t.fetch = ahead_.next(t.terms);
       f(rows);
     });
+  }
+
+  // x under output pixel (r, c), where they are of one size.
+  const S* residual(int64_t r, int64_t c) const {
+    return x_ + (r + s_.pad_top) * a_.x_row + (c + s_.pad_left) * a_.x_col;
   }
 
   void project(int64_t first, int64_t channels, int64_t row, int64_t band) {
@@ -840,7 +1046,22 @@ class Tile {
                  t.add_sum = begin != 0 || (first != 0 && plan_.splits == 1 && !aside);
                  project_terms(t, first + begin, row, band, aside);
                });
-    if (aside) add_sum(row, band, first + channels == s_.hidden_channels);
+    const bool last = first + channels == s_.hidden_channels;
+    if (aside) return add_sum(row, band, last);
+    if (last && plan_.splits == 1 && !is_clip(s_.out_activation))
+      for (int64_t r = row; r < row + band; ++r)
+        for (int64_t col = 0; col < cols_; ++col) activate_output(r, col);
+  }
+
+  // y = activation of y (+ x).
+  void activate_output(int64_t r, int64_t col) {
+    S* const y = y_ + (r * s_.out_width() + col) * s_.out_channels;
+    const S* const x = residual(r, col);
+    for_vectors<V>(s_.out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
+      V v = activated(load(y + c), s_.out_activation);
+      if (s_.residual) v = V::add(v, load(x + c));
+      store(v, y + c);
+    });
   }
 
   // The groups' sum += this group's (+ x, into y, after the last).
@@ -851,21 +1072,14 @@ class Tile {
         T* const sums = sums_ + r * sums_row_ + col * out_channels;
         S* const y = y_ + (r * s_.out_width() + col) * out_channels;
         const T* const sum = sum_ + ((r - row) * cols_ + col) * out_channels;
-        const S* const x = x_ + (r + 1) * a_.x_row + (col + 1) * a_.x_col;
-        for (int64_t c = 0; c < out_channels; c += V::kLanes) {
-          const int64_t lanes = out_channels - c;
-          const auto load = [&]<class O>(const O* p) {
-            return lanes >= V::kLanes ? Elements<V, O>::load(p)
-                                      : Elements<V, O>::load_partial(p, lanes);
-          };
-          const auto store = [&]<class O>(V v, O* p) {
-            lanes >= V::kLanes ? Elements<V, O>::store(v, p)
-                               : Elements<V, O>::store_partial(v, p, lanes);
-          };
+        const S* const x = residual(r, col);
+        for_vectors<V>(out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
           V total = V::add(load(sum + c), load(sums + c));
-          if (last && s_.residual) total = V::add(total, load(x + c));
-          last ? store(total, y + c) : store(total, sums + c);
-        }
+          if (!last) return store(total, sums + c);
+          total = activated(total, s_.out_activation);
+          if (s_.residual) total = V::add(total, load(x + c));
+          store(total, y + c);
+        });
       }
   }
 
@@ -914,6 +1128,12 @@ class Tile {
   int64_t split_;
   int64_t panel_;  // elements between panels of expanded_
   Ahead ahead_;
+  RowKernel<V, S> row_kernel_;
+  // Of a squeeze-and-excite: what this pass multiplies d by, where d stays between the passes, or
+  // null, and where its rows' sums go.
+  const T* gate_ = nullptr;
+  S* kept_ = nullptr;
+  T* pooled_ = nullptr;
 };
 
 template <class V, class S>
@@ -930,21 +1150,41 @@ void add_row(const BlockArgs<S>& args, const Plan& plan, int64_t row) {
   const S* x = args.x + row / s.out_height() * args.x_image + row % s.out_height() * args.x_row;
   for (int64_t col = 0; col < s.out_width(); ++col) {
     const int64_t pixel = first + col * s.out_channels;
-    for (int64_t c = 0; c < s.out_channels; c += V::kLanes) {
-      const int64_t lanes = s.out_channels - c;
-      const auto load = [&]<class O>(const O* p) {
-        return lanes >= V::kLanes ? Elements<V, O>::load(p)
-                                  : Elements<V, O>::load_partial(p, lanes);
-      };
+    for_vectors<V>(s.out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
       V sum = load(args.partial + pixel + c);
       for (int64_t g = 1; g < groups; ++g)
         sum = V::add(load(args.partial + g * group_size + pixel + c), sum);
+      sum = activated(sum, s.out_activation);
       if (s.residual) sum = V::add(sum, load(x + col * args.x_col + c));
-      S* const y = args.y + pixel + c;
-      lanes >= V::kLanes ? Elements<V, S>::store(sum, y)
-                         : Elements<V, S>::store_partial(sum, y, lanes);
-    }
+      store(sum, args.y + pixel + c);
+    });
   }
+}
+
+// mean[c] = the rows' sums of one image, added up in order, over its pixels.
+template <class V>
+void mean_of_rows(const typename V::T* rows, int64_t count, int64_t channels, typename V::T scale,
+                  typename V::T* mean) {
+  for (int64_t c = 0; c < channels; c += V::kLanes) {
+    V sum = V::load(rows + c);
+    for (int64_t r = 1; r < count; ++r) sum = V::add(sum, V::load(rows + r * channels + c));
+    multiplied(sum, V::set1(scale)).store(mean + c);
+  }
+}
+
+// In place, what stands between or behind the two products of a squeeze-and-excite.
+template <class V>
+void activate_all(typename V::T* p, int64_t count, Activation a) {
+  for_vectors<V>(count, [&](int64_t i, auto load, auto store)
+                            MNV2_INLINE_LAMBDA { store(activated(load(p + i), a), p + i); });
+}
+template <class V>
+void gate_all(typename V::T* p, int64_t count, Gate gate) {
+  for_vectors<V>(count, [&](int64_t i, auto load, auto store) MNV2_INLINE_LAMBDA {
+    const V v = load(p + i);
+    store(gate == Gate::kSigmoid ? V::div(V::set1(1), one_plus_exp_of_minus(v)) : hardsigmoid(v),
+          p + i);
+  });
 }
 
 // A 1x1 convolution for one image's share of the output channels: all its pixels, so that

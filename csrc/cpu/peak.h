@@ -33,13 +33,11 @@ __attribute__((noinline)) typename V::T multiply_add(int64_t rounds) {
 template <class V, class S>
 constexpr Kernels<S> kernels_of() {
   constexpr int64_t kProducts = kDepth<S> / Elements<V, S>::kParts;
-  return {&run_tile<V, S>,
-          &add_row<V, S>,
-          &run_pointwise<V, S>,
-          &multiply_add<V, S>,
-          2 * V::kLanes * kProducts * kChains,
-          V::kLanes,
-          kProducts};
+  return {&run_tile<V, S>,     &add_row<V, S>,
+          &mean_of_rows<V>,    &activate_all<V>,
+          &gate_all<V>,        &run_pointwise<V, S>,
+          &multiply_add<V, S>, 2 * V::kLanes * kProducts * kChains,
+          V::kLanes,           kProducts};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "isa.h"
@@ -42,6 +43,20 @@ struct Vector16 {
   static MNV2_INLINE Vector16 add(Vector16 a, Vector16 b) { return {a.v + b.v}; }
   static MNV2_INLINE Vector16 min(Vector16 a, Vector16 b) { return {a.v < b.v ? a.v : b.v}; }
   static MNV2_INLINE Vector16 max(Vector16 a, Vector16 b) { return {a.v > b.v ? a.v : b.v}; }
+  static MNV2_INLINE Vector16 div(Vector16 a, Vector16 b) { return {a.v / b.v}; }
+  // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
+  static MNV2_INLINE Vector16 power_of_two(Vector16 bits) {
+    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    typedef Word Words __attribute__((vector_size(16)));
+    constexpr int kMantissa = std::numeric_limits<T>::digits - 1;
+    constexpr Word kOne = Word(std::numeric_limits<T>::max_exponent - 1) << kMantissa;
+    Words words;
+    std::memcpy(&words, &bits.v, 16);
+    words = (words << kMantissa) + kOne;
+    Vector16 power;
+    std::memcpy(&power.v, &words, 16);
+    return power;
+  }
 };
 
 // Pairs of bfloat16, one product of a pair at a time.

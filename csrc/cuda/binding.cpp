@@ -91,6 +91,7 @@ const char* name_of(ScalarType type) {
 struct Weights {
   const Tensor *w_expand, *b_expand;  // null without an expansion
   const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
+  const Tensor* w_squeeze;  // null without a squeeze-and-excite
 };
 
 void check_weight(const char* name, const Tensor* t, ScalarType type, int device) {
@@ -114,14 +115,16 @@ void check_weights(const Weights& w, ScalarType type, int device) {
 }
 
 // The geometry that the packed weights carry, and x.
-BlockShape block_shape(const Sizes& x, const Weights& w, int64_t stride, bool residual) {
+BlockShape block_shape(const Sizes& x, const Weights& w, int64_t stride, bool residual,
+                       const Options& options) {
   if (w.b_depthwise->dim() != 1 || w.b_depthwise->size(0) <= kPanel || w.b_project->dim() != 1)
     fail("b_depthwise must be [E + 16] and b_project [C_out], got ", to_string(*w.b_depthwise),
          " and ", to_string(*w.b_project), "; pack weights with mnv2_fused.pack");
   const Expand expand = w.w_expand ? Expand::kPointwise : Expand::kNone;
-  const BlockShape s{
-      x[0],   x[2],   x[3],    x[1], w.b_depthwise->size(0) - kPanel, w.b_project->size(0),
-      stride, expand, residual};
+  BlockShape s{x[0],   x[2],   x[3],    x[1], w.b_depthwise->size(0) - kPanel, w.b_project->size(0),
+               stride, expand, residual};
+  set_options(s, options, *w.w_depthwise);
+  if (w.w_squeeze) s.squeeze_channels = w.w_squeeze->size(0);
   const int64_t panels = s.hidden_panels();
   if (w.b_expand && w.b_expand->dim() != 1)
     fail("b_expand must be [E/16 * 16 + C_in], got ", to_string(*w.b_expand),
@@ -132,7 +135,7 @@ BlockShape block_shape(const Sizes& x, const Weights& w, int64_t stride, bool re
     check_sizes("w_expand", *w.w_expand, {panels, ceil_div(x[1], kPanel), kFragment});
     check_sizes("b_expand", *w.b_expand, {panels * kPanel + x[1]});
   }
-  check_sizes("w_depthwise", *w.w_depthwise, {panels, 9, kPanel});
+  check_sizes("w_depthwise", *w.w_depthwise, {panels, s.taps(), kPanel});
   check_sizes("b_depthwise", *w.b_depthwise, {s.hidden_channels + kPanel});
   check_sizes("w_project", *w.w_project, {panels, ceil_div(s.out_channels, kPanel), kFragment});
   check_sizes("b_project", *w.b_project, {s.out_channels});
@@ -207,7 +210,7 @@ void run(const BlockShape& shape, Precision precision, const Plan& plan, const T
 }
 
 Tensor inverted_residual(const Tensor& x, const Weights& w, int64_t stride, bool residual,
-                         IntHeaderOnlyArrayRef forced, bool tf32) {
+                         IntHeaderOnlyArrayRef forced, const Options& options, bool tf32) {
   const Sizes sizes = sizes_of(x);
   const ScalarType type = x.scalar_type();
   const int device = x.get_device_index();
@@ -215,7 +218,7 @@ Tensor inverted_residual(const Tensor& x, const Weights& w, int64_t stride, bool
   const Gpu& gpu = gpu_at(device);
   const Precision precision = precision_of(type, tf32, gpu);
   check_weights(w, type, device);
-  const BlockShape shape = block_shape(sizes, w, stride, residual);
+  const BlockShape shape = block_shape(sizes, w, stride, residual, options);
   check_shape(shape, precision, gpu, sizes);
 
   const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
@@ -240,7 +243,13 @@ Tensor inverted_residual_cuda(const Tensor& x,                        // [N, C_i
                               const Tensor& b_depthwise,              // [E + 16]
                               const Tensor& w_project,                // [E/16, C_out/16, 256]
                               const Tensor& b_project,                // [C_out]
-                              int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
+                              const std::optional<Tensor>& w_squeeze,
+                              const std::optional<Tensor>& /*b_squeeze*/,
+                              const std::optional<Tensor>& /*w_excite*/,
+                              const std::optional<Tensor>& /*b_excite*/, int64_t stride,
+                              bool residual, IntHeaderOnlyArrayRef forced, int64_t dilation,
+                              IntHeaderOnlyArrayRef padding, int64_t activation,
+                              int64_t out_activation, int64_t squeeze_activation, int64_t gate,
                               bool tf32) {
   try {
     if (w_expand.has_value() != b_expand.has_value())
@@ -250,8 +259,10 @@ Tensor inverted_residual_cuda(const Tensor& x,                        // [N, C_i
                     &w_depthwise,
                     &b_depthwise,
                     &w_project,
-                    &b_project};
-    return inverted_residual(x, w, stride, residual, forced, tf32);
+                    &b_project,
+                    w_squeeze ? &*w_squeeze : nullptr};
+    const Options options{dilation, padding, activation, out_activation, squeeze_activation, gate};
+    return inverted_residual(x, w, stride, residual, forced, options, tf32);
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string("mnv2_fused::inverted_residual_cuda: ") + error.what());
   }

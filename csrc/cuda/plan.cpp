@@ -248,6 +248,18 @@ template <class... Parts>
   throw std::invalid_argument(out.str());
 }
 
+// What MobileNetV2's block does not have of it, in words, or an empty string.
+std::string beyond_mobilenet_v2(const BlockShape& s) {
+  if (s.kernel != 3) return "depthwise kernel of " + std::to_string(s.kernel);
+  if (s.dilation != 1) return "dilation of " + std::to_string(s.dilation);
+  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
+    if (pad != 1) return "padding of " + std::to_string(pad);
+  if (s.activation != Activation::kRelu6) return "activation but ReLU6";
+  if (s.out_activation != Activation::kIdentity) return "activation of the output";
+  if (s.squeeze_channels > 0) return "squeeze-and-excite";
+  return "";
+}
+
 void check(const BlockShape& s, Precision precision, const Gpu& gpu) {
   const std::string why = unsupported(s, precision, gpu.capability);
   if (!why.empty()) throw std::invalid_argument(why);
@@ -273,6 +285,8 @@ std::string unsupported(const BlockShape& s, Precision precision, int64_t capabi
   else if (channels > int64_t{1} << 15)
     out << "the CUDA kernel takes at most 2^15 channels, got " << channels
         << "; use backend='eager'";
+  else if (const std::string more = beyond_mobilenet_v2(s); !more.empty())
+    out << "the CUDA kernel has no " << more << "; use backend='eager'";
   return out.str();
 }
 
