@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .convert import Report, fuse, report, unfuse
 from .demo import aligned
 from .plan import plan
+from .sequence import Layer, RunsFused, layers_of
 from .testing import peak_activation_bytes
 
 
@@ -130,31 +131,29 @@ class Cost:
                 *(_mib(self.eager_bytes), _mib(self.fused_bytes), _mib(self.eager_peak), _mib(self.fused_peak), ""),
             ]
         )
-        return "\n".join([aligned(rows), "", *self._totals()])
+        return "\n".join([aligned(rows), "", *(f"{what:<15}{value}" for what, value in self._totals())])
 
-    def _totals(self) -> Iterator[str]:
-        yield f"{'parameters':<14}{self.parameters:,}"
+    def _totals(self) -> Iterator[tuple[str, str]]:
+        yield "parameters", f"{self.parameters:,}"
         unused = self.parameters - sum(layer.parameters for layer in self.layers)
         if unused:
-            yield f"{'':<14}{unused:,} of them in layers that this call does not use"
-        yield f"{'multiply-adds':<14}{self.multiply_adds:,}"
-        yield f"{'made':<14}{_compared(self.eager_bytes, self.fused_bytes)}"
+            yield "", f"{unused:,} of them in layers that this call does not use"
+        yield "multiply-adds", f"{self.multiply_adds:,}"
+        yield "made", _compared(self.eager_bytes, self.fused_bytes)
         scratch = f"; scratch, in fused's: {_mib(self.scratch_bytes)} MiB" if self.scratch_bytes else ""
-        yield f"{'peak live':<14}{_compared(self.eager_peak, self.fused_peak)}{scratch}"
-        share = f"{self.expanded_share:.0%} of what convolutions and linear layers put out"
-        yield f"{'expanded':<14}{share}"
+        yield "peak live", _compared(self.eager_peak, self.fused_peak) + scratch
+        yield "expanded", f"{self.expanded_share:.0%} of what convolutions and linear layers put out"
         if pairs := self.separable:
             ratio = sum(p.multiply_adds for p in pairs) / sum(p.standard_multiply_adds for p in pairs)
             standard = "of the standard convolutions in their place"
-            yield f"{'separable':<14}{len(pairs)} pairs with {ratio:.3f} of the multiply-adds {standard}"
-        never_written = [block for block in self.report.blocks if block.bytes_never_written is not None]
-        reasons = Counter(block.reason for block in self.report.blocks if block.bytes_never_written is None)
-        if never_written:
-            yield f"{'fused':<14}{len(never_written)} blocks, {len(self.report.layers)} layers beside them"
+            yield "separable", f"{len(pairs)} pair(s) with {ratio:.3f} of the multiply-adds {standard}"
+        others = [block for block in self.report.blocks if block.bytes_never_written is None]
+        if fused := len(self.report.blocks) - len(others):
+            yield "fused", f"{fused} blocks, {len(self.report.layers)} layers beside them"
         if not self.report.blocks:
-            yield f"{'not fused':<14}no block of a family that fuse() knows"
-        for reason, count in reasons.items():
-            yield f"{'not fused':<14}{count} x {reason}"
+            yield "not fused", "no block of a family that fuse() knows"
+        for reason, count in Counter(block.reason or f"run by backend {block.backend}" for block in others).items():
+            yield "not fused", f"{count} x {reason}"
 
 
 def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
@@ -169,10 +168,11 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     plain = unfuse(model).eval()
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     trace = _traced(plain, shape, dtype)
-    fused = report(_fused(copy.deepcopy(model).eval()), shape)  # blocks that are fused already stay so
-    kept, scratch, running = _fused_storages(trace, fused, shape[0], dtype)
+    fused = _fused(copy.deepcopy(model).eval())  # blocks that are fused already stay so
+    found = report(fused, shape)
+    kept, scratch, running = _fused_storages(trace, fused, found, shape[0], dtype)
     rows = trace.rows
-    eager_live = _live(trace.storages, len(trace.row_of))
+    eager_live = _live(trace.storages, trace.ops)
     fused_live = [live + scratch * runs for live, runs in zip(_live(kept, len(running)), running, strict=True)]
     separable = _separable(trace)
     layers = []
@@ -189,7 +189,7 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
             )
         )
     parameters = sum(p.numel() for p in model.parameters())
-    return Cost(tuple(layers), shape, dtype, parameters, scratch, _expanded_share(trace), fused)
+    return Cost(tuple(layers), shape, dtype, parameters, scratch, _expanded_share(trace), found)
 
 
 @dataclass
@@ -253,7 +253,7 @@ class _Trace(TorchDispatchMode):
     def __init__(self, model: nn.Module, x: Tensor, counter: FlopCounterMode) -> None:
         super().__init__()
         self.rows: list[_Row] = []
-        self.row_of: list[int | None] = []  # of each op; None for views and the like
+        self.ops = 0  # so far
         self.storages: list[_Storage] = []
         self.calls: dict[str, list[_Call]] = defaultdict(list)
         self.products: list[_Product] = []
@@ -270,11 +270,11 @@ class _Trace(TorchDispatchMode):
     def _watch(self, name: str, module: nn.Module) -> None:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-            self._stack.append((name, module, next(self._numbers), len(self.row_of), shape))
+            self._stack.append((name, module, next(self._numbers), self.ops, shape))
 
         def leave(*_: Any) -> None:
             *_, first, shape = self._stack.pop()
-            self.calls[name].append(_Call(first, len(self.row_of) - 1, shape))
+            self.calls[name].append(_Call(first, self.ops - 1, shape))
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
@@ -289,8 +289,7 @@ class _Trace(TorchDispatchMode):
             made = made[:1]  # the statistics behind it are empty in eval, on the meta device they are not
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         new = [t for t in made if _key(t) not in self._live and _key(t) not in self._outside]
-        tick = len(self.row_of)
-        row = None
+        tick = self.ops
         if multiply_adds or func._schema.is_mutable or any(t.untyped_storage().nbytes() for t in new):
             row = self._row(op.__name__, tick)
             self.rows[row].multiply_adds += multiply_adds
@@ -303,7 +302,7 @@ class _Trace(TorchDispatchMode):
                 self._sources[_key(made[0])] = self.products[-1]
             elif made:
                 self._follow(op, given, made[0])
-        self.row_of.append(row)
+        self.ops += 1
         return out
 
     def _row(self, op: str, tick: int) -> int:
@@ -327,12 +326,12 @@ class _Trace(TorchDispatchMode):
     def _died(self, key: int) -> None:
         self._sources.pop(key, None)
         if key in self._live:
-            self._live.pop(key).last = len(self.row_of) - 1
+            self._live.pop(key).last = self.ops - 1
 
     def finish(self) -> None:
         """What is live now outlives the last op."""
         for record in self._live.values():
-            record.last = len(self.row_of)
+            record.last = self.ops
         self._live.clear()
 
     def _follow(self, op: Any, given: list[Tensor], y: Tensor) -> None:
@@ -384,37 +383,53 @@ def _traced(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> _Tr
 
 
 def _fused_storages(
-    trace: _Trace, fused: Report, batch: int, dtype: torch.dtype
+    trace: _Trace, model: nn.Module, found: Report, batch: int, dtype: torch.dtype
 ) -> tuple[list[_Storage], int, list[bool]]:
-    """(what the fused model makes of eager's storages, scratch bytes, at which ops a kernel runs that needs them)."""
-    kernels: list[tuple[_Call, int]] = []  # and the bytes that ordinary modules put out there but the kernel does not
+    """(what the fused ``model`` makes of eager's storages, scratch bytes, at which ops a kernel needs those)."""
+    kernels: list[tuple[str, int]] = []  # modules, and the bytes they put out that the kernel does not
     scratch = 0
-    for block in fused.blocks:
+    for block in found.blocks:
         if block.bytes_never_written is None:
             continue
-        for call in trace.calls[block.name]:
-            kernels.append((call, 0))
-            if block.backend == "cpu":
-                p = plan(block.spec, call.input_shape, dtype=dtype)
-                scratch = max(scratch, p.scratch_bytes * p.workers + p.partial_bytes)
-    for layer in fused.layers:
-        kernels += [(call, batch * (layer.bytes_never_written or 0)) for call in trace.calls[layer.name]]
+        kernels.append((block.name, 0))
+        for call in trace.calls[block.name] if block.backend == "cpu" else ():
+            p = plan(block.spec, call.input_shape, dtype=dtype)
+            scratch = max(scratch, p.scratch_bytes * p.workers + p.partial_bytes)
+    kernels += [(layer.name, batch * (layer.bytes_never_written or 0)) for layer in found.layers]
+    first_of_run = _runs(model)
     kept = [dataclasses.replace(storage) for storage in trace.storages]
-    running = [False] * len(trace.row_of)
-    for call, unwritten in kernels:
-        inside = [s for s in kept if call.first <= s.first <= call.last]
-        results = [s for s in inside if s.last > call.last]
-        if unwritten >= sum(s.bytes for s in results):
-            results = []
-        gone = {id(s) for s in inside} - {id(s) for s in results}
-        for s in results:
-            s.first = call.first
-        for s in kept:  # a kernel reads its input to the end
-            if s.first < call.first <= s.last < call.last:
-                s.last = call.last
-        kept = [s for s in kept if id(s) not in gone]
-        running[call.first : call.last + 1] = [True] * (call.last + 1 - call.first)
+    running = [False] * trace.ops
+    for name, unwritten in kernels:
+        # A run has its result allocated before its first kernel starts.
+        starts = trace.calls[first_of_run.get(name, name)]
+        for start, call in zip(starts, trace.calls[name], strict=True):
+            inside = [s for s in kept if call.first <= s.first <= call.last]
+            results = [s for s in inside if s.last > call.last]
+            if unwritten >= sum(s.bytes for s in results):
+                results = []
+            for s in results:
+                s.first = start.first
+            gone = {id(s) for s in inside} - {id(s) for s in results}
+            kept = [s for s in kept if id(s) not in gone]
+            running[call.first : call.last + 1] = [True] * (call.last + 1 - call.first)
     return kept, scratch, running
+
+
+def _runs(model: nn.Module) -> dict[str, str]:
+    """The modules that one call of the kernels runs: the last one's name, and the first one's."""
+    names = {module: name for name, module in model.named_modules()}
+    runs: dict[str, str] = {}
+    # A whole model before its parts: it runs more in one call than they do.
+    for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
+        if not sequence.layers_now():
+            continue
+        for is_run, entries in itertools.groupby(
+            layers_of(sequence.fusable_children()[0]), lambda entry: isinstance(entry, Layer)
+        ):
+            modules = [m for layer in entries for m in layer.modules if m in names] if is_run else []
+            if modules:
+                runs.setdefault(names[modules[-1]], names[modules[0]])
+    return runs
 
 
 def _live(storages: list[_Storage], ops: int) -> list[int]:
@@ -508,7 +523,7 @@ def named_model(name: str) -> nn.Module:
         known = timm.list_models()
         if rest.partition(".")[0] in known:  # behind the dot is the name of weights
             return timm.create_model(rest, pretrained=False)
-        raise ValueError(f"timm has no model {rest!r}{_close(rest, known)}; timm.list_models() has {len(known)}")
+        raise ValueError(f"unknown model {name!r}{_close(rest, known)}; timm.list_models() has {len(known)}")
     own = _own_models()
     if name in own:
         return own[name]()
@@ -519,7 +534,7 @@ def named_model(name: str) -> nn.Module:
         backbone = "weights_backbone" in inspect.signature(builder).parameters
         return builder(weights=None, **({"weights_backbone": None} if backbone else {}))
     known = sorted({*known, *own})
-    raise ValueError(f"unknown model {name!r}{_close(name, known)}; known are timm:NAME and {', '.join(known)}")
+    raise ValueError(f"unknown model {name!r}{_close(name, known)}; known are {', '.join(known)} and timm:NAME")
 
 
 def _imported(module: str, install: str) -> Any:
@@ -539,7 +554,7 @@ def _own_models() -> dict[str, Callable[[], nn.Module]]:
 
 def _close(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known)
-    return f", did you mean {' or '.join(close)}?" if close else ""
+    return f", close to {', '.join(close)}" if close else ""
 
 
 def run(name: str, input_shape: Sequence[int], dtype: torch.dtype, *, measure: bool = False) -> int:
@@ -558,5 +573,5 @@ def run(name: str, input_shape: Sequence[int], dtype: torch.dtype, *, measure: b
             strict=True,
         ):
             ratio = f"the computed peak is {computed / measured:.3f} of it"
-            print(f"{'measured peak':<14}{what} {_mib(measured)} MiB; {ratio}")
+            print(f"{'measured peak':<15}{what} {_mib(measured)} MiB; {ratio}")
     return 0
