@@ -16,6 +16,8 @@ TORCH := torch==2.11.0
 TORCHVISION := torchvision==0.26.0
 # The same wheel must also run here: the extension uses torch's stable ABI.
 TORCH_NEXT := torch==2.13.0
+# Whose models are converted in tests.
+FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors half a minute. Name others in the
 # environment; pip install without make takes all.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
@@ -36,7 +38,7 @@ test-pinned: $(VENV)/built
 
 # From tests/, so that the installed wheel is imported and not the source tree.
 test-next: $(VENV_NEXT)/installed
-	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_inputs.py test_op.py test_plan.py test_cuda_op.py
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_general_block.py test_inputs.py test_op.py test_plan.py test_cuda_op.py
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
@@ -85,6 +87,7 @@ $(VENV)/packages: pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) $(TORCHVISION) setuptools wheel ninja pybind11
 	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-benchmark hypothesis expecttest \
 	  scikit-learn matplotlib tqdm ruff clang-format
+	$(BIN)/pip install -q --disable-pip-version-check $(FAMILIES)
 	touch $@
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)

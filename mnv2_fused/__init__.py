@@ -1,5 +1,6 @@
 """The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor."""
 
+from . import models
 from .block import BlockSpec, inverted_residual, inverted_residual_reference
 from .convert import Report, fuse, report, unfuse
 from .cuda_plan import CudaPlan, cuda_plan
@@ -23,6 +24,7 @@ __all__ = [
     "fuse",
     "inverted_residual",
     "inverted_residual_reference",
+    "models",
     "pack",
     "plan",
     "report",

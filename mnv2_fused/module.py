@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import layers, ops
+from . import layers, ops, triton_plan
 from .block import ACTIVATIONS, GATES, BlockSpec, check_input
 from .fold import PackedWeights, packed_dtypes
 from .layers import Parts, Unfusable
@@ -29,8 +29,9 @@ def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
     """What of such a block ``backend`` has no kernel for, in words; None where it takes the block."""
     if backend == "cuda" and (beyond := spec.beyond_mobilenet_v2) is not None:
         return f"the CUDA kernel has no {beyond}"
-    if backend == "triton" and spec.squeeze_channels:
-        return "the Triton kernel has no squeeze-and-excite"
+    if backend == "triton":
+        why = triton_plan.unsupported(torch.float16, spec)  # dtypes are the op's to refuse
+        return None if why is None else why.removesuffix("; use backend='eager'")
     return None
 
 
