@@ -513,7 +513,7 @@ def _fused(model: nn.Module) -> nn.Module:
 
 
 def named_model(name: str) -> nn.Module:
-    """A model with random weights: of this package's ``models``, of torchvision, or of timm as ``timm:NAME``.
+    """A model with random weights: of torchvision, of this package's ``models``, or of timm as ``timm:NAME``.
 
     Raises ValueError for an unknown name, and RuntimeError when torchvision or timm is missing.
     """
@@ -525,8 +525,8 @@ def named_model(name: str) -> nn.Module:
             return timm.create_model(rest, pretrained=False)
         raise ValueError(f"unknown model {name!r}{_close(rest, known)}; timm.list_models() has {len(known)}")
     own = _own_models()
-    if name in own:
-        return own[name]()
+    if name in own and (name == "mobilenet_v1" or importlib.util.find_spec("torchvision") is None):
+        return own[name]()  # torchvision's of the same name run their heads in one call with their blocks
     torchvision = _imported("torchvision", "mnv2_fused[demo]").models
     known = [m for module in (torchvision, torchvision.segmentation) for m in torchvision.list_models(module=module)]
     if name in known:

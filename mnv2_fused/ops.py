@@ -331,7 +331,7 @@ def _backward(ctx, grad: Tensor):
     _, pullback = torch.func.vjp(block, x, *(t for t in packed if t is not None))
     x_grad, *grads = pullback(grad.to(dtype))
     left = iter(grads)
-    return x_grad, *(None if t is None else next(left) for t in packed), *[None] * len(ctx.others)
+    return x_grad, *(None if t is None else next(left).contiguous() for t in packed), *[None] * len(ctx.others)
 
 
 def autocast_rule(op: torch._ops.OpOverload):

@@ -54,7 +54,7 @@ def test_unpack_gives_back_what_was_packed(spec, dtype):
     found = fold.unpack(packed)
     for name, a, b in zip(weights._fields, found, weights, strict=True):
         assert (a is None and b is None) or torch.equal(a.to(dtype), b), name
-    assert BlockSpec.of(packed, spec.stride, spec.residual) == spec
+    assert BlockSpec.of(packed, **spec.geometry) == spec
     x = torch.randn(1, spec.in_channels, 3, 4).to(dtype)
     geometry = {"stride": spec.stride, "residual": spec.residual}
     assert torch.equal(reference(x, packed, **geometry), reference(x, weights, **geometry))

@@ -64,9 +64,9 @@ def stand_in():
         return
 
     def inverted_residual_cuda(x, *arguments):
-        packed, (stride, residual) = PackedWeights(*arguments[:6]), arguments[6:8]
-        y = ops.empty_output(x, packed.b_project.shape[0], stride)
-        return y.copy_(reference(x, packed, stride=stride, residual=residual))
+        packed, (stride, residual) = PackedWeights(*arguments[:10]), arguments[10:12]
+        result = reference(x, packed, stride=stride, residual=residual)
+        return ops.empty_output(x, *result.shape[1:2], result.shape[2:]).copy_(result)
 
     library = torch.library.Library("mnv2_fused", "IMPL")
     library.impl("inverted_residual_cuda", inverted_residual_cuda, "CPU")
@@ -114,7 +114,7 @@ def test_fake_strides_are_the_real_ones(backend, spec):
 def test_opcheck(backend):
     pytest.importorskip("expecttest")  # opcheck imports it
     spec = BlockSpec(4, 24, 4, residual=True)
-    packed = [t.requires_grad_() for t in pack(weights_of(spec), torch.float32, backend)]
+    packed = [t if t is None else t.requires_grad_() for t in pack(weights_of(spec), torch.float32, backend)]
     x = make_x(2, 4, 4, 3).requires_grad_()
     torch.library.opcheck(OPS[backend].default, (x, *packed, 1, True))
     plan = split_plan(backend, spec, x, 2).forced()
@@ -125,7 +125,10 @@ def test_opcheck(backend):
 @by_dtype
 @pytest.mark.parametrize("spec", [BlockSpec(4, 24, 4, residual=True), BlockSpec(5, 5, 3, 2, expand=False)], ids=str)
 def test_gradients(backend, spec, dtype):
-    weights, x = random_weights(spec), torch.randn(2, spec.in_channels, 5, 4, dtype=torch.float64)
+    # One input for every run: on others half precision may fall to the other side of a corner of ReLU6 than eager.
+    generator = torch.Generator().manual_seed(0)
+    weights = random_weights(spec)
+    x = torch.randn(2, spec.in_channels, 5, 4, dtype=torch.float64, generator=generator)
     geometry = {"stride": spec.stride, "residual": spec.residual}
 
     def gradients(function, dtype, **options):
