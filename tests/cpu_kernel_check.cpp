@@ -172,7 +172,9 @@ std::vector<double> depthwise(const BlockArgs<S>& a, int64_t n) {
           sum += e[ih * s.width + iw] *
                  double(a.w_depthwise[(c / kPanel * s.taps() + k) * kPanel + c % kPanel]);
         }
-        d[(c * oh + h) * ow + w] = value(rounded<S>(activated(sum, s.activation) * gate));
+        const double v = activated(sum, s.activation);
+        // What is kept is rounded before the gate, too, as eager rounds it.
+        d[(c * oh + h) * ow + w] = value(rounded<S>((a.kept ? value(rounded<S>(v)) : v) * gate));
       }
   }
   return d;
