@@ -2,9 +2,9 @@
 
 ``python examples/segmentation_1080p.py`` enlarges one of scikit-learn's photographs, runs segmentation_models_pytorch's
 Unet on it, eager channels_last and fused, checks the logits against float64, times both in turns and meters the peak of
-their activations: of the whole model, and of its encoder alone. ``fuse`` changes the encoder only; a decoder that works
-at full resolution, as Unet's does, needs what it needed before. The weights are random, their statistics fitted to
-photographs: the masks show that eager and fused agree, and mean nothing else.
+their activations: of the whole model, and of its encoder alone. ``fuse`` finds no block in Unet's decoder, which works
+at full resolution and needs what it needed before. The weights are random, their statistics fitted to photographs: the
+masks show that eager and fused agree, and mean nothing else.
 
 Needs ``pip install 'mnv2_fused[demo]' segmentation-models-pytorch``; without the latter, ``--model lraspp`` has
 torchvision's LR-ASPP head (MobileNetV3 paper, arXiv 1905.02244, section 6.4) on torchvision's MobileNetV2.
@@ -234,7 +234,7 @@ def main() -> int:
         print(f"{part:<13}  {ms[0]:>8.0f}  {ms[1]:>8.0f}  {faster:>6}  {mb[0]:>8.1f}  {mb[1]:>8.1f}  {less:>6}")
     print(f"the encoder's MB contain the {found.returned / 1e6:.1f} MB that it hands over to the decoder")
     if found.peaks[WHOLE][FUSED] > found.peaks[ENCODER][FUSED]:
-        print("the decoder, which stays as it was, now makes the peak of the whole model")
+        print("the peak of the whole model is now in the decoder")
     draw(photograph, found, title, args.output)
     print(f"picture: {args.output}")
     return 0
