@@ -191,6 +191,20 @@ def test_the_share_of_expanded_tensors():
     assert found.expanded_share == pytest.approx(0.84, abs=0.005)
 
 
+@pytest.mark.parametrize(
+    "channels, share",
+    [
+        ((4, 8, 4), 2 * 8 / (2 * 8 + 4)),
+        ((8, 8, 4), 8 / (2 * 8 + 4)),  # the first 1x1 expands nothing
+        ((4, 8, 8), 0),  # and here none is projected back: MobileNetV1
+    ],
+)
+def test_which_tensors_are_expanded(channels, share):
+    first, hidden, last = channels
+    layers = [nn.Conv2d(first, hidden, 1), nn.ReLU(), depthwise(hidden), nn.ReLU(), nn.Conv2d(hidden, last, 1)]
+    assert cost(nn.Sequential(*layers), (1, first, 6, 6)).expanded_share == share
+
+
 @needs_kernels
 @pytest.mark.parametrize("batch, size", [(1, (224, 224)), (2, (97, 161))])
 def test_fused_blocks_make_their_output_alone(batch, size):
