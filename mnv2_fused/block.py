@@ -36,7 +36,7 @@ from .triton_plan import TritonPlan
 ACTIVATIONS = ("relu6", "relu", "identity", "hardswish", "silu")  # in the order of csrc/block.h
 GATES = ("hardsigmoid", "sigmoid")  # of squeeze-and-excite, the same
 
-_TORCH_ACTIVATIONS = {
+TORCH_ACTIVATIONS = {
     "relu6": F.relu6,
     "relu": F.relu,
     "identity": lambda t: t,
@@ -378,7 +378,7 @@ def inverted_residual_reference(
 
 def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """The reference on weights of ``x``'s dtype that are known to be of ``spec``."""
-    act = _TORCH_ACTIVATIONS[spec.activation]
+    act = TORCH_ACTIVATIONS[spec.activation]
     expanded = x if w.w_expand is None else act(F.conv2d(x, w.w_expand, w.b_expand))
     left, right, top, bottom = spec.padding_of(*x.shape[2:])
     if left == right and top == bottom:
@@ -392,9 +392,9 @@ def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     )
     if w.w_squeeze is not None:
         squeezed = F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze)
-        squeezed = _TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
-        d = d * _TORCH_ACTIVATIONS[spec.gate](F.conv2d(squeezed, w.w_excite, w.b_excite))
-    y = _TORCH_ACTIVATIONS[spec.out_activation](F.conv2d(d, w.w_project, w.b_project))
+        squeezed = TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
+        d = d * TORCH_ACTIVATIONS[spec.gate](F.conv2d(squeezed, w.w_excite, w.b_excite))
+    y = TORCH_ACTIVATIONS[spec.out_activation](F.conv2d(d, w.w_project, w.b_project))
     return y + x if spec.residual else y
 
 

@@ -143,8 +143,12 @@ def _why_modules(token: int) -> str | None:
 class FusedBlock(nn.Module):
     """What every fused block is, whatever family it comes from: in eval one kernel on weights that follow its modules.
 
-    A subclass says what is inside (:meth:`_read`) and how the ordinary modules run (:meth:`_forward_modules`).
+    A subclass says what is inside (``_read``, which may raise Unfusable) and how the ordinary modules run
+    (``_forward_modules``).
     """
+
+    _read: Callable[[], Parts]
+    _forward_modules: Callable[[Tensor], Tensor]
 
     def _start(self, backend: str, recompute: bool) -> None:
         if backend not in ops.BACKENDS:
@@ -157,12 +161,6 @@ class FusedBlock(nn.Module):
         if self._objection is not None:
             raise ValueError(f"{self._objection}; leave this block unfused")
         self._reset_cache()
-
-    def _read(self) -> Parts:
-        raise NotImplementedError
-
-    def _forward_modules(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _inside(self) -> list[nn.Module]:
         """The modules that a kernel stands in for."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import _TORCH_ACTIVATIONS, BlockSpec
+from .block import TORCH_ACTIVATIONS, BlockSpec
 
 
 def unfolded(
@@ -40,10 +40,10 @@ def unfolded(
             y = _of_batch(y, norm[0], norm[1], e, None if norms is None else norms[i])
         elif norm[2] is not None:
             y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], training=False, eps=e)
-        y = _TORCH_ACTIVATIONS[spec.activation if i < len(eps) - 1 else spec.out_activation](y)
+        y = TORCH_ACTIVATIONS[spec.activation if i < len(eps) - 1 else spec.out_activation](y)
         if squeeze and i == len(eps) - 2:
-            s = _TORCH_ACTIVATIONS[spec.squeeze_activation](F.conv2d(y.mean((2, 3), keepdim=True), *squeeze[:2]))
-            y = y * _TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, *squeeze[2:]))
+            s = TORCH_ACTIVATIONS[spec.squeeze_activation](F.conv2d(y.mean((2, 3), keepdim=True), *squeeze[:2]))
+            y = y * TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, *squeeze[2:]))
     return y + x if spec.residual else y
 
 

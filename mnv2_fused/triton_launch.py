@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from . import ops, triton_tune
-from .block import _TORCH_ACTIVATIONS, BlockSpec, check_input
+from .block import TORCH_ACTIVATIONS, BlockSpec, check_input
 from .fold import PANEL, PackedWeights
 from .gpus import H200, Gpu
 from .triton_kernels import add_splits_kernel, inverted_residual_kernel, pool_kernel
@@ -180,9 +180,9 @@ def _gate(
 
     pooled = sums.sum(1) / (out_size[0] * out_size[1])
     squeezed = product(pooled, packed.w_squeeze, packed.b_squeeze, spec.squeeze_channels)
-    squeezed = _TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
+    squeezed = TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
     excited = product(squeezed, packed.w_excite, packed.b_excite, spec.hidden_channels)
-    return _TORCH_ACTIVATIONS[spec.gate](excited).contiguous()
+    return TORCH_ACTIVATIONS[spec.gate](excited).contiguous()
 
 
 def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, y: Tensor, tf32: bool) -> None:
