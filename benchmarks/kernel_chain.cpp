@@ -123,7 +123,8 @@ std::vector<Layer<S>> network(const Machine& machine) {
     }
   for (const auto& [in, out, pool] : {std::array<int64_t, 3>{320, 1280, 1}, {1280, 1000, 0}}) {
     Layer<S> l;
-    l.pointwise = {1, pool ? size : 1, pool ? size : 1, in, out, pool != 0, pool != 0};
+    const Activation activation = pool ? Activation::kRelu6 : Activation::kIdentity;
+    l.pointwise = {1, pool ? size : 1, pool ? size : 1, in, out, activation, pool != 0};
     l.w_expand = random<S>(l.pointwise.panels() * in * kPanel, 0.1f);
     l.b_expand.assign(l.pointwise.panels() * kPanel, 0.f);
     l.multiply_adds = double(in * out * l.pointwise.height * l.pointwise.width);

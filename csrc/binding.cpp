@@ -62,26 +62,11 @@ ActivationView activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
 }
 
-namespace {
-void check(const BlockShape& s, const Sizes& x, std::string why = "") {
-  if (why.empty()) why = unsupported(s);
+void check(const BlockShape& s, const Sizes& x) {
+  const bool no_image = s.expand == Expand::kStem && (x[2] < 1 || x[3] < 1);
+  const std::string why = no_image ? "height and width must be at least 1" : unsupported(s);
   if (!why.empty())
     fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
-}
-}  // namespace
-
-BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expand, int64_t stride,
-                       bool residual) {
-  BlockShape s{x[0], x[2], x[3], x[1], hidden, out, stride, expand, residual};
-  const bool stem = expand == Expand::kStem;
-  if (stem) {
-    s.image_height = x[2];
-    s.image_width = x[3];
-    s.height = (x[2] - 1) / kStemStride + 1;
-    s.width = (x[3] - 1) / kStemStride + 1;
-  }
-  check(s, x, stem && (x[2] < 1 || x[3] < 1) ? "height and width must be at least 1" : "");
-  return s;
 }
 
 template <class S>
@@ -136,8 +121,8 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bo
   return s;
 }
 
-PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool pool) {
-  const PointwiseShape s{x[0], x[2], x[3], x[1], out, relu6, pool};
+PointwiseShape pointwise_shape(const Sizes& x, int64_t out, Activation activation, bool pool) {
+  const PointwiseShape s{x[0], x[2], x[3], x[1], out, activation, pool};
   if (s.height < 1 || s.width < 1 || s.in_channels < 1)
     fail("sizes must be at least 1, got x ", to_string(x));
   if (out < 1) fail("out_channels must be at least 1, got ", out);
@@ -203,7 +188,7 @@ void compute_gate(const BlockShape& s, const Plan& plan, const BlockPointers& w,
   // Images as the pixels of one.
   const auto product = [&](const T* x, int64_t in, int64_t pitch, const void* weight,
                            const void* bias, int64_t out, T* y) {
-    run_pointwise<T>({1, s.batch, 1, in, out, false, false},
+    run_pointwise<T>({1, s.batch, 1, in, out, Activation::kIdentity, false},
                      {{1, in, s.batch, 1}, {0, 1, pitch, 0}, x}, weight, bias, y, y);
   };
   product(mean, s.hidden_channels, hidden, w.w_squeeze, w.b_squeeze, s.squeeze_channels, squeezed);
@@ -213,21 +198,22 @@ void compute_gate(const BlockShape& s, const Plan& plan, const BlockPointers& w,
   kernels.gate(gate, s.batch * s.hidden_channels, s.gate);
 }
 
-}  // namespace
-
-int64_t scratch_bytes(const Plan& plan) {
+// Bytes of scratch that all workers of a plan need together.
+int64_t workers_bytes(const Plan& plan) {
   return slice_bytes(plan) * plan.workers + plan.partial_bytes;
 }
 
+// And what a block with a squeeze-and-excite needs behind it.
 template <class S>
-int64_t squeeze_bytes(const BlockShape& shape, const Plan& plan) {
-  if (shape.squeeze_channels == 0) return 0;
-  return 256 + SqueezeMemory(shape, plan, sizeof(Compute<S>), sizeof(S)).total();
+int64_t part_bytes(const BlockShape& shape, const Plan& plan) {
+  if (shape.squeeze_channels == 0) return workers_bytes(plan);
+  return workers_bytes(plan) + 256 +
+         SqueezeMemory(shape, plan, sizeof(Compute<S>), sizeof(S)).total();
 }
 
 template <class S>
-void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& x,
-               const BlockPointers& w, S* y, void* scratch, Next next) {
+void run_part(const BlockShape& shape, const Plan& plan, const ActivationView& x,
+              const BlockPointers& w, S* y, void* scratch, Next next) {
   using T = Compute<S>;
   const cpu::Kernels<S>& kernels = cpu::kernels<S>(cpu::active());
   const int64_t slice = slice_bytes(plan) / int64_t{sizeof(T)};
@@ -255,7 +241,7 @@ void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& 
   };
   if (shape.squeeze_channels > 0) {
     const SqueezeMemory memory(shape, plan, sizeof(T), sizeof(S));
-    char* at = static_cast<char*>(scratch) + round_up(scratch_bytes(plan), 256);
+    char* at = static_cast<char*>(scratch) + round_up(workers_bytes(plan), 256);
     const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
     char* const kept = take(memory.kept);
     args.kept = plan.keeps ? reinterpret_cast<S*>(kept) : nullptr;
@@ -275,6 +261,27 @@ void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& 
   torch::stable::parallel_for(0, rows, ceil_div(rows, plan.workers), [&](int64_t row, int64_t end) {
     for (; row < end; ++row) kernels.add_row(args, plan, row);
   });
+}
+
+}  // namespace
+
+template <class S>
+int64_t scratch_bytes(const BlockRun& run) {
+  const int64_t rest = run.rest.batch > 0 ? part_bytes<S>(run.rest, run.rest_plan) : 0;
+  return std::max(part_bytes<S>(run.part, run.plan), rest);
+}
+
+template <class S>
+void run_block(const BlockRun& run, ActivationView x, const BlockPointers& w, S* y, void* scratch,
+               Next next) {
+  for (int64_t left = run.batch; left > 0; left -= run.part.batch) {
+    const bool whole = left >= run.part.batch;
+    const BlockShape& shape = whole ? run.part : run.rest;
+    run_part(shape, whole ? run.plan : run.rest_plan, x, w, y, scratch,
+             left <= run.part.batch ? next : Next{});
+    x.data = static_cast<const S*>(x.data) + shape.batch * x.strides[0];
+    y += shape.out_elements();
+  }
 }
 
 template <class S>
@@ -303,14 +310,14 @@ void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const v
             [&](int64_t task, int64_t) { kernels.run_pointwise(args, task); });
 }
 
-#define MNV2_INSTANTIATE(S)                                                                 \
-  template Machine current_machine<S>();                                                    \
-  template int64_t squeeze_bytes<S>(const BlockShape&, const Plan&);                        \
-  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool,      \
-                                     const Options&);                                       \
-  template void run_block<S>(const BlockShape&, const Plan&, const ActivationView&,         \
-                             const BlockPointers&, S*, void*, Next);                        \
-  template void run_pointwise<S>(const PointwiseShape&, const ActivationView&, const void*, \
+#define MNV2_INSTANTIATE(S)                                                                    \
+  template Machine current_machine<S>();                                                       \
+  template int64_t scratch_bytes<S>(const BlockRun&);                                          \
+  template BlockShape block_shape<S>(const Sizes&, const BlockTensors&, int64_t, bool,         \
+                                     const Options&);                                          \
+  template void run_block<S>(const BlockRun&, ActivationView, const BlockPointers&, S*, void*, \
+                             Next);                                                            \
+  template void run_pointwise<S>(const PointwiseShape&, const ActivationView&, const void*,    \
                                  const void*, S*, Compute<S>*, Next);
 MNV2_INSTANTIATE(float)
 MNV2_INSTANTIATE(double)

@@ -26,15 +26,14 @@ struct BlockPointers {
   const void *w_squeeze = nullptr, *b_squeeze = nullptr, *w_excite = nullptr, *b_excite = nullptr;
 };
 
-// A block on x, of so many channels. Fails, naming value and limit, where no kernel takes it.
-BlockShape block_shape(const Sizes& x, int64_t hidden, int64_t out, Expand expand, int64_t stride,
-                       bool residual);
+// Fails, naming value and limit, where no kernel takes a block on x.
+void check(const BlockShape& shape, const Sizes& x);
 // The one whose geometry the packed weights carry. Fails where they are not of S's dtypes, or disagree
 // with each other or with x.
 template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
                        const Options& options);
-PointwiseShape pointwise_shape(const Sizes& x, int64_t out, bool relu6, bool pool);
+PointwiseShape pointwise_shape(const Sizes& x, int64_t out, Activation activation, bool pool);
 
 // Torch's names for S = float, double and BFloat16.
 template <class S>
@@ -48,11 +47,27 @@ Machine current_machine();
 // make_plan, searched once per shape and machine.
 Plan cached_plan(const BlockShape& shape, const Machine& machine);
 
-// Bytes of scratch that all workers of a plan need together.
-int64_t scratch_bytes(const Plan& plan);
-// And what a block with a squeeze-and-excite needs behind it.
+// How a batch of a block's images runs: at once, or with a squeeze-and-excite as many at a time as keep
+// near what it keeps of them.
+struct BlockRun {
+  BlockShape part, rest;  // rest: images that are left, 0 where the parts divide the batch
+  Plan plan, rest_plan;
+  int64_t batch;
+
+  BlockRun() = default;
+  // plan_of(shape): the plan for as many images.
+  template <class F>
+  BlockRun(const BlockShape& shape, const Machine& machine, F plan_of)
+      : part(shape), rest(shape), plan{}, rest_plan{}, batch(shape.batch) {
+    if (shape.squeeze_channels > 0 && batch > 0) part.batch = squeezed_together(shape, machine);
+    rest.batch = batch > 0 ? batch % part.batch : 0;
+    plan = plan_of(part);
+    if (rest.batch > 0) rest_plan = plan_of(rest);
+  }
+};
+// Bytes of scratch that it needs.
 template <class S>
-int64_t squeeze_bytes(const BlockShape& shape, const Plan& plan);
+int64_t scratch_bytes(const BlockRun& run);
 
 // Memory that the layer after this one reads first: fetched into L2 meanwhile.
 struct Next {
@@ -60,10 +75,9 @@ struct Next {
   int64_t bytes = 0;
 };
 
-// scratch: scratch_bytes and squeeze_bytes of it.
 template <class S>
-void run_block(const BlockShape& shape, const Plan& plan, const ActivationView& x,
-               const BlockPointers& w, S* y, void* scratch, Next next = {});
+void run_block(const BlockRun& run, ActivationView x, const BlockPointers& w, S* y, void* scratch,
+               Next next = {});
 // sums: [N, C_out] of a pooled layer where S is narrower than its sums, else unused.
 template <class S>
 void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const void* weight,

@@ -58,6 +58,7 @@ struct BlockShape {
   int64_t kernel = 3, dilation = 1;
   int64_t pad_left = 1, pad_right = 1, pad_top = 1, pad_bottom = 1;
   Activation activation = Activation::kRelu6;  // of the expansion and the depthwise convolution
+  Activation stem_activation = Activation::kRelu6;  // of the expansion, if that is a stem
   Activation out_activation = Activation::kIdentity;
   int64_t squeeze_channels = 0;  // of a squeeze-and-excite; 0 without one
   Activation squeeze_activation = Activation::kRelu;
@@ -107,12 +108,13 @@ struct BlockArgs {
   T* pooled = nullptr;      // [N, H', tiles across, E/16 * 16], d's sums over each tile's rows
 };
 
-// 1x1 convolution -> ReLU6 (-> mean over the pixels when pool): the head of the network. Without
-// the ReLU6, over images as pixels: its classifier.
+// 1x1 convolution -> activation (-> mean over the pixels when pool): the head of the network. Over
+// images as pixels: a layer of its classifier.
 struct PointwiseShape {
   int64_t batch, height, width;
   int64_t in_channels, out_channels;
-  bool relu6, pool;
+  Activation activation;
+  bool pool;
 
   int64_t panels() const { return ceil_div(out_channels, kPanel); }
 };

@@ -98,31 +98,14 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                                  data(w.b_depthwise), data(w.w_project), data(w.b_project),
                                  data(w.w_squeeze),   data(w.b_squeeze), data(w.w_excite),
                                  data(w.b_excite)};
-    const auto plan_of = [&](const BlockShape& s) {
+    const BlockRun run(shape, machine, [&](const BlockShape& s) {
       return forced.empty() ? cached_plan(s, machine)
                             : make_plan(s, machine, forced[0], forced[1], forced[2], forced[3]);
-    };
-    // What a squeeze-and-excite keeps of its images stays near as long as they are few.
-    BlockShape part = shape;
-    if (shape.squeeze_channels > 0) part.batch = squeezed_together(shape, machine);
-    const Plan plan = plan_of(part);
-    const int64_t bytes = scratch_bytes(plan) + squeeze_bytes<S>(part, plan);
-    Tensor scratch = buffer(bytes);
-    ActivationView in = activation_of(source);
+    });
+    const Tensor scratch = buffer(scratch_bytes<S>(run));
     const Tensor result = empty(y_sizes, kStored, true);
-    S* out = static_cast<S*>(result.mutable_data_ptr());
-    run_block(part, plan, in, pointers, out, scratch.mutable_data_ptr());
-    for (int64_t done = part.batch; done < shape.batch; done += part.batch) {
-      in.data = static_cast<const S*>(in.data) + part.batch * in.strides[0];
-      out += part.out_elements();
-      Plan rest = plan;
-      if (shape.batch - done < part.batch) {
-        part.batch = shape.batch - done;
-        rest = plan_of(part);
-        scratch = buffer(scratch_bytes(rest) + squeeze_bytes<S>(part, rest));
-      }
-      run_block(part, rest, in, pointers, out, scratch.mutable_data_ptr());
-    }
+    run_block(run, activation_of(source), pointers, static_cast<S*>(result.mutable_data_ptr()),
+              scratch.mutable_data_ptr());
     if (type == kStored && channels_last) return result;
     Tensor y = empty(y_sizes, type, channels_last);
     return torch::stable::copy_(y, result);
@@ -138,45 +121,90 @@ enum LayerKind : int64_t {
   kPooled,
   kLinear
 };
-// What it tells of each layer: kind, C_in, E (of a block), C_out, stride, residual.
-constexpr size_t kValues = 6;
+// What it tells of each layer: kind, C_in, E (of a block), C_out, stride, residual, and the number of
+// values that follow. None do where the rest is MobileNetV2's, else a block's further ones, or the
+// activation of another layer.
+constexpr size_t kValues = 7, kBlockValues = 12;
 
 struct Layer {
   LayerKind kind;
   BlockShape block;
-  Plan plan;
+  BlockRun run;  // of the block
   PointwiseShape pointwise;
   Sizes y;
-  const char* weights[6];  // in the order of the layer's packed tensors, at its end none
-  int64_t first_bytes;     // of the weights that a kernel reads first
+  const char* weights[10];  // in the order of the layer's packed tensors, at its end none
+  int64_t first_bytes;      // of the weights that a kernel reads first
 
   bool is_block() const { return kind < kPointwise; }
   int64_t y_elements() const { return y[0] * y[1] * y[2] * y[3]; }
-  // Without an expansion there are two tensors less.
   BlockPointers pointers() const {
-    const char* const* const w = weights;
-    if (kind == kBlockWithoutExpand) return {nullptr, nullptr, w[0], w[1], w[2], w[3]};
-    return {w[0], w[1], w[2], w[3], w[4], w[5]};
+    const char* const* w = weights;
+    BlockPointers p{};
+    if (kind != kBlockWithoutExpand) {
+      p.w_expand = *w++;
+      p.b_expand = *w++;
+    }
+    for (const void** at : {&p.w_depthwise, &p.b_depthwise, &p.w_project, &p.b_project}) *at = *w++;
+    if (block.squeeze_channels > 0)
+      for (const void** at : {&p.w_squeeze, &p.b_squeeze, &p.w_excite, &p.b_excite}) *at = *w++;
+    return p;
   }
 };
 
-Layer make_layer(const int64_t* values, const Sizes& x) {
-  const int64_t in = values[1], hidden = values[2], out = values[3], stride = values[4];
-  const bool residual = values[5] != 0;
+// The padding that TensorFlow calls SAME, before and behind.
+void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& before,
+                       int64_t& behind) {
+  const int64_t total = std::max<int64_t>((ceil_div(size, stride) - 1) * stride + extent - size, 0);
+  before = total / 2;
+  behind = total - before;
+}
+
+// Kernel, dilation, padding left, right, top, bottom (-1: as TensorFlow's SAME), activation, of the
+// output, channels of a squeeze-and-excite, its activation and gate, activation of a stem.
+void set_further(BlockShape& s, const int64_t* values) {
+  s.kernel = values[0];
+  if (s.kernel != 3 && s.kernel != 5) fail("kernel must be 3 or 5, got ", s.kernel);
+  s.squeeze_channels = values[8];
+  s.stem_activation = Activation(check_kind("stem activation", values[11], kActivations));
+  const bool same = values[2] == -1;
+  set_options(s, {values[1], same ? IntHeaderOnlyArrayRef() : IntHeaderOnlyArrayRef(values + 2, 4),
+                  values[6], values[7], values[9], values[10]});
+  if (!same || s.stride < 1 || s.dilation < 1) return;  // which the check names
+  pad_as_tensorflow(s.width, s.extent(), s.stride, s.pad_left, s.pad_right);
+  pad_as_tensorflow(s.height, s.extent(), s.stride, s.pad_top, s.pad_bottom);
+}
+
+// further: values[6] values.
+Layer make_layer(const int64_t* values, const int64_t* further, const Sizes& x) {
+  const int64_t in = values[1], out = values[3];
   if (values[0] < 0 || values[0] > kLinear) fail("layer kind must be 0 to 5, got ", values[0]);
   if (x[1] != in) fail("x must have ", in, " channels, got ", x[1], " in ", to_string(x));
   Layer l{};
   l.kind = LayerKind(values[0]);
+  const int64_t most = l.is_block() ? kBlockValues : 1;
+  if (values[6] != 0 && values[6] != most)
+    fail("a layer of kind ", values[0], " must have 0 or ", most, " further values, got ",
+         values[6]);
   if (l.is_block()) {
-    const Expand expand = l.kind == kBlockWithoutExpand ? Expand::kNone
-                          : l.kind == kBlock            ? Expand::kPointwise
-                                                        : Expand::kStem;
-    l.block = block_shape(x, hidden, out, expand, stride, residual);
-    l.y = {x[0], out, l.block.out_height(), l.block.out_width()};
+    BlockShape& s = l.block;
+    s = {x[0], x[2], x[3], in, values[2], out, values[4], Expand::kPointwise, values[5] != 0};
+    if (l.kind == kBlockWithoutExpand) s.expand = Expand::kNone;
+    if (l.kind == kStemAndBlock) {
+      s.expand = Expand::kStem;
+      s.image_height = x[2];
+      s.image_width = x[3];
+      s.height = (x[2] - 1) / kStemStride + 1;
+      s.width = (x[3] - 1) / kStemStride + 1;
+    }
+    if (values[6] > 0) set_further(s, further);
+    check(s, x);
+    l.y = {x[0], out, s.out_height(), s.out_width()};
   } else {
     if (l.kind == kLinear && (x[2] != 1 || x[3] != 1))
       fail("a linear layer takes one pixel an image, got ", to_string(x));
-    l.pointwise = pointwise_shape(x, out, l.kind != kLinear, l.kind == kPooled);
+    Activation activation = l.kind == kLinear ? Activation::kIdentity : Activation::kRelu6;
+    if (values[6] > 0) activation = Activation(check_kind("activation", *further, kActivations));
+    l.pointwise = pointwise_shape(x, out, activation, l.kind == kPooled);
     // The images of a linear layer are the pixels of one.
     if (l.kind == kLinear) std::swap(l.pointwise.batch, l.pointwise.height);
     l.y = {x[0], out, l.kind == kPooled ? 1 : x[2], l.kind == kPooled ? 1 : x[3]};
@@ -213,11 +241,18 @@ class Weights {
       take(panels * panel);
       take(panels * kPanel * kSum);
     }
-    take(panels * 9 * kPanel * kSum);
+    const int64_t taps = s.taps() * kPanel * kSum;
+    take(panels * taps);
     take(panels * kPanel * kSum);
     take(ceil_div(s.out_channels, kPanel) * s.hidden_channels * kPanel * kStored);
     take(s.out_channels * kSum);
-    l.first_bytes = l.plan.group / kPanel * (s.expand == Expand::kNone ? 9 * kPanel * kSum : panel);
+    if (s.squeeze_channels > 0) {
+      take(s.squeeze_panels() * s.hidden_channels * kPanel * kSum);
+      take(s.squeeze_panels() * kPanel * kSum);
+      take(panels * s.squeeze_channels * kPanel * kSum);
+      take(panels * kPanel * kSum);
+    }
+    l.first_bytes = l.run.plan.group / kPanel * (s.expand == Expand::kNone ? taps : panel);
   }
 
  private:
@@ -239,15 +274,13 @@ ActivationView as_pixels(const ActivationView& x) {
 // Layers in a row, by the kernels that each would run alone, in one buffer for what lies between.
 Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
                     const Tensor& weights,        // [bytes], of all layers
-                    IntHeaderOnlyArrayRef layers  // six values of each
+                    IntHeaderOnlyArrayRef layers  // seven values of each, and those that follow
 ) {
   const ScalarType type = x.scalar_type();
   return dispatch("sequence", type, type, [&]<class S>(S) {
     using T = Compute<S>;
     constexpr ScalarType kStored = type_of<S>;
-    if (layers.empty() || layers.size() % kValues != 0)
-      fail("layers must hold kind, C_in, E, C_out, stride and residual of each layer, got ",
-           layers.size(), " values");
+    if (layers.empty()) fail("layers must hold at least one layer");
     if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
         !weights.is_contiguous())
       fail(
@@ -258,11 +291,21 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     all.reserve(layers.size() / kValues);
     Sizes sizes = sizes_of(x);
     Weights packed(static_cast<const char*>(weights.const_data_ptr()));
-    for (size_t i = 0; i < layers.size(); i += kValues) {
-      Layer& l = all.emplace_back(make_layer(layers.data() + i, sizes));
-      if (l.is_block()) l.plan = cached_plan(l.block, machine);
+    for (size_t i = 0; i < layers.size();) {
+      const int64_t* const values = layers.data() + i;
+      const size_t left = layers.size() - i;
+      if (left < kValues || values[6] < 0 || size_t(values[6]) > left - kValues)
+        fail(
+            "layers must hold kind, C_in, E, C_out, stride, residual and how many values follow, "
+            "then those, of each layer; they end within layer ",
+            all.size());
+      Layer& l = all.emplace_back(make_layer(values, values + kValues, sizes));
+      if (l.is_block())
+        l.run = BlockRun(l.block, machine,
+                         [&](const BlockShape& s) { return cached_plan(s, machine); });
       packed.give<S>(l);
       sizes = l.y;
+      i += kValues + size_t(values[6]);
     }
     if (packed.size() != weights.numel())
       fail("these layers take ", packed.size(), " bytes of weights for x of this dtype, got ",
@@ -279,7 +322,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
         between = std::max(between, bytes(all[i]) + (i > 0 ? bytes(all[i - 1]) : 0));
       const int64_t sums = all[i].kind == kPooled && depth<S> > 1 ? all[i].y_elements() : 0;
       scratch = std::max(
-          scratch, all[i].is_block() ? scratch_bytes(all[i].plan) : sums * int64_t{sizeof(T)});
+          scratch, all[i].is_block() ? scratch_bytes<S>(all[i].run) : sums * int64_t{sizeof(T)});
     }
     const Tensor memory = buffer(between + scratch);
     char* const first = static_cast<char*>(memory.mutable_data_ptr());
@@ -296,7 +339,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
       const Next next =
           i + 1 < all.size() ? Next{all[i + 1].weights[0], all[i + 1].first_bytes} : Next{};
       if (l.is_block())
-        run_block(l.block, l.plan, in, l.pointers(), y, first + between, next);
+        run_block(l.run, in, l.pointers(), y, first + between, next);
       else
         run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, l.weights[0],
                       l.weights[1], y, reinterpret_cast<T*>(first + between), next);

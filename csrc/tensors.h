@@ -54,23 +54,23 @@ struct Options {
   int64_t activation, out_activation, squeeze_activation, gate;
 };
 
-// Sets what `options` and the depthwise weights [E/16, taps, 16] tell of a shape.
-inline void set_options(BlockShape& s, const Options& options, const Tensor& w_depthwise) {
-  const auto named = [](const char* name, int64_t value, int64_t count) {
-    if (value < 0 || value >= count)
-      fail(name, " must be 0 to ", count - 1, " (see mnv2_fused.block), got ", value);
-    return value;
+// An activation, or gate, by its number.
+inline int64_t check_kind(const char* name, int64_t value, int64_t count) {
+  if (value < 0 || value >= count)
+    fail(name, " must be 0 to ", count - 1, " (see mnv2_fused.block), got ", value);
+  return value;
+}
+
+// Sets what `options` tell of a shape whose kernel is known.
+inline void set_options(BlockShape& s, const Options& options) {
+  const auto activation = [](const char* name, int64_t value) {
+    return Activation(check_kind(name, value, kActivations));
   };
-  if (w_depthwise.dim() != 3 || (w_depthwise.size(1) != 9 && w_depthwise.size(1) != 25))
-    fail("w_depthwise must be [E/16, 9, 16] or [E/16, 25, 16], got ", to_string(w_depthwise),
-         "; pack weights with mnv2_fused.pack");
-  s.kernel = w_depthwise.size(1) == 25 ? 5 : 3;
   s.dilation = options.dilation;
-  s.activation = Activation(named("activation", options.activation, kActivations));
-  s.out_activation = Activation(named("out_activation", options.out_activation, kActivations));
-  s.squeeze_activation =
-      Activation(named("squeeze_activation", options.squeeze_activation, kActivations));
-  s.gate = Gate(named("gate", options.gate, kGates));
+  s.activation = activation("activation", options.activation);
+  s.out_activation = activation("out_activation", options.out_activation);
+  s.squeeze_activation = activation("squeeze_activation", options.squeeze_activation);
+  s.gate = Gate(check_kind("gate", options.gate, kGates));
   const auto& p = options.padding;
   if (!p.empty() && p.size() != 4)
     fail("padding must be [left, right, top, bottom] or empty, got ", p.size(), " values");
@@ -79,6 +79,15 @@ inline void set_options(BlockShape& s, const Options& options, const Tensor& w_d
   s.pad_right = p.empty() ? around : p[1];
   s.pad_top = p.empty() ? around : p[2];
   s.pad_bottom = p.empty() ? around : p[3];
+}
+
+// The same, with the kernel of depthwise weights [E/16, taps, 16].
+inline void set_options(BlockShape& s, const Options& options, const Tensor& w_depthwise) {
+  if (w_depthwise.dim() != 3 || (w_depthwise.size(1) != 9 && w_depthwise.size(1) != 25))
+    fail("w_depthwise must be [E/16, 9, 16] or [E/16, 25, 16], got ", to_string(w_depthwise),
+         "; pack weights with mnv2_fused.pack");
+  s.kernel = w_depthwise.size(1) == 25 ? 5 : 3;
+  set_options(s, options);
 }
 
 // Fails unless x has four dimensions.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import layers, ops
 from .block import BlockSpec
 from .families import Family, family_of, inline_blocks, parts_of, read_mobilenet_v2
+from .models import FusedMobileNet, MobileNet
 from .module import FusedBlock, FusedInPlace, FusedInvertedResidual, fuse_in_place, kernel_for
 from .ops import LayerKind
 from .plan import plan
@@ -85,7 +86,7 @@ def fuse(
     model = _replace(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
     _run_whole_sequences(model)
     # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
-    return model._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    return model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -102,7 +103,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         if isinstance(module, RunsFused):
             vars(module).pop("_prepared", None)
-            module.__class__ = next(c for c in type(module).__mro__ if not c.__module__.startswith(f"{__package__}."))
+            module.__class__ = next(c for c in type(module).__mro__ if not issubclass(c, RunsFused))
     return model
 
 
@@ -203,7 +204,7 @@ def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Ite
     for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
         for layer in sequence.layers_now():
             first, last = layer.modules[0], layer.modules[-1]
-            module = next(m for m in (first, last) if m in names)
+            module = layer.linear or first
             if layer.kind not in _LAYERS or module in seen:
                 continue
             seen.add(module)
@@ -219,7 +220,7 @@ def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
     height, width = shape[2:]
     conv = layer.modules[0][0] if isinstance(layer.modules[0], nn.Sequential) else None
     if layer.kind is LayerKind.POOLED:
-        height, width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
+        height, width = spec.out_size(height, width)
     if conv is None or layer.kind is LayerKind.POINTWISE:
         return 0
     return conv.out_channels * height * width * conv.weight.dtype.itemsize
@@ -285,19 +286,19 @@ def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _run_whole_sequences(model: nn.Module) -> None:
-    """Lets each Sequential that holds fused blocks, and torchvision's whole model, run them in one call.
+    """Lets each Sequential that holds fused blocks, and whole networks of known classes, run them in one call.
 
     The instances stay, with all that refers to them; they become instances of a subclass of what they were.
     """
-    for module in model.modules():
-        if type(module) is nn.Sequential and any(isinstance(m, FusedBlock) for m in module):
+    for module in reversed(list(model.modules())):  # children first
+        if type(module) is nn.Sequential and any(isinstance(m, FusedBlock | FusedSequential) for m in module):
             module.__class__ = FusedSequential
-    torchvision_models = [m for m in model.modules() if type(m).__name__ == "MobileNetV2"]
-    if torchvision_models and "torchvision" in sys.modules:
-        from . import torchvision_model
+        elif type(module).__module__.startswith("torchvision.models.") and "torchvision" in sys.modules:
+            from . import torchvision_model
 
-        for module in filter(torchvision_model.takes, torchvision_models):
-            module.__class__ = torchvision_model.MobileNetV2
+            torchvision_model.run_whole(module)
+        elif type(module) is MobileNet and "forward" not in vars(module):
+            module.__class__ = FusedMobileNet
 
 
 def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedBlock:

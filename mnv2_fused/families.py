@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import layers
 from .layers import Parts, Unfusable, read_chain
 from .module import FusedInPlace, Reader
+from .sequence import FusedSequential
 
 
 class Family(NamedTuple):
@@ -149,8 +150,8 @@ def _of_conv_module(module: nn.Module) -> list[nn.Module | None]:
 
 
 def read_mobilenet_v3(block: nn.Module) -> Parts:
-    """torchvision's MobileNetV3 ``InvertedResidual``."""
-    _require_type(block, "torchvision.models.mobilenetv3.InvertedResidual")
+    """torchvision's MobileNetV3 ``InvertedResidual``, and this project's ``InvertedResidualV3``."""
+    _require_type(block, "torchvision.models.mobilenetv3.InvertedResidual", f"{__package__}.models.InvertedResidualV3")
     _require_children(block, "block")
     return read_chain([block.block], residual=_flag(block, "use_res_connect"))
 
@@ -256,7 +257,7 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 
 def inline_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, depthwise convolution) of blocks whose layers lie among others' in one Sequential."""
-    if not layers.is_plain(module):
+    if not (layers.is_plain(module) or type(module) is FusedSequential):
         return
     children = [(name, m) for name, m in module._modules.items() if m is not None]
     for (name, child), (_, norm), (_, act), (_, project) in zip(*(children[i:] for i in range(4)), strict=False):
@@ -272,6 +273,7 @@ _SEQUENTIAL = Family(read_sequential)
 _FAMILIES = (
     ("InvertedResidual", "conv", Family(read_mobilenet_v2)),
     ("InvertedResidual", "block", Family(read_mobilenet_v3)),
+    ("InvertedResidualV3", "block", Family(read_mobilenet_v3)),
     ("InvertedResidual", "conv_pwl", Family(read_timm)),
     ("DepthwiseSeparableConv", "conv_pw", Family(read_timm)),
     ("_InvertedResidual", "layers", Family(read_mnasnet)),

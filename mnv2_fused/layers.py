@@ -63,6 +63,7 @@ _GATES = {
 # The two products, what is between them and the gate, by a squeeze-and-excite's type.
 _SQUEEZES = {
     "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
+    f"{__package__}.models.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
     "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "conv_expand", "act1", "gate"),
 }
 _TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
@@ -103,7 +104,7 @@ def read_chain(
         elif activations[-1]:
             raise Unfusable(f"its layers are not {_LAYOUT}: there is a {name} where none belongs")
         elif name in _ACTIVATIONS or stages[-1][1] is not None:
-            activations[-1] = _activation(module)
+            activations[-1] = activation_of(module)
         else:
             stages[-1] = stages[-1][0], module
             activations[-1] = _timm_activation(module) if _is_timm_norm(module) else ""
@@ -160,7 +161,8 @@ def _first(objections: Iterator[str]) -> None:
         raise Unfusable(reason)
 
 
-def _activation(module: nn.Module, names: dict[str, str] = _ACTIVATIONS) -> str:
+def activation_of(module: nn.Module, names: dict[str, str] = _ACTIVATIONS) -> str:
+    """What the fused ops call it. Raises :class:`Unfusable` for one that they do not compute."""
     name = full_name(module)
     if name not in names:
         raise Unfusable(f"its activation is {name}, the fused op computes {', '.join(dict.fromkeys(names.values()))}")
@@ -176,7 +178,7 @@ def _is_timm_norm(module: nn.Module) -> bool:
 def _timm_activation(norm: nn.Module) -> str:
     if type(norm._modules.get("drop", nn.Identity())) not in (nn.Identity, type(None)):
         raise Unfusable(f"its {type(norm).__name__} has a {full_name(norm.drop)} before the activation")
-    return _activation(norm.act) if "act" in norm._modules else ""
+    return activation_of(norm.act) if "act" in norm._modules else ""
 
 
 def _norm_objections(norm: nn.Module) -> Iterator[str]:
@@ -219,8 +221,8 @@ def _read_squeeze(module: nn.Module, hidden: int) -> tuple[tuple[nn.Conv2d, nn.C
         raise Unfusable(f"its squeeze-and-excite pools by {pool}, the fused op takes the mean")
     return products, {
         "squeeze_channels": channels,
-        "squeeze_activation": _activation(module._modules[between]),
-        "gate": _activation(module._modules[gate], _GATES),
+        "squeeze_activation": activation_of(module._modules[between]),
+        "gate": activation_of(module._modules[gate], _GATES),
     }
 
 
@@ -256,10 +258,10 @@ def conv_objections(layer: nn.Module, name: str) -> Iterator[str]:
         return
     conv, norm, activation = layer._modules.values()
     yield from _conv_objections(conv, name)
-    if full_name(activation) != "torch.nn.modules.activation.ReLU6":
-        yield f"its activation is {full_name(activation)}, the fused op computes ReLU6"
-    elif (activation.min_val, activation.max_val) != (0.0, 6.0):
-        yield f"its ReLU6 clips to {activation.min_val} ... {activation.max_val}"
+    try:
+        activation_of(activation)
+    except Unfusable as why:
+        yield str(why)
     if (reason := unfoldable(norm)) is not None:
         yield reason
     yield from _geometry_objections(name, conv)

@@ -11,17 +11,15 @@ Every model takes [N, 3, H, W], floating point, of any H and W, in the dtype of 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from .families import read_sequential
-from .layers import Parts, read_chain
+from .families import read_mobilenet_v3, read_sequential
 from .module import FusedInvertedResidual, fuse_in_place
-from .sequence import FusedSequential
+from .sequence import FusedSequential, RunsWhole
 from .testing import MOBILENET_V2_STAGES
 
 __all__ = [
@@ -175,16 +173,6 @@ class InvertedResidualV3(nn.Module):
         return x + y if self.use_res_connect else y
 
 
-def _read_v3(block: InvertedResidualV3) -> Parts:
-    """What :func:`mnv2_fused.module.fuse_in_place` runs as one kernel. Raises Unfusable."""
-    chain = [m for m in block.block if not isinstance(m, SqueezeExcitation)]
-    parts = read_chain(chain, residual=block.use_res_connect)
-    for squeeze in (m for m in block.block if isinstance(m, SqueezeExcitation)):
-        squeezed = {"squeeze_channels": squeeze.fc1.out_channels, "squeeze_activation": "relu", "gate": "hardsigmoid"}
-        parts = parts._replace(squeeze=(squeeze.fc1, squeeze.fc2), spec=dataclasses.replace(parts.spec, **squeezed))
-    return parts
-
-
 class MobileNet(nn.Module):
     """``features``, the mean over their pixels, and ``classifier``. All in channels_last."""
 
@@ -204,6 +192,14 @@ class MobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, num_classes]
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+class FusedMobileNet(RunsWhole, MobileNet):
+    """A :class:`MobileNet` that runs in one call in eval; what this module's functions return."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, num_classes]
+        y = self.run_fused(x)
+        return super().forward(x) if y is None else y
 
 
 def _check(width_mult: float, num_classes: int) -> None:
@@ -226,7 +222,7 @@ def mobilenet_v1(width_mult: float = 1.0, num_classes: int = 1000, dropout: floa
         out_channels = _make_divisible(out * width_mult)
         features.append(_separable(channels, out_channels, stride))
         channels = out_channels
-    return MobileNet(features, [nn.Dropout(dropout), nn.Linear(channels, num_classes)])
+    return FusedMobileNet(features, [nn.Dropout(dropout), nn.Linear(channels, num_classes)])
 
 
 def mobilenet_v2(width_mult: float = 1.0, num_classes: int = 1000, dropout: float = 0.2) -> MobileNet:
@@ -247,7 +243,7 @@ def mobilenet_v2(width_mult: float = 1.0, num_classes: int = 1000, dropout: floa
             channels = out_channels
     last = _make_divisible(1280 * max(1.0, width_mult))
     features.append(_conv(channels, last))
-    return MobileNet(features, [nn.Dropout(dropout), nn.Linear(last, num_classes)])
+    return FusedMobileNet(features, [nn.Dropout(dropout), nn.Linear(last, num_classes)])
 
 
 def _mobilenet_v3(rows: Iterable[_V3Row], last: int, width_mult: float, num_classes: int, dropout: float) -> MobileNet:
@@ -258,11 +254,11 @@ def _mobilenet_v3(rows: Iterable[_V3Row], last: int, width_mult: float, num_clas
     for kernel, expanded, out, squeeze, activation, stride in rows:
         hidden, out_channels = _make_divisible(expanded * width_mult), _make_divisible(out * width_mult)
         options = {"kernel": kernel, "stride": stride, "squeeze": squeeze, "activation": activation}
-        features.append(fuse_in_place(InvertedResidualV3(channels, hidden, out_channels, **options), _read_v3))
+        features.append(fuse_in_place(InvertedResidualV3(channels, hidden, out_channels, **options), read_mobilenet_v3))
         channels = out_channels
     features.append(conv(channels, 6 * channels))
     hidden = [nn.Linear(6 * channels, last), nn.Hardswish(inplace=True), nn.Dropout(dropout, inplace=True)]
-    return MobileNet(features, [*hidden, nn.Linear(last, num_classes)])
+    return FusedMobileNet(features, [*hidden, nn.Linear(last, num_classes)])
 
 
 def mobilenet_v3_large(width_mult: float = 1.0, num_classes: int = 1000, dropout: float = 0.2) -> MobileNet:

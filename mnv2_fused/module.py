@@ -341,7 +341,7 @@ class FusedBlock(nn.Module):
         """Whether a sequence may run this block in eval, as long as it watches it."""
         if self.training or self.why_modules() is not None or self._trains() or self.in_front is not None:
             return False
-        if self.spec.beyond_mobilenet_v2 is not None:
+        if layers.drops_now(self._beside):
             return False
         sources, _ = self._sources()
         dtype, device = sources[0].dtype, sources[0].device

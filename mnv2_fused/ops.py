@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -227,7 +227,10 @@ def sequence(x: Tensor, weights: Tensor, geometry: list[int]) -> Tensor:
 class LayerKind(enum.IntEnum):
     """What a layer of the op's ``layers`` is; csrc/ops.cpp has its twin.
 
-    Six values tell of each layer: kind, C_in, E (of a block), C_out, stride, residual.
+    Seven values tell of each layer: kind, C_in, E (of a block), C_out, stride, residual, and how many further ones
+    follow. None do for what MobileNetV2 has. Else a block's are kernel, dilation, padding left, right, top and bottom
+    (-1: "same"), activation, of the output, channels of a squeeze-and-excite, its activation and gate, and activation
+    of a stem; another layer's is its activation. Numbers of activations and gates are those of block.py.
     """
 
     BLOCK = 0
@@ -238,20 +241,33 @@ class LayerKind(enum.IntEnum):
     LINEAR = 5
 
 
+def split_layers(layers: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """(the first six values, further ones) of each layer of the op's ``layers``."""
+    first = 0
+    while first < len(layers):
+        end = first + 7 + layers[first + 6]
+        yield layers[first : first + 6], layers[first + 7 : end]
+        first = end
+
+
 def _sequence_fake(x, weights, layers):
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
     if weights.device != x.device:
         raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
-    n, channels, height, width = x.shape
-    for first in range(0, len(layers), 6):
-        kind, channels, stride = LayerKind(layers[first]), layers[first + 3], layers[first + 4]
-        if kind is LayerKind.STEM_AND_BLOCK:
+    n, c_out, height, width = x.shape
+    for values, further in split_layers(layers):
+        kind, _, _, c_out, stride, _ = values
+        if kind == LayerKind.STEM_AND_BLOCK:
             height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
         if kind <= LayerKind.STEM_AND_BLOCK:
-            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        if kind is LayerKind.POOLED:
+            kernel, dilation, left, right, top, bottom = further[:6] or (3, 1, 1, 1, 1, 1)
+            # SAME: as many outputs as the stride allows, whatever the kernel.
+            around = 1 if left == -1 else dilation * (kernel - 1) + 1
+            rows, columns = (0, 0) if left == -1 else (top + bottom, left + right)
+            height, width = (height + rows - around) // stride + 1, (width + columns - around) // stride + 1
+        if kind == LayerKind.POOLED:
             height = width = 1
-    shape = n, channels, height, width
+    shape = n, c_out, height, width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
+from .block import ACTIVATIONS, GATES, BlockSpec
 from .fold import fold_conv_bn, pack_conv
 from .module import FusedBlock
 from .ops import LayerKind
@@ -32,16 +33,28 @@ class Layer:
     before: nn.Module | None = None  # the child in front of them
 
     @property
+    def linear(self) -> nn.Linear | None:
+        return next((m for m in self.modules if isinstance(m, nn.Linear)), None)
+
+    @property
     def geometry(self) -> list[int]:
-        """Kind, C_in, E (of a block), C_out, stride, residual: this layer's part of the op's ``layers``."""
+        """This layer's part of the op's ``layers``; see :class:`mnv2_fused.ops.LayerKind`."""
         first, last = self.modules[0], self.modules[-1]
         if isinstance(last, FusedBlock):
-            spec = last.spec
-            in_channels = spec.in_channels if first is last else first[0].in_channels
-            return [self.kind, in_channels, spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)]
-        if isinstance(last, nn.Linear):
-            return [self.kind, last.weight.shape[1], 0, last.weight.shape[0], 1, 0]
-        return [self.kind, first[0].in_channels, 0, first[0].out_channels, 1, 0]
+            spec, stem = last.spec, None if first is last else first
+            values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
+            further = _further(spec, "relu6" if stem is None else layers.activation_of(stem[2]))
+            in_channels = spec.in_channels if stem is None else stem[0].in_channels
+            return [self.kind, in_channels, *values, len(further), *further]
+        if (linear := self.linear) is not None:
+            c_out, c_in = linear.weight.shape
+            activation = "identity" if last is linear else layers.activation_of(last)
+            usual = activation == "identity"
+        else:
+            c_in, c_out, activation = first[0].in_channels, first[0].out_channels, layers.activation_of(first[2])
+            usual = activation == "relu6"
+        further = [] if usual else [ACTIVATIONS.index(activation)]
+        return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
 
     def packed(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weights in the order in which the op takes them."""
@@ -59,6 +72,18 @@ class Layer:
                 elif isinstance(module, nn.Sequential):
                     conv, norm, _ = module
                     yield from pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
+
+
+def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
+    """A block's further values in the op's ``layers``: none where all is as in MobileNetV2."""
+    if spec.beyond_mobilenet_v2 is None and stem_activation == "relu6":
+        return []
+    padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(1, 1)
+    activation, out, squeezed, stem = map(
+        ACTIVATIONS.index, (spec.activation, spec.out_activation, spec.squeeze_activation, stem_activation)
+    )
+    gate = GATES.index(spec.gate)
+    return [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
 
 
 _ALIGNMENT = 64  # bytes, of every tensor among those joined: a cache line
@@ -89,7 +114,7 @@ def layers_of(children: list[nn.Module | None]) -> Iterator[Layer | nn.Module | 
     previous = None
     i = 0
     while i < len(children):
-        kind, count = _layer_at(children[i : i + 3], previous)
+        kind, count = _layer_at(children[i : i + 4], previous)
         previous = kind
         if kind is None:
             yield children[i]
@@ -115,11 +140,26 @@ def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tupl
             return LayerKind.POOLED, 2
         return LayerKind.POINTWISE, 1
     elif previous is LayerKind.POOLED and _is_plain(first, nn.Flatten) and (first.start_dim, first.end_dim) == (1, -1):
-        dropouts = 1 if _is_plain(second, nn.Dropout) and not second.training else 0
-        linear = rest[dropouts] if len(rest) > dropouts else None
-        if _is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear):
-            return LayerKind.LINEAR, 2 + dropouts
+        if count := _linear_at(rest):
+            return LayerKind.LINEAR, 1 + count
+    elif previous is LayerKind.LINEAR and (count := _linear_at(ahead)):
+        return LayerKind.LINEAR, count
     return None, 1
+
+
+def _linear_at(ahead: list[nn.Module | None]) -> int:
+    """How many of the next modules are [dropout,] linear layer [, activation]; 0 where they are something else."""
+    dropouts = 1 if ahead and _is_plain(ahead[0], nn.Dropout) and not ahead[0].training else 0
+    linear, activation, *_ = [*ahead[dropouts:], None, None]
+    if not (_is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear)):
+        return 0
+    if activation is None or "forward" in vars(activation) or layers.has_hooks(activation):
+        return dropouts + 1
+    try:
+        layers.activation_of(activation)
+    except layers.Unfusable:
+        return dropouts + 1
+    return dropouts + 2
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -202,17 +242,27 @@ class RunsFused:
     """What a module that calls its children one after the other inherits from to run them fused where it can.
 
     In eval on the CPU, where nothing records gradients, neighbouring fused blocks and what lies beside them are one
-    call: the blocks' outputs share one buffer; a stem (3x3, stride 2, norm, ReLU6) runs in the kernel of the block
-    behind it, if that has no expansion, so that its output is never written; a head (1x1, norm, ReLU6) runs on the
-    blocks' kernel, and the tensor before an ``AdaptiveAvgPool2d(1)`` is never written; a ``Linear`` behind that
-    joins in. Anything else among the children, and everything in any other mode, runs module by module.
+    call: the blocks' outputs share one buffer; a stem (3x3, stride 2, norm, activation) runs in the kernel of the block
+    behind it, if that has neither expansion nor residual, so that its output is never written; a head (1x1, norm,
+    activation) runs on the blocks' kernel, and the tensor before an ``AdaptiveAvgPool2d(1)`` is never written; each
+    ``Linear`` behind that joins in. A ``FusedSequential`` among the children counts as its own. Anything else, and
+    everything in any other mode, runs module by module.
     """
 
     _prepared: _Prepared | None = None
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         """The modules that forward calls in a row, and those whose lists of children they come from."""
-        return list(self._modules.values()), [self]
+        children: list[nn.Module | None] = []
+        parents: list[nn.Module] = [self]
+        for child in self._modules.values():
+            if type(child) is FusedSequential and "forward" not in vars(child) and not layers.has_hooks(child):
+                inner, more = child.fusable_children()
+                children += inner
+                parents += more
+            else:
+                children.append(child)
+        return children, parents
 
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
@@ -221,6 +271,8 @@ class RunsFused:
             return None
         prepared = self._prepared
         if prepared is None or not prepared.watch.holds():
+            if self._blocks_record():
+                return None  # fine-tuning changes the weights every step: nothing is folded for a run that may not be
             prepared = self._prepare(x)
         if prepared is None or not prepared.runs or x.dtype is not prepared.dtype:
             return None
@@ -231,6 +283,11 @@ class RunsFused:
         for step in prepared.steps:
             x = step(x)
         return x
+
+    def _blocks_record(self) -> bool:
+        children, _ = self.fusable_children()
+        blocks = (m for m in children if isinstance(m, FusedBlock))
+        return torch.is_grad_enabled() and any(t.requires_grad for block in blocks for t in block.parameters())
 
     def layers_now(self) -> list[Layer]:
         """What a call in this state runs on the kernels, beside modules that run by themselves; none in train()."""
@@ -271,8 +328,31 @@ class RunsFused:
 
 
 class FusedSequential(RunsFused, nn.Sequential):
-    """What :func:`mnv2_fused.fuse` makes of each ``nn.Sequential`` that holds fused blocks."""
+    """What :func:`mnv2_fused.fuse` makes of each ``nn.Sequential`` that holds fused blocks, or others of its kind."""
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run_fused(input)
         return super().forward(input) if y is None else y
+
+
+# What a network may do by functions between its two modules, as modules.
+_POOL, _FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
+
+
+class RunsWhole(RunsFused):
+    """A network's: ``features``, the mean over their pixels (``avgpool``, if there is one), and ``classifier``.
+
+    Called directly, they still give what they always gave.
+    """
+
+    def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
+        parents = [self, self.features, self.classifier]
+        if any(type(m).forward not in (nn.Sequential.forward, FusedSequential.forward) for m in parents[1:]):
+            return [], parents
+        if any("forward" in vars(m) or layers.has_hooks(m) for m in parents[1:]):
+            return [], parents
+        features, inner = [*self.features._modules.values()], []
+        if isinstance(self.features, FusedSequential):
+            features, (_, *inner) = self.features.fusable_children()
+        pool = self._modules.get("avgpool", _POOL)
+        return [*features, pool, _FLATTEN, *self.classifier._modules.values()], [*parents, *inner]

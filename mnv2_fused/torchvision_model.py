@@ -1,4 +1,4 @@
-"""torchvision's MobileNetV2 as one call, from the stem to the classifier. Imports torchvision."""
+"""torchvision's networks as one call, from the stem to the classifier. Imports torchvision."""
 
 from __future__ import annotations
 
@@ -6,33 +6,28 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from . import layers
-from .sequence import FusedSequential, RunsFused
-
-# What forward does between its two modules, as modules.
-_POOL, _FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
+from .sequence import RunsWhole
 
 
-class MobileNetV2(RunsFused, torchvision.models.MobileNetV2):
-    """What :func:`mnv2_fused.fuse` makes of a ``torchvision.models.MobileNetV2``.
-
-    Called directly, ``features`` and ``classifier`` still give what they always gave.
-    """
-
-    def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
-        parents = [self, *self.children()]
-        if any(type(m).forward not in (nn.Sequential.forward, FusedSequential.forward) for m in parents[1:]):
-            return [], parents
-        if any("forward" in vars(m) or layers.has_hooks(m) for m in parents[1:]):
-            return [], parents
-        return [*self.features._modules.values(), _POOL, _FLATTEN, *self.classifier._modules.values()], parents
-
+class _RunsWhole(RunsWhole):
     def _forward_impl(self, x: Tensor) -> Tensor:
         y = self.run_fused(x)
         return super()._forward_impl(x) if y is None else y
 
 
-def _forward_impl(self, x):  # compared with, never called
+class MobileNetV2(_RunsWhole, torchvision.models.MobileNetV2):
+    """What :func:`mnv2_fused.fuse` makes of a ``torchvision.models.MobileNetV2``."""
+
+
+class MobileNetV3(_RunsWhole, torchvision.models.MobileNetV3):
+    """What :func:`mnv2_fused.fuse` makes of a ``torchvision.models.MobileNetV3``."""
+
+
+class EfficientNet(_RunsWhole, torchvision.models.EfficientNet):
+    """What :func:`mnv2_fused.fuse` makes of a ``torchvision.models.EfficientNet``."""
+
+
+def _pooled_by_function(self, x):  # compared with, never called
     x = self.features(x)
     x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
     x = torch.flatten(x, 1)
@@ -40,9 +35,26 @@ def _forward_impl(self, x):  # compared with, never called
     return x
 
 
-def takes(model: nn.Module) -> bool:
-    """Whether ``model`` is exactly torchvision's, of a release whose forward is the known one."""
-    if type(model) is not torchvision.models.MobileNetV2 or {"forward", "_forward_impl"} & vars(model).keys():
-        return False
-    code, expected = type(model)._forward_impl.__code__, _forward_impl.__code__
-    return (code.co_code, code.co_names) == (expected.co_code, expected.co_names)
+def _pooled_by_module(self, x):  # compared with, never called
+    x = self.features(x)
+    x = self.avgpool(x)
+    x = torch.flatten(x, 1)
+    x = self.classifier(x)
+    return x
+
+
+_KNOWN = {
+    torchvision.models.MobileNetV2: (MobileNetV2, _pooled_by_function),
+    torchvision.models.MobileNetV3: (MobileNetV3, _pooled_by_module),
+    torchvision.models.EfficientNet: (EfficientNet, _pooled_by_module),
+}
+
+
+def run_whole(model: nn.Module) -> None:
+    """Makes ``model`` run in one call, if it is exactly torchvision's, of a release whose forward is a known one."""
+    fused, known = _KNOWN.get(type(model), (None, None))
+    if fused is None or {"forward", "_forward_impl"} & vars(model).keys():
+        return
+    code, expected = type(model)._forward_impl.__code__, known.__code__
+    if (code.co_code, code.co_names) == (expected.co_code, expected.co_names):
+        model.__class__ = fused

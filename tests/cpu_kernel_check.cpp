@@ -148,7 +148,7 @@ double expanded(const BlockArgs<S>& a, const S* x, int64_t h, int64_t w, int64_t
       sum += value(x[row * a.x_row + col * a.x_col + k * a.x_channel]) *
              weight(a.w_expand, s.expand_terms(depth<S>), c, tap * channels + k);
   }
-  return activated(sum, s.activation);
+  return activated(sum, stem ? s.stem_activation : s.activation);
 }
 
 // d[c][h][w] of image n, multiplied by its gate where there is one.
@@ -214,7 +214,7 @@ std::vector<double> plain_loops(const PointwiseArgs<S>& a) {
         double sum = a.bias[o];
         for (int64_t c = 0; c < s.in_channels; ++c)
           sum += value(x[c]) * weight(a.weight, s.in_channels, o, c);
-        if (s.relu6) sum = relu6(sum);
+        sum = activated(sum, s.activation);
         if (s.pool)
           y[n * s.out_channels + o] += sum / double(pixels);
         else
@@ -246,7 +246,8 @@ void choose_options(BlockShape& s) {
     s.pad_right = between(0, most);
     s.pad_bottom = between(0, most);
   }
-  if (s.expand != Expand::kStem) s.activation = Activation(between(0, kActivations - 1));
+  s.activation = Activation(between(0, kActivations - 1));
+  s.stem_activation = Activation(between(0, kActivations - 1));
   s.out_activation = Activation(between(0, kActivations - 1));
 }
 
@@ -352,14 +353,15 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   if (good && same(y, plain_loops(args), tolerance)) return true;
   std::printf(
       "%s: [%lld, %lld, %lld, %lld] of [%lld, %lld] -> %lld -> %lld, stride %lld, expand %d, "
-      "residual %d, kernel %lld, dilation %lld, activations %d and %d, squeeze %lld, keeps %d, "
+      "residual %d, kernel %lld, dilation %lld, activations %d, %d and %d, squeeze %lld, keeps %d, "
       "tile %lld x %lld, group %lld, splits %lld\n",
       isa.name, (long long)s.batch, (long long)s.in_channels, (long long)s.height,
       (long long)s.width, (long long)s.image_height, (long long)s.image_width,
       (long long)s.hidden_channels, (long long)s.out_channels, (long long)s.stride, int(s.expand),
-      s.residual, (long long)s.kernel, (long long)s.dilation, int(s.activation),
-      int(s.out_activation), (long long)s.squeeze_channels, plan.keeps, (long long)plan.tile_rows,
-      (long long)plan.tile_cols, (long long)plan.group, (long long)plan.splits);
+      s.residual, (long long)s.kernel, (long long)s.dilation, int(s.stem_activation),
+      int(s.activation), int(s.out_activation), (long long)s.squeeze_channels, plan.keeps,
+      (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group,
+      (long long)plan.splits);
   return false;
 }
 
@@ -372,7 +374,7 @@ bool check_pointwise(const cpu::Isa& isa, double tolerance) {
   s.width = between(1, 24);
   s.in_channels = between(1, 40);
   s.out_channels = between(1, 150);
-  s.relu6 = between(0, 1);
+  s.activation = Activation(between(0, kActivations - 1));
   s.pool = between(0, 1);
   const Strides at(s.batch, s.height, s.width, s.in_channels);
   const std::vector<S> x = uniform<S>(at.elements, -3, 3);
@@ -389,9 +391,10 @@ bool check_pointwise(const cpu::Isa& isa, double tolerance) {
   for (int64_t task = 0; task < s.batch * args.parts; ++task)
     cpu::kernels<S>(isa).run_pointwise(args, task);
   if (same(y, plain_loops(args), tolerance)) return true;
-  std::printf("%s: [%lld, %lld, %lld, %lld] -> %lld, relu6 %d, pool %d, parts %lld\n", isa.name,
-              (long long)s.batch, (long long)s.in_channels, (long long)s.height, (long long)s.width,
-              (long long)s.out_channels, s.relu6, s.pool, (long long)args.parts);
+  std::printf("%s: [%lld, %lld, %lld, %lld] -> %lld, activation %d, pool %d, parts %lld\n",
+              isa.name, (long long)s.batch, (long long)s.in_channels, (long long)s.height,
+              (long long)s.width, (long long)s.out_channels, int(s.activation), s.pool,
+              (long long)args.parts);
   return false;
 }
 

@@ -247,7 +247,7 @@ def test_the_kernel_runs_not_the_modules(make, words, monkeypatch):
 
 @by_block
 def test_gradients_in_eval(make, words):
-    eager = prepared(make())
+    eager = in_channels_last(prepared(make()))  # as fuse leaves it: torch rounds weights' gradients by their layout
     fused, truth = fuse(eager), copy.deepcopy(eager).double()
     x = input_of(eager)
     grads = []
@@ -563,14 +563,14 @@ def test_reparameterising_a_fused_model_changes_nothing():
         assert torch.equal(utils.reparameterize_model(fused)(x), fused(x))
 
 
-def test_blocks_beyond_mobilenet_v2_stay_out_of_a_sequence():
+def test_blocks_of_several_families_in_one_sequence():
     plain = prepared(timm_block(act_layer=nn.ReLU6))
     model = nn.Sequential(plain, copy.deepcopy(plain), prepared(v3()), copy.deepcopy(plain))
     fused, x = fuse(model, strict=True), input_of(model)
     with torch.no_grad():
         found = agreement(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
     assert found.ok, found
-    assert [m.fits_sequence() for m in fused] == [True, True, False, True]
+    assert all(m.fits_sequence() for m in fused)
 
 
 @pytest.mark.usefixtures("fresh_graphs")

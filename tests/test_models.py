@@ -39,7 +39,7 @@ def build(name, size=(64, 64), **options):
 def ran_fused(model, x):
     """The model's result, and how many blocks had folded weights for it, alone or within a run of several."""
     y = model(x)
-    runs = [step.modules for step in model.features._prepared.steps if hasattr(step, "geometry")]
+    runs = [step.modules for step in model._prepared.steps if hasattr(step, "geometry")]
     in_runs = {m for modules in runs for m in modules}
     blocks = [m for m in model.features if isinstance(m, FusedBlock)]
     return y, sum(block in in_runs or block._ready is not None for block in blocks)

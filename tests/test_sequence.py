@@ -23,7 +23,8 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
-from mnv2_fused import BlockSpec, FusedInvertedResidual, fuse, inverted_residual_reference, ops, pack, unfuse
+from mnv2_fused import BlockSpec, FusedInvertedResidual, fuse, inverted_residual_reference, models, ops, pack, unfuse
+from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
 from mnv2_fused.fold import pack_conv
 from mnv2_fused.ops import LayerKind
 from mnv2_fused.sequence import FusedSequential, join
@@ -68,46 +69,64 @@ def conv_weights(c_out, c_in, kernel, seed):
     return weight / (c_in * kernel**2) ** 0.5, torch.randn(c_out, generator=generator, dtype=torch.float64)
 
 
+def further(spec, stem="relu6"):
+    """What follows of a block that is not MobileNetV2's."""
+    padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(5, 5)
+    of_squeeze = spec.squeeze_channels, ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)
+    activations = ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation)
+    return [spec.kernel, spec.dilation, *padding, *activations, *of_squeeze, ACTIVATIONS.index(stem)]
+
+
 def block(spec, seed=0):
     weights = random_weights(spec, seed=seed)
+    more = [] if spec.beyond_mobilenet_v2 is None else further(spec)
     return OpLayer(
         (
             LayerKind.BLOCK if spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND,
             *(spec.in_channels, spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)),
+            *(len(more), *more),
         ),
         lambda dtype: [t for t in pack(weights, dtype) if t is not None],
-        lambda x: inverted_residual_reference(x, weights, stride=spec.stride, residual=spec.residual),
+        lambda x: inverted_residual_reference(x, weights, **spec.geometry),
     )
 
 
-def stem(c_in, hidden, c_out, stride=1, seed=0):
+def stem(c_in, hidden, c_out, stride=1, seed=0, activation="relu6", block_activation="relu6", **options):
+    """``options``: of the block behind it."""
     weight, bias = conv_weights(hidden, c_in, 3, seed)
-    behind = block(BlockSpec(hidden, hidden, c_out, stride, expand=False), seed)
+    spec = BlockSpec(hidden, hidden, c_out, stride, expand=False, activation=block_activation, **options)
+    behind, act = block(spec, seed), TORCH_ACTIVATIONS[activation]
+    more = further(spec, activation) if spec.beyond_mobilenet_v2 or activation != "relu6" else []
     return OpLayer(
-        (LayerKind.STEM_AND_BLOCK, c_in, hidden, c_out, stride, 0),
+        (LayerKind.STEM_AND_BLOCK, c_in, hidden, c_out, stride, 0, len(more), *more),
         lambda dtype: [*pack_conv(weight, bias, dtype), *behind.packed(dtype)],
-        lambda x: behind.eager(F.relu6(F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), 2, padding=1))),
+        lambda x: behind.eager(act(F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), 2, padding=1))),
     )
 
 
-def head(c_in, c_out, pool=False, seed=0):
+def head(c_in, c_out, pool=False, seed=0, activation="relu6"):
     weight, bias = conv_weights(c_out, c_in, 1, seed)
 
     def eager(x):
-        y = F.relu6(F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)))
+        y = TORCH_ACTIVATIONS[activation](F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)))
         return F.adaptive_avg_pool2d(y, 1) if pool else y
 
     kind = LayerKind.POOLED if pool else LayerKind.POINTWISE
-    return OpLayer((kind, c_in, 0, c_out, 1, 0), lambda dtype: list(pack_conv(weight, bias, dtype)), eager)
+    more = [] if activation == "relu6" else [ACTIVATIONS.index(activation)]
+    geometry = kind, c_in, 0, c_out, 1, 0, len(more), *more
+    return OpLayer(geometry, lambda dtype: list(pack_conv(weight, bias, dtype)), eager)
 
 
-def linear(c_in, c_out, seed=0):
+def linear(c_in, c_out, seed=0, activation="identity"):
     weight, bias = conv_weights(c_out, c_in, 1, seed)
-    return OpLayer(
-        (LayerKind.LINEAR, c_in, 0, c_out, 1, 0),
-        lambda dtype: list(pack_conv(weight, bias, dtype)),
-        lambda x: F.linear(x.flatten(1), weight[:, :, 0, 0].to(x.dtype), bias.to(x.dtype))[:, :, None, None],
-    )
+
+    def eager(x):
+        y = F.linear(x.flatten(1), weight[:, :, 0, 0].to(x.dtype), bias.to(x.dtype))
+        return TORCH_ACTIVATIONS[activation](y)[:, :, None, None]
+
+    more = [] if activation == "identity" else [ACTIVATIONS.index(activation)]
+    geometry = LayerKind.LINEAR, c_in, 0, c_out, 1, 0, len(more), *more
+    return OpLayer(geometry, lambda dtype: list(pack_conv(weight, bias, dtype)), eager)
 
 
 def arguments(layers, dtype):
@@ -220,13 +239,56 @@ CHAIN = [
 ]
 
 
+# What other networks have, each in one of its kinds.
+GENERAL = [
+    stem(3, 16, 16, 2, activation="hardswish", block_activation="relu", squeeze_channels=8),
+    block(BlockSpec(16, 72, 24, 2, kernel=5, activation="relu", padding="same")),
+    block(BlockSpec(24, 96, 24, kernel=5, activation="hardswish", squeeze_channels=20, residual=True)),
+    block(BlockSpec(24, 48, 34, dilation=2, activation="silu", squeeze_channels=9, gate="sigmoid")),
+    block(BlockSpec(34, 34, 40, expand=False, out_activation="relu6", padding=(1, 2, 2, 0))),
+    head(40, 100, activation="hardswish"),
+    head(100, 200, pool=True, activation="silu"),
+    linear(200, 50, activation="hardswish"),
+    linear(50, 11),
+]
+CHAINS = {"MobileNetV2": CHAIN, "others": GENERAL}
+by_length = pytest.mark.parametrize(
+    ("name", "length"), [(name, i + 1) for name, chain in CHAINS.items() for i in range(len(chain))]
+)
+
+
 @poisoned
 @by_isa
 @by_dtype
-def test_a_whole_network(isa, dtype):
+@by_length
+def test_a_whole_network(name, length, isa, dtype):
     with instruction_set(isa):
-        for length in range(1, len(CHAIN) + 1):
-            check_steps(CHAIN[:length], image(2, 3, 35, 30, dtype=dtype))
+        check_steps(CHAINS[name][:length], image(2, 3, 35, 30, dtype=dtype))
+
+
+@poisoned
+@by_isa
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_beside_blocks(activation, isa):
+    with instruction_set(isa):
+        for dtype, size in itertools.product((torch.float32, torch.bfloat16), ((1, 1), (5, 4), (16, 17))):
+            x = channels_last(2, 24, *size, dtype=dtype)
+            for c_out in (1, 15, 16, 40, 100):
+                check([head(24, c_out, activation=activation)], x)
+                check([head(24, c_out, pool=True, activation=activation)], x)
+                check([linear(24, c_out, activation=activation)], x[:, :, :1, :1])
+            rgb = image(2, 3, *size, dtype=dtype)
+            check([stem(3, 24, 8, activation=activation)], rgb)
+            check([stem(3, 24, 8, 2, activation=activation, kernel=5, padding="same")], rgb)
+
+
+def test_images_that_a_squeeze_and_excite_keeps_apart():
+    """More than fit beside each other: the batch runs in parts, the last of them smaller."""
+    layers = [block(BlockSpec(8, 160, 8, squeeze_channels=8, residual=True)), head(8, 24, pool=True)]
+    x = channels_last(7, 8, 90, 90)
+    for count in (1, 2, 3):
+        with threads(count):
+            assert torch.equal(check(layers, x), torch.cat([run(layers, one) for one in x.split(1)]))
 
 
 VIEWS = {
@@ -264,11 +326,31 @@ def test_views(view):
 
 @by_dtype
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_empty_batch(dtype, memory_format):
-    for length in range(1, len(CHAIN) + 1):
-        x = torch.empty(0, 3, 35, 30, dtype=dtype).to(memory_format=memory_format)
-        y = run(CHAIN[:length], x)
-        assert (y.shape, y.dtype) == (eager(CHAIN[:length], x).shape, dtype)
+@by_length
+def test_empty_batch(name, length, dtype, memory_format):
+    layers, x = CHAINS[name][:length], torch.empty(0, 3, 35, 30, dtype=dtype).to(memory_format=memory_format)
+    y = run(layers, x)
+    assert (y.shape, y.dtype) == (eager(layers, x).shape, dtype)
+
+
+@st.composite
+def options(draw, residual, stride):
+    """What of a block may not be MobileNetV2's."""
+    if draw(st.booleans()):
+        return {}
+    found = {"kernel": draw(st.sampled_from([3, 5])), "activation": draw(st.sampled_from(ACTIVATIONS))}
+    found["dilation"] = draw(st.integers(1, 3)) if stride == 1 else 1
+    found["out_activation"] = draw(st.sampled_from(ACTIVATIONS))
+    if not residual:
+        most = found["dilation"] * (found["kernel"] - 1)
+        pads = st.tuples(*[st.integers(0, most)] * 2)  # what is cut off on one side is padded on the other
+        left, top = draw(pads)
+        found["padding"] = draw(st.sampled_from([None, "same", (left, most - left, top, most - top)]))
+    if draw(st.booleans()):
+        found["squeeze_channels"] = draw(st.integers(1, 20))
+        found["squeeze_activation"] = draw(st.sampled_from(ACTIVATIONS))
+        found["gate"] = draw(st.sampled_from(GATES))
+    return found
 
 
 @st.composite
@@ -277,21 +359,25 @@ def chains(draw):
     channels = first = draw(st.integers(1, 40))
     layers = []
     if draw(st.booleans()):
-        first, channels = draw(st.integers(1, 5)), draw(st.integers(1, 40))
-        layers.append(stem(first, draw(st.integers(1, 50)), channels, draw(st.sampled_from([1, 2]))))
+        first, channels, stride = draw(st.integers(1, 5)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 2]))
+        more = draw(options(False, stride))
+        act = draw(st.sampled_from(ACTIVATIONS)) if more else "relu6"
+        more = {"block_activation" if name == "activation" else name: value for name, value in more.items()}
+        layers.append(stem(first, draw(st.integers(1, 50)), channels, stride, activation=act, **more))
     for seed in range(draw(st.integers(0 if layers else 1, 4))):
         expand, residual = draw(st.booleans()), draw(st.booleans())
         hidden = draw(st.integers(1, 100)) if expand else channels
         c_out = channels if residual else draw(st.integers(1, 40))
         stride = 1 if residual else draw(st.sampled_from([1, 2]))
-        layers.append(block(BlockSpec(channels, hidden, c_out, stride, expand=expand, residual=residual), seed))
+        more = draw(options(residual, stride))
+        layers.append(block(BlockSpec(channels, hidden, c_out, stride, expand=expand, residual=residual, **more), seed))
         channels = c_out
     ending = draw(st.sampled_from(["none", "head", "pooled", "linear"]))
     if ending != "none":
         c_out = draw(st.integers(1, 90))
-        layers.append(head(channels, c_out, pool=ending != "head"))
+        layers.append(head(channels, c_out, pool=ending != "head", activation=draw(st.sampled_from(ACTIVATIONS))))
         if ending == "linear":
-            layers.append(linear(c_out, draw(st.integers(1, 40))))
+            layers.append(linear(c_out, draw(st.integers(1, 40)), activation=draw(st.sampled_from(ACTIVATIONS))))
     shape = draw(st.integers(1, 3)), first, draw(st.integers(1, 40)), draw(st.integers(1, 40))
     return layers, shape
 
@@ -312,9 +398,9 @@ def test_any_chain(chain, memory_format, dtype, isa, count):
 
 @poisoned
 @by_isa
-@pytest.mark.parametrize("length", range(1, len(CHAIN) + 1))
-def test_threads_and_batch_do_not_change_a_bit(length, isa):
-    layers, x = CHAIN[:length], channels_last(5, 3, 63, 45)
+@by_length
+def test_threads_and_batch_do_not_change_a_bit(name, length, isa):
+    layers, x = CHAINS[name][:length], channels_last(5, 3, 63, 45)
     with instruction_set(isa):
         results = []
         for count in (1, 2, 3, 4, 5):
@@ -377,7 +463,7 @@ WEIGHTS, LAYERS = arguments([BLOCK], torch.float32)
 
 @pytest.mark.parametrize("layers", [[], [0], [0, 8, 48], LAYERS[:-1], [*LAYERS, 0]], ids=str)
 def test_a_wrong_number_of_layer_values(layers):
-    fails(["layers must hold", f"got {len(layers)} values"], image(1, 8, 9, 9), WEIGHTS, layers)
+    fails(["layers must hold"], image(1, 8, 9, 9), WEIGHTS, layers)
 
 
 @pytest.mark.parametrize("kind", [-1, 6, 2**62, -(2**62)])
@@ -457,7 +543,47 @@ def test_weights_on_another_device():
 
 @pytest.mark.parametrize("stride", [0, 3, -1, 2**62])
 def test_a_wrong_stride(stride):
-    fails([f"stride must be 1 or 2, got {stride}"], image(1, 8, 9, 9), WEIGHTS, [*LAYERS[:4], stride, 0])
+    fails([f"stride must be 1 or 2, got {stride}"], image(1, 8, 9, 9), WEIGHTS, [*LAYERS[:4], stride, 0, 0])
+    more = [*LAYERS[:4], stride, 0, *OTHER_LAYERS[6:]]
+    fails([f"stride must be 1 or 2, got {stride}"], image(1, 8, 9, 9), OTHER_WEIGHTS, more)
+
+
+OTHER = block(BlockSpec(8, 48, 8, kernel=5, padding="same", squeeze_channels=4))
+OTHER_WEIGHTS, OTHER_LAYERS = arguments([OTHER], torch.float32)
+BAD_FURTHER = {
+    "kernel": (0, 4, "kernel must be 3 or 5, got 4"),
+    "dilation": (1, 0, "dilation must be 1 to 2^16, got 0"),
+    "left": (2, 5, "padding must be 0 to 4, got 5"),
+    "right": (3, -2, "padding must be 0 to 4, got -2"),
+    "top": (4, 2**62, "padding must be 0 to 4"),
+    "bottom": (5, -(2**63), "padding must be 0 to 4"),
+    "activation": (6, 5, "activation must be 0 to 4 (see mnv2_fused.block), got 5"),
+    "of the output": (7, -1, "out_activation must be 0 to 4"),
+    "squeeze channels": (8, -1, "squeeze_channels must be at least 0, got -1"),
+    "more squeeze channels": (8, 2**62, "channel counts must be at most 2^18"),
+    "squeeze activation": (9, 2**62, "squeeze_activation must be 0 to 4"),
+    "gate": (10, 2, "gate must be 0 to 1"),
+    "of a stem": (11, 9, "stem activation must be 0 to 4"),
+}
+
+
+@pytest.mark.parametrize(("at", "value", "part"), BAD_FURTHER.values(), ids=BAD_FURTHER)
+def test_wrong_further_values(at, value, part):
+    values = [*OTHER_LAYERS[:9], 2, 2, 2, 2, *OTHER_LAYERS[13:]]
+    values[7 + at] = value
+    fails([part], image(1, 8, 9, 9), OTHER_WEIGHTS, values)
+
+
+@pytest.mark.parametrize("count", [1, 11, -1, 2**62, -(2**63)])
+def test_a_wrong_number_of_further_values(count):
+    fails(["values"], image(1, 8, 9, 9), OTHER_WEIGHTS, [*OTHER_LAYERS[:6], count, *OTHER_LAYERS[7:]])
+    weights, layers = arguments([head(8, 20)], torch.float32)
+    fails(["0 or 1 further values, got 2"], image(1, 8, 9, 9), weights, [*layers[:6], 2, 0, 0])
+    fails(["activation must be 0 to 4"], image(1, 8, 9, 9), weights, [*layers[:6], 1, 5])
+
+
+def test_the_number_of_squeeze_channels_is_that_of_the_weights():
+    fails(["bytes of weights"], image(1, 8, 9, 9), OTHER_WEIGHTS, [*OTHER_LAYERS[:15], 20, *OTHER_LAYERS[16:]])
 
 
 @pytest.mark.parametrize("layer", [stem(3, 24, 8), block(BlockSpec(8, 48, 9)), head(8, 20), linear(8, 20)])
@@ -474,9 +600,9 @@ def test_wrong_channels(layer, channels):
 
 
 def test_a_residual_where_none_can_be():
-    fails(["residual needs stride 1"], image(1, 8, 9, 9), WEIGHTS, [*LAYERS[:4], 2, 1])
+    fails(["residual needs stride 1"], image(1, 8, 9, 9), WEIGHTS, [*LAYERS[:4], 2, 1, 0])
     weights, layers = arguments([stem(3, 24, 3)], torch.float32)
-    fails(["stem", "no residual"], image(1, 3, 9, 9), weights, [*layers[:5], 1])
+    fails(["stem", "no residual"], image(1, 3, 9, 9), weights, [*layers[:5], 1, 0])
 
 
 @pytest.mark.parametrize("before", [[], [head(8, 8)], [BLOCK]])
@@ -490,9 +616,10 @@ def test_layers_that_do_not_follow_each_other():
     fails(["x must have 8 channels, got 20"], image(1, 8, 9, 9), weights, layers)
 
 
-def test_fake_results_look_like_real_ones():
-    for length, dtype in itertools.product(range(1, len(CHAIN) + 1), (torch.float32, torch.bfloat16)):
-        weights, layers = arguments(CHAIN[:length], dtype)
+@by_length
+def test_fake_results_look_like_real_ones(name, length):
+    for dtype in (torch.float32, torch.bfloat16):
+        weights, layers = arguments(CHAINS[name][:length], dtype)
         for n, height, width in ((2, 17, 12), (1, 1, 1), (3, 1, 9), (0, 5, 5)):
             for x in (image(n, 3, height, width, dtype=dtype), channels_last(n, 3, height, width, dtype=dtype)):
                 real = op(x, weights, layers)
@@ -502,9 +629,9 @@ def test_fake_results_look_like_real_ones():
                 assert described[0] == described[1], f"{layers} on {list(x.shape)}"
 
 
-@pytest.mark.parametrize("length", range(1, len(CHAIN) + 1))
-def test_opcheck(length):
-    weights, layers = arguments(CHAIN[:length], torch.float32)
+@by_length
+def test_opcheck(name, length):
+    weights, layers = arguments(CHAINS[name][:length], torch.float32)
     torch.library.opcheck(op.default, (image(2, 3, 12, 9), weights, layers))
 
 
@@ -525,7 +652,7 @@ def ran(monkeypatch):
     calls, original = [], ops.sequence
 
     def counted(x, weights, geometry):
-        calls.append([LayerKind(kind) for kind in geometry[::6]])
+        calls.append([LayerKind(values[0]) for values, _ in ops.split_layers(geometry)])
         return original(x, weights, geometry)
 
     monkeypatch.setattr(ops, "sequence", counted)
@@ -688,6 +815,28 @@ def test_a_trainable_module_between_frozen_ones(ran):
             gradients.append(one.features[2].weight.grad)
     assert ran == [[STEM]]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_an_optimizer_step_folds_each_block_once(monkeypatch, ran):
+    """Not once more for runs that gradients keep from running."""
+    folded = []
+    for name in ("module", "watch"):
+        module = sys.modules[f"mnv2_fused.{name}"]
+        original = module.fold_and_pack
+        monkeypatch.setattr(module, "fold_and_pack", lambda *args, f=original: folded.append(1) or f(*args))
+    model = fused_model()
+    blocks = sum(isinstance(m, FusedInvertedResidual) for m in model.features)
+    step = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with torch.enable_grad():
+        for _ in range(3):
+            folded.clear()
+            step.zero_grad()
+            model(make_x()).square().sum().backward()
+            step.step()
+            assert len(folded) == blocks
+    assert not ran
+    model(make_x())
+    assert ran == [WHOLE]
 
 
 def test_train_runs_the_modules(ran):
@@ -866,13 +1015,31 @@ def test_export_the_whole_model(ran):
 # --- other models made of the same parts
 
 
+def hooked(module):
+    module.register_forward_hook(lambda module, args, y: y + 1)
+    return module
+
+
 CLASSIFIERS = {
     "another size": (lambda: nn.Linear(1280, 3), [[STEM, B, B, B, HEAD]]),
     "identity": (nn.Identity, [[STEM, B, B, B, HEAD]]),
     "empty": (nn.Sequential, [WHOLE[:-1]]),
     "linear alone": (lambda: nn.Sequential(nn.Linear(1280, 33)), [WHOLE]),
     "without bias": (lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(1280, 7, bias=False)), [WHOLE]),
-    "two layers": (lambda: nn.Sequential(nn.Linear(1280, 8), nn.ReLU(), nn.Linear(8, 3)), [WHOLE]),
+    "two layers": (lambda: nn.Sequential(nn.Linear(1280, 8), nn.ReLU(), nn.Linear(8, 3)), [[*WHOLE, LINEAR]]),
+    "three": (
+        lambda: nn.Sequential(nn.Linear(1280, 9), nn.Linear(9, 8), nn.Hardswish(), nn.Dropout(), nn.Linear(8, 3)),
+        [[*WHOLE, LINEAR, LINEAR]],
+    ),
+    "an activation of no kernel": (lambda: nn.Sequential(nn.Linear(1280, 8), nn.GELU(), nn.Linear(8, 3)), [WHOLE]),
+    "a ReLU6 that clips elsewhere": (
+        lambda: nn.Sequential(nn.Linear(1280, 8), nn.Hardtanh(0, 3), nn.Linear(8, 3)),
+        [WHOLE],
+    ),
+    "a hooked activation": (
+        lambda: nn.Sequential(nn.Linear(1280, 8), hooked(nn.ReLU()), nn.Linear(8, 3)),
+        [WHOLE],
+    ),
     "two dropouts": (lambda: nn.Sequential(nn.Dropout(), nn.Dropout(), nn.Linear(1280, 8)), [WHOLE[:-1]]),
     "norm first": (lambda: nn.Sequential(nn.BatchNorm1d(1280), nn.Linear(1280, 8)), [WHOLE[:-1]]),
 }
@@ -915,7 +1082,9 @@ CHILDREN = {
         lambda m: m.features.__setitem__(2, nn.Sequential(m.features[2], Shift())),
         [[STEM], [B, B, POOLED, LINEAR]],
     ),
-    "another activation": (lambda m: m.features[-1].__setitem__(2, nn.Hardswish()), [[STEM, B, B, B]]),
+    "another activation": (lambda m: m.features[-1].__setitem__(2, nn.Hardswish()), [WHOLE]),
+    "an activation of no kernel": (lambda m: m.features[-1].__setitem__(2, nn.GELU()), [[STEM, B, B, B]]),
+    "a stem's activation": (lambda m: m.features[0].__setitem__(2, nn.SiLU()), [WHOLE]),
     "a stem of stride 1": (lambda m: setattr(m.features[0][0], "stride", (1, 1)), [[BW, B, B, B, POOLED, LINEAR]]),
     "an unused module": (lambda m: m.add_module("extra", nn.Sequential(nn.Linear(3, 3))), [WHOLE]),
 }
@@ -963,7 +1132,7 @@ def test_a_network_as_one_sequence(ran):
     flat = nn.Sequential(*plain.features, *pool).eval()
     assert calls_of(fuse(flat), make_x(), ran) == [WHOLE]
     nested = nn.Sequential(plain.features, *pool).eval()
-    assert calls_of(fuse(nested), make_x(), ran) == [[STEM, B, B, B, HEAD]]
+    assert calls_of(fuse(nested), make_x(), ran) == [WHOLE]
 
 
 def test_norms_of_other_kinds(ran):
@@ -1524,3 +1693,94 @@ def test_subclasses_of_sequential_are_left_alone(ran):
     model = fuse(Sequence(*fitted().features).eval())
     assert type(model) is Sequence
     assert calls_of(model, make_x(), ran) == []
+
+
+# --- sequences within sequences, and other networks
+
+
+def nested_model():
+    """[stem, first block], [two blocks], [a block], [head, pooling, classifier], each in a Sequential."""
+    stem_, *blocks, head_ = copy.deepcopy(fitted()).features
+    rest = [head_, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *copy.deepcopy(fitted()).classifier]
+    stages = [nn.Sequential(stem_, blocks[0]), nn.Sequential(*blocks[1:3]), nn.Sequential(blocks[3]), *rest]
+    return fuse(nn.Sequential(*stages).eval())
+
+
+NESTED = {
+    "as it is": (lambda m: None, [WHOLE]),
+    "a module in a stage": (lambda m: m[1].insert(1, Shift()), [[STEM, B], [B, B, POOLED, LINEAR]]),
+    "a module behind a stage": (lambda m: m.insert(1, Shift()), [[STEM], [B, B, B, POOLED, LINEAR]]),
+    "a block taken away": (lambda m: m[1].pop(1), [[STEM, B, B, POOLED, LINEAR]]),
+    "an empty stage": (lambda m: m.insert(2, nn.Sequential()), [[STEM, B, B], [B, POOLED, LINEAR]]),
+    "a hooked stage": (lambda m: hooked(m[1]), [[STEM], [B, B], [B, POOLED, LINEAR]]),
+    "a stage's own forward": (
+        lambda m: setattr(m[1], "forward", lambda x, f=m[1].forward: f(x) + 1),
+        [[STEM], [B, B], [B, POOLED, LINEAR]],
+    ),
+    "a stage in train": (lambda m: m[2].train(), [[STEM, B, B], [POOLED, LINEAR]]),
+    "weights": (lambda m: m[1][1].conv[0][0].weight.mul_(1.5), [WHOLE]),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("called", [False, True])
+def test_nested_sequences(change, expected, called, ran, copied):
+    model, x = copied(nested_model()), make_x()
+    if called:
+        model(x)
+    change(model)
+    assert calls_of(model, x, ran) == expected
+
+
+def test_a_nested_sequence_by_itself(ran):
+    model, x = nested_model(), make_x()
+    y = model(x)
+    assert near(model[2](model[1](model[0](x))), fitted().features[:5](x))
+    ran.clear()
+    assert torch.equal(model(x), y) and ran == [WHOLE]
+    assert [type(m) for m in model if isinstance(m, nn.Sequential)][:3] == [FusedSequential] * 3
+    assert [type(m) for m in unfuse(model) if isinstance(m, nn.Sequential)][:3] == [nn.Sequential] * 3
+
+
+NETWORKS = {
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, [[STEM, *[B] * 10, POOLED, LINEAR, LINEAR]]),
+    # The first block adds its input to its result, which the stem therefore has to write.
+    "mobilenet_v3_large": (torchvision.models.mobilenet_v3_large, [[BW, *[B] * 14, POOLED, LINEAR, LINEAR]]),
+    "efficientnet_b0": (torchvision.models.efficientnet_b0, [[STEM, *[B] * 15, POOLED, LINEAR]]),
+    "V1": (models.mobilenet_v1, [[STEM, *[BW] * 12]]),
+    "V2": (models.mobilenet_v2, [[STEM, *[B] * 16, POOLED, LINEAR]]),
+    "V3 small": (models.mobilenet_v3_small, [[STEM, *[B] * 10, POOLED, LINEAR, LINEAR]]),
+    "V3 large": (models.mobilenet_v3_large, [[BW, *[B] * 14, POOLED, LINEAR, LINEAR]]),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), NETWORKS.values(), ids=NETWORKS)
+def test_other_networks_are_one_call(make, expected, ran, copied):
+    plain = perturb_batch_norm(unfuse(make(num_classes=10)).eval())
+    plain = fit_batch_norm(plain, torch.randn(4, 3, 64, 64)).to(memory_format=torch.channels_last)
+    model, x = copied(fuse(plain)), channels_last(2, 3, 65, 64)
+    found = agreement(model(x), plain(x), copy.deepcopy(plain).double()(x.double()))
+    assert found.ok, found
+    assert ran == expected
+    assert isinstance(model, type(plain)) and list(model.state_dict()) == list(plain.state_dict())
+    back = unfuse(model)
+    assert [type(m) for m in back.modules()] == [type(m) for m in plain.modules()]
+    assert torch.equal(back(x), plain(x))
+    weight = next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight
+    weight.mul_(1.5)
+    assert near(model(x), unfuse(model)(x))
+    assert ran == expected * 2
+
+
+def test_a_new_network_of_this_project_is_one_call(ran):
+    model = models.mobilenet_v2(num_classes=10).eval()
+    assert calls_of(model, image(1, 3, 64, 64), ran) == [[STEM, *[B] * 16, POOLED, LINEAR]]
+
+
+def test_stochastic_depth_keeps_a_block_out(ran):
+    model, x = fuse(torchvision.models.efficientnet_b0(num_classes=10).eval()), channels_last(2, 3, 64, 64)
+    model(x)
+    model.features[2][1].stochastic_depth.train()
+    ran.clear()
+    model(x)
+    assert ran == [[STEM, B], [*[B] * 13, POOLED, LINEAR]]

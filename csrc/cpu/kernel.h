@@ -389,6 +389,7 @@ struct StemTile {
   const S* weights;   // [group/16][9 * channels][16]
   const T* bias;      // [group]
   int64_t vector;     // first vector of this tile
+  Clip<T> clip{Activation::kRelu6};  // of the activation
   Fetch fetch{};
 };
 
@@ -413,7 +414,9 @@ void stem_tile(const StemTile<S>& t) {
   }
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     auto* const out = t.expanded + vector_offset<V>(t.vector + j, t.panel);
-    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { relu6(acc[i][j]).store(out + i * kPanel); });
+    const V low = V::set1(t.clip.low), high = V::set1(t.clip.high);
+    unrolled<R>([&](auto i)
+                    MNV2_INLINE_LAMBDA { clamp(acc[i][j], low, high).store(out + i * kPanel); });
   });
 }
 
@@ -828,11 +831,16 @@ class Tile {
         table[rows - 1](t);
       });
     });
-    if (is_clip(s_.activation)) return;
+    activate_rows(vector, n, from, to, s_.activation);
+  }
+
+  // Of expanded rows [from, to), where clipping was not all.
+  void activate_rows(int64_t vector, int n, int64_t from, int64_t to, Activation activation) {
+    if (is_clip(activation)) return;
     for (int64_t v = vector; v < vector + n; ++v)
       for (int64_t row = from; row < to; ++row)
         activate<V>(expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + left_ * kPanel,
-                    right_ - left_, kPanel, s_.activation);
+                    right_ - left_, kPanel, activation);
   }
 
   // The image under rows [from, to) of the window: what the stem's taps reach.
@@ -890,6 +898,7 @@ class Tile {
 
   void expand_stem(int64_t first, int64_t vector, int n, int64_t from, int64_t to) {
     StemTile<S> t;
+    t.clip = Clip<T>(s_.stem_activation);
     t.patch_row = patch_row_;
     t.channels = patch_channels();
     t.panel = panel_;
@@ -909,6 +918,7 @@ class Tile {
           table[count - 1](t);
         });
     });
+    activate_rows(vector, n, from, to, s_.stem_activation);
   }
 
   // No expansion: x itself, panel by panel, with zeros past the last channel.
@@ -1185,8 +1195,10 @@ class Pointwise {
         with_vectors<V>(n, [&](auto N) {
           if (s_.pool)
             pooled<N>(vector, block, count);
-          else
+          else if (is_clip(s_.activation))
             every_pixel<N>(vector, block, count);
+          else
+            every_pixel_activated<N>(vector, block, count);
         });
       });
     }
@@ -1201,10 +1213,9 @@ class Pointwise {
     t.in_channels = s_.in_channels;
     t.vector = vector;
     t.panel = kPanel;
-    if (!s_.relu6) {
-      t.low = -std::numeric_limits<T>::infinity();
-      t.high = std::numeric_limits<T>::infinity();
-    }
+    const Clip<T> clip(s_.activation);
+    t.low = clip.low;
+    t.high = clip.high;
     return t;
   }
 
@@ -1245,18 +1256,26 @@ class Pointwise {
   template <int N>
   void pooled(int64_t vector, int64_t block, int64_t count) const {
     const int64_t channel = vector * V::kLanes;
-    T results[N * V::kLanes];
+    // One order of summation, however many vectors this piece happens to have.
+    constexpr int kRows = max_rows<V>(kMaxVectors<V>);
+    T results[kRows * N * V::kLanes];
     ExpandTile<S, T> t = tile<T>(vector);
-    t.expanded.fill(0, results - channel, 0);  // the kernel adds the vector's own offset
-    const auto table = expand_table<V, S, T, N, true>(Rows<V, N>{});
+    // What clips is summed up by the product's own kernel, else pixels come one by one. The kernels
+    // add the vector's own offset.
+    const bool clips = is_clip(s_.activation);
+    t.expanded.fill(0, results - channel, clips ? 0 : N * V::kLanes);
+    const auto table = clips ? expand_table<V, S, T, N, true>(Rows<V, N>{})
+                             : expand_table<V, S, T, N, false>(Rows<V, N>{});
     V sums[N];
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
-    // One order of summation, however many vectors this piece happens to have.
-    for_pixels(t, N, block, count, max_rows<V>(kMaxVectors<V>), [&](int64_t, int rows) {
+    for_pixels(t, N, block, count, kRows, [&](int64_t, int rows) {
       table[rows - 1](t);
-      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-        sums[j] = V::add(sums[j], V::load(results + j * V::kLanes));
-      });
+      const int pixels = clips ? 1 : rows;
+      if (!clips) activate<V>(results, rows * N, V::kLanes, s_.activation);
+      for (int i = 0; i < pixels; ++i)
+        unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+          sums[j] = V::add(sums[j], V::load(results + (i * N + j) * V::kLanes));
+        });
     });
     const V scale = V::set1(T(1) / T(pixels_));
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
@@ -1294,6 +1313,28 @@ class Pointwise {
       for (int i = 0; i < rows; ++i)
         std::memcpy(y + (pixel + i) * s_.out_channels, results + i * N * V::kLanes,
                     size_t(channels) * sizeof(S));
+    });
+  }
+
+  // By way of sums, which are rounded to S once.
+  template <int N>
+  void every_pixel_activated(int64_t vector, int64_t block, int64_t count) const {
+    const int64_t channel = vector * V::kLanes;
+    T results[kMostRows * N * V::kLanes];
+    S* y = a_.y + (image_ * pixels_ + block) * s_.out_channels + channel;
+    ExpandTile<S, T> t = tile<T>(vector);
+    t.expanded.fill(0, results - channel,
+                    N * V::kLanes);  // the kernel adds the vector's own offset
+    const auto table = expand_table<V, S, T, N, false>(Rows<V, N>{});
+    const int64_t left = s_.out_channels - channel;
+    const int64_t channels = left < N * V::kLanes ? left : N * V::kLanes;
+    for_pixels(t, N, block, count, max_rows<V>(N), [&](int64_t, int rows) {
+      table[rows - 1](t);
+      activate<V>(results, rows * N, V::kLanes, s_.activation);
+      for (int i = 0; i < rows; ++i, y += s_.out_channels)
+        for_vectors<V>(channels, [&](int64_t c, auto, auto store) MNV2_INLINE_LAMBDA {
+          store(V::load(results + i * N * V::kLanes + c), y + c);
+        });
     });
   }
 
