@@ -1,5 +1,6 @@
 # make demo   photographs through eager and fused MobileNetV2: table and demo.png
 # make bench  every engine and every block, kept and drawn in benchmarks/results
+# make families  the models that people have, eager and fused: docs/families.md
 # make chain  the layers one by one, straight on the kernels
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
 # make gpu-profile OUT=folder  there, too: what bounds the CUDA kernel in its three slowest blocks, by Nsight Compute
@@ -25,7 +26,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
 
-.PHONY: demo test test-pinned test-next bench gpu-report gpu-profile gpu-sanitize chain lint format clean
+.PHONY: demo test test-pinned test-next bench families gpu-report gpu-profile gpu-sanitize chain lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -44,6 +45,9 @@ bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json
 	$(BIN)/python -m mnv2_fused bench --results benchmarks/results/cpu.json --output benchmarks/results/cpu.png
+
+families: $(VENV)/built
+	$(BIN)/python benchmarks/families.py
 
 # Python as it is if that has torch, so that nothing is installed; else the virtual environment.
 gpu-report:
