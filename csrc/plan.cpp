@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -31,6 +32,8 @@ constexpr int64_t kMostKept = int64_t{4} << 20, kMostKeptTogether = int64_t{16} 
 // Vector operations of an activation beside those of ReLU6: of hardswish, and of SiLU with its
 // exponential and division; both come by way of memory.
 constexpr double kHardswish = 6.0, kSilu = 30.0;
+// Of expanded pixels; every plan for MobileNetV2's blocks stays below 2.
+constexpr double kMostRecompute = 4.0;
 // What the group is chosen for, once and for all: its best plans on these numbers of threads.
 constexpr int64_t kThreads[] = {1, 2};
 
@@ -159,14 +162,14 @@ void for_parts(int64_t size, F f) {
   if (last != 1) f(1);
 }
 
-// The plan of least cost with this group whose scratch fits the machine; the smallest there is when
-// none does.
-Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
+// The plan of least cost with this group whose scratch fits the budget, if there is one.
+std::optional<Plan> best_within(const BlockShape& s, const Machine& m, int64_t group,
+                                int64_t budget) {
   std::vector<Plan> legal;
   const auto consider = [&](int64_t rows, int64_t cols, int64_t splits) {
     const Plan p = complete(s, m, rows, cols, group, splits);
-    if (p.scratch_bytes > scratch_budget(m)) return false;  // leaves L2
-    if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > scratch_budget(m))) return true;
+    if (p.scratch_bytes > budget) return false;
+    if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > budget)) return true;
     // A whole map of every expanded channel would be the expanded tensor.
     const bool whole = p.band_rows == s.out_height() && cols == s.out_width();
     if (whole && group >= s.hidden_channels && group > kPanel) return true;
@@ -178,8 +181,7 @@ Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
   int64_t only = 0;
   if (s.squeeze_channels > 0)
     for_parts(s.out_width(), [&](int64_t cols) {
-      if (only == 0 && complete(s, m, 1, cols, group, 1).scratch_bytes <= scratch_budget(m))
-        only = cols;
+      if (only == 0 && complete(s, m, 1, cols, group, 1).scratch_bytes <= budget) only = cols;
     });
   for_parts(s.out_width(), [&](int64_t cols) {
     if (only > 0 && cols != only) return;
@@ -192,7 +194,7 @@ Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
       });
     });
   });
-  if (legal.empty()) return complete(s, m, 1, 1, group, 1);
+  if (legal.empty()) return std::nullopt;
   // Of those that are all but the cheapest, the one that needs the least scratch.
   double least = legal.front().cost;
   for (const Plan& p : legal) least = std::min(least, p.cost);
@@ -200,6 +202,21 @@ Plan best_plan(const BlockShape& s, const Machine& m, int64_t group) {
   for (const Plan& p : legal)
     if (p.cost <= least * 1.002 && (!best || p.scratch_bytes < best->scratch_bytes)) best = &p;
   return *best;
+}
+
+// The plan of least cost with this group that stays in L2. With the smallest group there always is
+// one: where a tile's window, far wider than the tile, does not fit, or would be computed again and
+// again, scratch may leave L2.
+std::optional<Plan> best_plan(const BlockShape& s, const Machine& m, int64_t group) {
+  std::optional<Plan> best = best_within(s, m, group, scratch_budget(m));
+  if (group > kPanel) return best;
+  for (const int64_t times : {4, 16, 64, 256}) {
+    // What a squeeze-and-excite sums up must not rest on what the best plan of some threads is.
+    if (best && (s.squeeze_channels > 0 || best->recompute <= kMostRecompute)) break;
+    if (const auto larger = best_within(s, m, group, times * scratch_budget(m)))
+      if (!best || larger->cost < best->cost) best = larger;
+  }
+  return best ? best : complete(s, m, 1, 1, group, 1);
 }
 
 }  // namespace
@@ -284,13 +301,16 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
     for (const int64_t threads : kThreads) {
       Machine machine = m;
       machine.threads = threads;
-      cost += double(threads) * best_plan(image, machine, panels * kPanel).cost;
+      const std::optional<Plan> best = best_plan(image, machine, panels * kPanel);
+      if (!best) return;
+      cost += double(threads) * best->cost;
     }
     if (least >= 0 && cost >= least) return;
     least = cost;
     group = panels * kPanel;
   });
-  return best_plan(s, m, group);
+  // Whether there is one rests on neither batch nor threads.
+  return *best_plan(s, m, group);
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,

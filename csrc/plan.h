@@ -37,8 +37,16 @@ struct Plan {
   int64_t groups(const BlockShape& s) const { return ceil_div(s.hidden_channels, group); }
   int64_t tiles_down(const BlockShape& s) const { return ceil_div(s.out_height(), tile_rows); }
   int64_t tiles_across(const BlockShape& s) const { return ceil_div(s.out_width(), tile_cols); }
-  int64_t ring_rows(const BlockShape& s) const { return (band_rows - 1) * s.stride + s.extent(); }
-  int64_t in_cols(const BlockShape& s) const { return (tile_cols - 1) * s.stride + s.extent(); }
+  // Rows and columns of the expanded tensor that lie in scratch: all that the taps span, zeros around
+  // the image included; dilated, where zeros may be most of it, those in the image.
+  int64_t ring_rows(const BlockShape& s) const {
+    const int64_t rows = (band_rows - 1) * s.stride + s.extent();
+    return s.dilation > 1 && rows > s.height ? s.height : rows;
+  }
+  int64_t in_cols(const BlockShape& s) const {
+    const int64_t cols = (tile_cols - 1) * s.stride + s.extent();
+    return s.dilation > 1 && cols > s.width ? s.width : cols;
+  }
   // Elements of one worker's scratch buffers.
   int64_t expanded_elements(const BlockShape& s) const { return group * ring_rows(s) * in_cols(s); }
   int64_t depthwise_elements() const { return group * band_rows * tile_cols; }

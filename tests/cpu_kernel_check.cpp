@@ -225,9 +225,11 @@ std::vector<double> plain_loops(const PointwiseArgs<S>& a) {
 }
 
 template <class S>
-bool same(const std::vector<S>& y, const std::vector<double>& expected, double tolerance) {
+bool same(const std::vector<S>& y, const std::vector<double>& expected, double tolerance,
+          double slack = 0) {
   for (size_t i = 0; i < y.size(); ++i) {
-    if (std::fabs(value(y[i]) - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
+    const double limit = tolerance * (1 + std::fabs(expected[i])) + slack;
+    if (std::fabs(value(y[i]) - expected[i]) <= limit) continue;
     std::printf("y[%zu] = %g, expected %g; ", i, value(y[i]), expected[i]);
     return false;
   }
@@ -350,7 +352,12 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   run_tiles();
   if (plan.splits > 1)
     for (int64_t row = 0; row < s.batch * s.out_height(); ++row) kernels.add_row(args, plan, row);
-  if (good && same(y, plain_loops(args), tolerance)) return true;
+  // Now and then an element of d is rounded to the other side, and rarely two under one output.
+  double slack = 0;
+  if constexpr (depth<S> > 1)
+    for (int64_t n = 0; n < s.batch; ++n)
+      for (const double d : depthwise(args, n)) slack = std::max(slack, std::fabs(d) * 0x1p-6);
+  if (good && same(y, plain_loops(args), tolerance, slack)) return true;
   std::printf(
       "%s: [%lld, %lld, %lld, %lld] of [%lld, %lld] -> %lld -> %lld, stride %lld, expand %d, "
       "residual %d, kernel %lld, dilation %lld, activations %d, %d and %d, squeeze %lld, keeps %d, "
@@ -412,8 +419,8 @@ int main(int argc, char** argv) {
       passed += check_block<double>(isa, 1e-12);
       passed += check_pointwise<float>(isa, 2e-4);
       passed += check_pointwise<double>(isa, 1e-12);
-      // A result's rounding, and now and then a depthwise one to the other side.
-      passed += check_block<BFloat16>(isa, 0.03);
+      // A result's rounding.
+      passed += check_block<BFloat16>(isa, 0.004);
       passed += check_pointwise<BFloat16>(isa, 0.004);
     }
     std::printf("%s: %d of %d\n", isa.name, passed, 6 * cases);

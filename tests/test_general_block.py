@@ -59,6 +59,9 @@ SPECS = [
     BlockSpec(32, 32, 64, expand=False, out_activation="relu6"),
     BlockSpec(19, 50, 19, residual=True, dilation=2, out_activation="hardswish"),
     BlockSpec(13, 37, 24, kernel=5, dilation=3, activation="identity", out_activation="silu"),
+    BlockSpec(24, 24, 16, expand=False, dilation=36, out_activation="relu"),
+    BlockSpec(16, 48, 16, residual=True, kernel=5, dilation=7, squeeze_channels=4),
+    BlockSpec(16, 48, 16, dilation=6, padding=(12, 3, 0, 10)),
     BlockSpec(16, 96, 24, stride=2, padding=(0, 1, 0, 1)),
     BlockSpec(16, 96, 24, kernel=5, padding=(4, 0, 1, 2), activation="relu", out_activation="relu"),
 ]

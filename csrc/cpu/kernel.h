@@ -489,42 +489,28 @@ void project_tile(const ProjectTile<S>& t) {
 // One row of depthwise outputs, one vector of channels.
 template <class V, class O, class T = typename V::T>
 struct DepthwiseRow {
-  const T* rows[5];  // expanded rows under the kernel's, at the first output's first tap
+  // Expanded rows under the kernel's, at the first output's first tap. Dilated, at the first column in
+  // the image, and null for rows outside.
+  const T* rows[5];
   const T* weights;  // [taps][16]
   const T* bias;
   O* out;
-  int64_t step;           // elements between neighbouring taps, and between outputs of a pass
-  Activation activation;  // of them, and what they are multiplied by then
+  Activation activation;  // of the outputs, and what they are multiplied by then
   const T* gate;          // or null
+  int64_t dilation;
+  int64_t left,
+      in_image;  // dilated: from the first tap to the first column in the image, and those
 };
 
-// C outputs from `first` on: all taps from K expanded rows.
-template <class V, int K, int S, int C, bool kDilated, class O>
-MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bias) {
-  const int64_t step = kDilated ? t.step : kPanel;
-  V acc[C];
-  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
-  unrolled<K>([&](auto ky) MNV2_INLINE_LAMBDA {
-    V tap[K];
-    unrolled<K>([&](auto kx)
-                    MNV2_INLINE_LAMBDA { tap[kx] = V::load(t.weights + (ky * K + kx) * kPanel); });
-    unrolled<(C - 1) * S + K>([&](auto i) MNV2_INLINE_LAMBDA {
-      V v = V::load(t.rows[ky] + (first * S + i) * step);
-      // One load for up to K products: left to itself, the compiler makes it an operand of each.
-      asm volatile("" : V_KEEP(v.v));
-      unrolled<K>([&](auto kx) MNV2_INLINE_LAMBDA {
-        constexpr int kFirst = decltype(i)::value - decltype(kx)::value, kOut = kFirst / S;
-        if constexpr (kFirst >= 0 && kFirst % S == 0 && kOut < C)
-          acc[kOut] = V::fma(v, tap[kx], acc[kOut]);
-      });
-    });
-  });
+// What becomes of the sums of C outputs from `first` on.
+template <class V, int C, class O>
+MNV2_INLINE void store_cols(const DepthwiseRow<V, O>& t, int64_t first, const V (&acc)[C]) {
   const Clip<typename V::T> clip(t.activation);
   const V low = V::set1(clip.low), high = V::set1(clip.high);
-  O* const out = t.out + first * step;
+  O* const out = t.out + first * kPanel;
   if (is_clip(t.activation) && !t.gate) {
     unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
-      Elements<V, O>::store(clamp(acc[c], low, high), out + c * step);
+      Elements<V, O>::store(clamp(acc[c], low, high), out + c * kPanel);
     });
   } else {
     typename V::T results[C * V::kLanes];
@@ -534,40 +520,78 @@ MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bi
     if (!is_clip(t.activation)) activate<V>(results, C, V::kLanes, t.activation);
     const V gate = t.gate ? V::load(t.gate) : V::set1(1);
     for (int64_t c = 0; c < C; ++c)
-      Elements<V, O>::store(multiplied(V::load(results + c * V::kLanes), gate), out + c * step);
+      Elements<V, O>::store(multiplied(V::load(results + c * V::kLanes), gate), out + c * kPanel);
   }
 }
 
-template <class V, int K, int S, bool kDilated, class O>
+// C outputs from `first` on: all taps from K expanded rows.
+template <class V, int K, int S, int C, class O>
+MNV2_INLINE void depthwise_cols(const DepthwiseRow<V, O>& t, int64_t first, V bias) {
+  V acc[C];
+  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
+  unrolled<K>([&](auto ky) MNV2_INLINE_LAMBDA {
+    V tap[K];
+    unrolled<K>([&](auto kx)
+                    MNV2_INLINE_LAMBDA { tap[kx] = V::load(t.weights + (ky * K + kx) * kPanel); });
+    unrolled<(C - 1) * S + K>([&](auto i) MNV2_INLINE_LAMBDA {
+      V v = V::load(t.rows[ky] + (first * S + i) * kPanel);
+      // One load for up to K products: left to itself, the compiler makes it an operand of each.
+      asm volatile("" : V_KEEP(v.v));
+      unrolled<K>([&](auto kx) MNV2_INLINE_LAMBDA {
+        constexpr int kFirst = decltype(i)::value - decltype(kx)::value, kOut = kFirst / S;
+        if constexpr (kFirst >= 0 && kFirst % S == 0 && kOut < C)
+          acc[kOut] = V::fma(v, tap[kx], acc[kOut]);
+      });
+    });
+  });
+  store_cols<V, C>(t, first, acc);
+}
+
+// The same dilated, tap by tap, without those outside the image: far apart, most of them may be.
+template <class V, int K, int C, class O>
+MNV2_INLINE void dilated_cols(const DepthwiseRow<V, O>& t, int64_t first, V bias) {
+  V acc[C];
+  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
+  for (int64_t tap = 0; tap < K * K; ++tap) {
+    const typename V::T* const row = t.rows[tap / K];
+    const int64_t from = first + tap % K * t.dilation - t.left;
+    if (!row || from + C <= 0 || from >= t.in_image) continue;
+    const V weight = V::load(t.weights + tap * kPanel);
+    const bool all = from >= 0 && from + C <= t.in_image;
+    unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
+      if (all || (from + c >= 0 && from + c < t.in_image))
+        acc[c] = V::fma(V::load(row + (from + c) * kPanel), weight, acc[c]);
+    });
+  }
+  store_cols<V, C>(t, first, acc);
+}
+
+// S: stride, 0 for a dilated row.
+template <class V, int K, int S, class O>
 void depthwise_row(const DepthwiseRow<V, O>& t, int64_t cols) {
   const V bias = V::load(t.bias);
+  const auto run = [&](auto c, int64_t col) MNV2_INLINE_LAMBDA {
+    if constexpr (S == 0)
+      dilated_cols<V, K, c>(t, col, bias);
+    else
+      depthwise_cols<V, K, S, c>(t, col, bias);
+  };
   int64_t col = 0;
   for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
-    depthwise_cols<V, K, S, kDepthwiseCols, kDilated>(t, col, bias);
+    run(std::integral_constant<int, kDepthwiseCols>{}, col);
   unrolled<kDepthwiseCols - 1>([&](auto c) MNV2_INLINE_LAMBDA {
-    if (cols - col == c + 1) depthwise_cols<V, K, S, c + 1, kDilated>(t, col, bias);
+    if (cols - col == c + 1) run(std::integral_constant<int, c + 1>{}, col);
   });
-}
-
-// Dilated, the outputs of every dilation-th column are a row of their own.
-template <class V, int K, class O>
-void dilated_row(DepthwiseRow<V, O> t, int64_t cols, int64_t dilation) {
-  t.step = dilation * kPanel;
-  for (int64_t first = 0; first < dilation && first < cols; ++first) {
-    depthwise_row<V, K, 1, true>(t, ceil_div(cols - first, dilation));
-    for (int ky = 0; ky < K; ++ky) t.rows[ky] += kPanel;
-    t.out += kPanel;
-  }
 }
 
 template <class V, class O>
 void depthwise_row(const DepthwiseRow<V, O>& t, const BlockShape& s, int64_t cols) {
   if (s.dilation > 1)
-    s.kernel == 3 ? dilated_row<V, 3>(t, cols, s.dilation) : dilated_row<V, 5>(t, cols, s.dilation);
+    s.kernel == 3 ? depthwise_row<V, 3, 0>(t, cols) : depthwise_row<V, 5, 0>(t, cols);
   else if (s.kernel == 3)
-    s.stride == 1 ? depthwise_row<V, 3, 1, false>(t, cols) : depthwise_row<V, 3, 2, false>(t, cols);
+    s.stride == 1 ? depthwise_row<V, 3, 1>(t, cols) : depthwise_row<V, 3, 2>(t, cols);
   else
-    s.stride == 1 ? depthwise_row<V, 5, 1, false>(t, cols) : depthwise_row<V, 5, 2, false>(t, cols);
+    s.stride == 1 ? depthwise_row<V, 5, 1>(t, cols) : depthwise_row<V, 5, 2>(t, cols);
 }
 
 // Function tables over the number of rows: entry r - 1 handles r pixels.
@@ -628,13 +652,15 @@ class Tile {
     rows_ = least(plan.tile_rows, s_.out_height() - row_);
     cols_ = least(plan.tile_cols, s_.out_width() - col_);
     ring_ = plan.ring_rows(s_);
-    in_cols_ = (cols_ - 1) * s_.stride + s_.extent();
+    const int64_t window = (cols_ - 1) * s_.stride + s_.extent();
     // The window of expanded pixels that lie inside the image.
     top_ = greatest(0, s_.pad_top - row_ * s_.stride);
     left_ = greatest(0, s_.pad_left - col_ * s_.stride);
     bottom_ =
         least((rows_ - 1) * s_.stride + s_.extent(), s_.height + s_.pad_top - row_ * s_.stride);
-    right_ = least(in_cols_, s_.width + s_.pad_left - col_ * s_.stride);
+    right_ = least(window, s_.width + s_.pad_left - col_ * s_.stride);
+    first_ = s_.dilation > 1 ? left_ : 0;
+    in_cols_ = s_.dilation > 1 ? right_ - left_ : window;
     x_ = args.x + image * args.x_image;
     if (s_.expand != Expand::kStem)
       x_ += (row_ * s_.stride - s_.pad_top) * args.x_row +
@@ -774,7 +800,7 @@ class Tile {
   // Expanded pixels outside the image are 0: for every group, as the expansion never writes them, ...
   void clear_columns() {
     const int64_t panels = least(plan_.group / kPanel, s_.hidden_panels());
-    if (left_ == 0 && right_ == in_cols_) return;
+    if (right_ - left_ == in_cols_) return;
     for (int64_t i = 0; i < panels * ring_; ++i) {
       T* const row = expanded_ + i * in_cols_ * kPanel;
       clear(row, left_);
@@ -783,6 +809,7 @@ class Tile {
   }
   // ... or until the ring comes round to this row.
   void clear_rows(int64_t channels, int64_t from, int64_t to) {
+    if (s_.dilation > 1) return;
     for (int64_t r = from; r < to; ++r)
       if (r < top_ || r >= bottom_)
         for (int64_t panel = 0; panel < ceil_div(channels, kPanel); ++panel)
@@ -797,7 +824,7 @@ class Tile {
   };
   Cursor cursor(int64_t row) const {
     return {row, left_, x_ + row * a_.x_row + left_ * a_.x_col,
-            expanded_ + ring_offset(row) + left_ * kPanel};
+            expanded_ + ring_offset(row) + (left_ - first_) * kPanel};
   }
   void next_pixels(Cursor& at, int count, ExpandTile<S, T>& t) const {
     for (int i = 0; i < count;) {
@@ -839,8 +866,9 @@ class Tile {
     if (is_clip(activation)) return;
     for (int64_t v = vector; v < vector + n; ++v)
       for (int64_t row = from; row < to; ++row)
-        activate<V>(expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + left_ * kPanel,
-                    right_ - left_, kPanel, activation);
+        activate<V>(
+            expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + (left_ - first_) * kPanel,
+            right_ - left_, kPanel, activation);
   }
 
   // The image under rows [from, to) of the window: what the stem's taps reach.
@@ -913,7 +941,7 @@ class Tile {
       for (int64_t row = from; row < to; ++row)
         for_pieces(right_ - left_, max_rows<V>(N), [&](int64_t col, int count) {
           t.patch = patch_ + (row - from) * kStemStride * patch_row_ + col * step;
-          t.expanded = expanded_ + ring_offset(row) + (left_ + col) * kPanel;
+          t.expanded = expanded_ + ring_offset(row) + (left_ - first_ + col) * kPanel;
           t.fetch = ahead_.next(9 * t.channels);
           table[count - 1](t);
         });
@@ -928,7 +956,8 @@ class Tile {
         const int64_t c = v * V::kLanes, lanes = channels - c;
         if (lanes <= 0) break;
         const S* x = x_ + row * a_.x_row + left_ * a_.x_col + first + c;
-        T* e = expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + left_ * kPanel;
+        T* e =
+            expanded_ + vector_offset<V>(v, panel_) + ring_offset(row) + (left_ - first_) * kPanel;
         for (int64_t col = left_; col < right_; ++col, x += a_.x_col, e += kPanel)
           (lanes >= V::kLanes ? In::load(x) : In::load_partial(x, lanes)).store(e);
       }
@@ -936,8 +965,11 @@ class Tile {
 
   // Vectors [begin, end) of the group, output rows [row, row + band).
   void depthwise(int64_t first, int64_t begin, int64_t end, int64_t row, int64_t band) {
-    DepthwiseRow<V, S> t;
+    DepthwiseRow<V, S> t{};
     t.activation = s_.activation;
+    t.dilation = s_.dilation;
+    t.left = left_;
+    t.in_image = right_ - left_;
     for (int64_t v = begin; v < end; ++v) {
       t.weights = a_.w_depthwise + vector_offset<V>(first / V::kLanes + v, s_.taps() * kPanel);
       t.bias = a_.b_depthwise + first + v * V::kLanes;
@@ -945,8 +977,11 @@ class Tile {
       const T* in = expanded_ + vector_offset<V>(v, panel_);
       S* out = depthwise_ + vector_offset<V>(v, band * cols_ * kPanel);
       for (int64_t r = 0; r < band; ++r) {
-        for (int64_t ky = 0; ky < s_.kernel; ++ky)
-          t.rows[ky] = in + ring_offset((row + r) * s_.stride + ky * s_.dilation);
+        for (int64_t ky = 0; ky < s_.kernel; ++ky) {
+          const int64_t line = (row + r) * s_.stride + ky * s_.dilation;
+          const bool skipped = s_.dilation > 1 && (line < top_ || line >= bottom_);
+          t.rows[ky] = skipped ? nullptr : in + ring_offset(line);
+        }
         t.out = out + r * cols_ * kPanel;
         depthwise_row(t, s_, cols_);
       }
@@ -1101,7 +1136,8 @@ class Tile {
   S* patch_;
   int64_t patch_row_ = 0;                // elements
   int64_t row_, col_, rows_, cols_;      // output pixels
-  int64_t ring_, in_cols_;               // rows of the ring, columns of the window with padding
+  int64_t ring_, in_cols_;               // rows of the ring, and columns
+  int64_t first_;                        // column of the window that the ring's first is
   int64_t top_, left_, bottom_, right_;  // of those, the ones inside the image
   const S* x_;                           // input pixel of expanded pixel (0, 0)
   int64_t out_;                          // elements from the first output to the tile's
