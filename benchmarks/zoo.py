@@ -145,14 +145,14 @@ ZOO: dict[str, Entry] = {
 }
 
 
-def build(entry: Entry, size: tuple[int, int], seed: int = 0) -> nn.Module:
+def build(entry: Entry, size: tuple[int, int], images: int = 4, seed: int = 0) -> nn.Module:
     """The model in eval and channels_last, with batch norms fitted to random images of this height and width.
 
     Raises ImportError where the library it comes from is not installed.
     """
     torch.manual_seed(seed)
     model = testing.perturb_batch_norm(entry.make()).eval()
-    testing.fit_batch_norm(model, torch.randn(4, 3, *size))
+    testing.fit_batch_norm(model, torch.randn(images, 3, *size))
     return model.to(memory_format=torch.channels_last)
 
 

@@ -31,7 +31,7 @@ def test_a_whole_model(name):
     entry = ZOO[name]
     library = {"smp": "segmentation_models_pytorch"}.get(name.split()[0], name.split()[0])
     pytest.importorskip(library)
-    model = build(entry, (64, 64))
+    model = build(entry, (64, 64), images=16)
     fused = fuse(model)
     rows = report(fused)
     assert [b.backend for b in rows.fused] == ["cpu"] * entry.blocks
@@ -41,7 +41,9 @@ def test_a_whole_model(name):
     assert list(fused.state_dict()) == list(model.state_dict())
     assert type(fused) is type(model) or issubclass(type(fused), type(model))
 
-    x = torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    # Several images: a network amplifies some direction of a result's error most, and where eager's happens to have
+    # nothing of it, one image would hold fused to that.
+    x = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         results = [list(tensors_in(m(x))) for m in (fused, model)]
