@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -57,8 +58,9 @@ int64_t kept_image(const BlockShape& s, const Machine& m) {
 // Part of L2 the scratch may take; the rest holds x, y and the weights of one group.
 int64_t scratch_budget(const Machine& m) { return m.l2_bytes * 5 / 8; }
 
+// Past the budget for scratch, only what decides that is there.
 Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
-              int64_t group, int64_t splits) {
+              int64_t group, int64_t splits, int64_t budget = std::numeric_limits<int64_t>::max()) {
   Plan p{};
   p.tile_rows = tile_rows;
   p.tile_cols = tile_cols;
@@ -74,6 +76,7 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.scratch_bytes =
       (p.expanded_elements(s) + p.sum_elements(s) + p.total_elements(s)) * m.element_size +
       (p.depthwise_elements() + p.patch_elements(s)) * m.storage_size;
+  if (p.scratch_bytes > budget) return p;
 
   // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
@@ -167,7 +170,7 @@ std::optional<Plan> best_within(const BlockShape& s, const Machine& m, int64_t g
                                 int64_t budget) {
   std::vector<Plan> legal;
   const auto consider = [&](int64_t rows, int64_t cols, int64_t splits) {
-    const Plan p = complete(s, m, rows, cols, group, splits);
+    const Plan p = complete(s, m, rows, cols, group, splits, budget);
     if (p.scratch_bytes > budget) return false;
     if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > budget)) return true;
     // A whole map of every expanded channel would be the expanded tensor.
@@ -181,7 +184,8 @@ std::optional<Plan> best_within(const BlockShape& s, const Machine& m, int64_t g
   int64_t only = 0;
   if (s.squeeze_channels > 0)
     for_parts(s.out_width(), [&](int64_t cols) {
-      if (only == 0 && complete(s, m, 1, cols, group, 1).scratch_bytes <= budget) only = cols;
+      if (only == 0 && complete(s, m, 1, cols, group, 1, budget).scratch_bytes <= budget)
+        only = cols;
     });
   for_parts(s.out_width(), [&](int64_t cols) {
     if (only > 0 && cols != only) return;
