@@ -115,6 +115,7 @@ struct PointwiseShape {
   int64_t in_channels, out_channels;
   Activation activation;
   bool pool;
+  bool linear = false;  // a layer of vectors: the rows of one image
 
   int64_t panels() const { return ceil_div(out_channels, kPanel); }
 };

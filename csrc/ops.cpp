@@ -205,8 +205,8 @@ Layer make_layer(const int64_t* values, const int64_t* further, const Sizes& x) 
     Activation activation = l.kind == kLinear ? Activation::kIdentity : Activation::kRelu6;
     if (values[6] > 0) activation = Activation(check_kind("activation", *further, kActivations));
     l.pointwise = pointwise_shape(x, out, activation, l.kind == kPooled);
-    // The images of a linear layer are the pixels of one.
-    if (l.kind == kLinear) std::swap(l.pointwise.batch, l.pointwise.height);
+    l.pointwise.linear = l.kind == kLinear;
+    if (l.pointwise.linear) std::swap(l.pointwise.batch, l.pointwise.height);
     l.y = {x[0], out, l.kind == kPooled ? 1 : x[2], l.kind == kPooled ? 1 : x[3]};
   }
   return l;

@@ -277,8 +277,8 @@ MNV2_INLINE void multiply(V (&acc)[R][N], const A& a, const S* const (&w)[N], in
 }
 
 // The most terms that one accumulator sums: past it, every further term would be rounded to the size
-// of a long sum.
-constexpr int64_t kLongestSum = 160;
+// of a long sum. Of a linear layer fewer, since torch's product of a vector has many short sums, too.
+constexpr int64_t kLongestSum = 160, kLongestLinearSum = 16;
 
 // A 1x1 product: pixels x vectors of channels.
 template <class S, class T = Compute<S>>
@@ -289,6 +289,7 @@ struct Product {
   int64_t in_channels;
   int64_t vector;  // first vector of this tile
   Fetch fetch{};
+  int64_t longest = kLongestSum;
 };
 
 // Its results, stored as O.
@@ -314,7 +315,7 @@ __attribute__((noinline)) void chunk_sums(const Product<S>& t, typename V::T* su
   const S* w[N];
   weight_rows<V, S, N>(t, w);
   Fetch fetch = t.fetch;
-  for (int64_t k = 0; k < t.in_channels; k += kLongestSum) {
+  for (int64_t k = 0; k < t.in_channels; k += t.longest) {
     const int64_t left = t.in_channels - k;
     V acc[R][N];
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
@@ -323,14 +324,14 @@ __attribute__((noinline)) void chunk_sums(const Product<S>& t, typename V::T* su
     const S* x[R];
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { x[i] = t.x[i] + k; });
     const auto value = [&](auto i, int64_t c) MNV2_INLINE_LAMBDA { return x[i] + c; };
-    multiply<V, S, R, N>(acc, value, w, left < kLongestSum ? left : kLongestSum, fetch);
+    multiply<V, S, R, N>(acc, value, w, left < t.longest ? left : t.longest, fetch);
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
         typename V::T* const p = sums + (i * N + j) * V::kLanes;
         V::add(V::load(p), acc[i][j]).store(p);
       });
     });
-    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kLongestSum * kPanel; });
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += t.longest * kPanel; });
   }
 }
 template <class V, class S, int R, int N>
@@ -361,7 +362,7 @@ void expand_tile(const ExpandTile<S, O>& t) {
   });
   const auto value = [&](auto i, int64_t k) MNV2_INLINE_LAMBDA { return x[i] + k; };
   Fetch fetch = t.fetch;
-  if (t.in_channels <= kLongestSum)
+  if (t.in_channels <= t.longest)
     multiply<V, S, R, N>(acc, value, w, t.in_channels, fetch);
   else
     sum_in_chunks<V, S, R, N>(t, acc);
@@ -1247,6 +1248,7 @@ class Pointwise {
     t.weights = a_.weight;
     t.bias = a_.bias;
     t.in_channels = s_.in_channels;
+    if (s_.linear) t.longest = kLongestLinearSum;
     t.vector = vector;
     t.panel = kPanel;
     const Clip<T> clip(s_.activation);
