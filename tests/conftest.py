@@ -5,9 +5,17 @@ import io
 import os
 import pickle
 
+# Several processes that run tests at a time would wait for each other's threads: each has one, unless a test asks for
+# more. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import pytest
 import torch
+
+from mnv2_fused import ops
+from mnv2_fused.ops import LayerKind
 
 # Without it cuBLAS refuses to run on a GPU once a test asks for deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -73,3 +81,23 @@ def through_a_file(module):
 def copied(request):
     """Each way to make a copy of a module: a function that does."""
     return request.param
+
+
+@pytest.fixture
+def nothing_records():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The kinds of layers of every call of the op."""
+    calls, original = [], ops.sequence
+
+    def counted(x, weights, geometry):
+        calls.append([LayerKind(values[0]) for values, _ in ops.split_layers(geometry)])
+        return original(x, weights, geometry)
+
+    monkeypatch.setattr(ops, "sequence", counted)
+    return calls
