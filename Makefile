@@ -17,6 +17,8 @@ TORCH := torch==2.11.0
 TORCHVISION := torchvision==0.26.0
 # The same wheel must also run here: the extension uses torch's stable ABI.
 TORCH_NEXT := torch==2.13.0
+# Files at a time; plain pytest runs them one by one.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 # Whose models are converted in tests.
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors half a minute. Name others in the
@@ -35,11 +37,11 @@ demo: $(VENV)/built
 test: test-pinned test-next
 
 test-pinned: $(VENV)/built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # From tests/, so that the installed wheel is imported and not the source tree.
 test-next: $(VENV_NEXT)/installed
-	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider test_block.py test_general_block.py test_inputs.py test_op.py test_plan.py test_cuda_op.py
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) test_block.py test_general_block.py test_inputs.py test_op.py test_plan.py test_sequence_op.py test_cuda_op.py
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
@@ -89,7 +91,7 @@ format: $(VENV)/built
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) $(TORCHVISION) setuptools wheel ninja pybind11
-	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-benchmark hypothesis expecttest \
+	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-xdist pytest-benchmark hypothesis expecttest \
 	  scikit-learn matplotlib tqdm ruff clang-format
 	$(BIN)/pip install -q --disable-pip-version-check $(FAMILIES)
 	touch $@
@@ -109,7 +111,7 @@ dist/stamp: $(VENV)/packages $(PACKAGE)
 
 $(VENV_NEXT)/installed: dist/stamp
 	$(PYTHON) -m venv $(VENV_NEXT)
-	$(VENV_NEXT)/bin/pip install -q --disable-pip-version-check $(TORCH_NEXT) numpy pytest hypothesis expecttest
+	$(VENV_NEXT)/bin/pip install -q --disable-pip-version-check $(TORCH_NEXT) numpy pytest pytest-xdist hypothesis expecttest
 	$(VENV_NEXT)/bin/pip install -q --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
 	touch $@
 

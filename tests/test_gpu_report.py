@@ -403,7 +403,7 @@ def test_tests_are_counted(other_tests):
 def test_tests_that_take_too_long_are_interrupted(other_tests, handler):
     before = signal.signal(signal.SIGINT, handler)
     try:
-        found = other_tests("def test_a(): pass", "import time\ndef test_b(): time.sleep(100)", seconds=12)
+        found = other_tests("def test_a(): pass", "import time\ndef test_b(): time.sleep(100)", seconds=25)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not found["finished"] and not found["ok"] and found["passed"] == 1
