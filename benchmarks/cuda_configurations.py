@@ -21,8 +21,9 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 RESULTS = Path(__file__).parent / "results" / "cuda-configurations.md"
-# What setup.py builds for; 9.0 as 9.0a, which may have instructions of its own.
-ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
+# Of what setup.py builds for: 8.6 and 8.9 get the code of 8.0 but for up to six registers more in float32; 9.0 as 9.0a.
+ARCHITECTURES = ("75", "80", "90a", "100", "120")
+FORMS = ("MobileNetV2's", "3x3", "5x5")
 PRECISIONS = ("half", "bfloat16", "tf32", "float32")
 # bfloat16 and TF32 products came with 8.0; for 7.5 nothing of them is ever launched.
 PAIRS = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if a != "75" or p in ("half", "float32")]
@@ -32,9 +33,10 @@ PAIRS = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if a != "75" or p in 
 class Kernel:
     """One instantiation, for one architecture."""
 
+    form: str  # of csrc/cuda/kernel.h
     stride: int
     strip_rows: int
-    out_channels: int  # that its sums have room for
+    out_channels: int  # that its sums have room for; none in the first pass of a squeeze-and-excite
     registers: int
     stack: int
     spilled: int  # bytes stored and loaded
@@ -80,6 +82,7 @@ def compile_for(architecture: str, precision: str) -> list[Kernel]:
         if "inverted_residual_kernel" not in name:
             continue
         stride, tiles, panels = map(int, re.findall(r"Li(\d+)E", name)[-3:])
+        form = FORMS[int(re.findall(r"FormE(\d)E", name)[0])]
         lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", bodies[name], re.MULTILINE)
 
         def count(regex: str, lines: list[str] = lines) -> int:
@@ -93,39 +96,54 @@ def compile_for(architecture: str, precision: str) -> list[Kernel]:
             "instructions": len(lines),
         }
         spilled = int(stores) + int(loads)
-        found.append(Kernel(stride, 2 * tiles, 16 * panels, int(registers), int(stack), spilled, **numbers))
-    return sorted(found, key=lambda k: (k.strip_rows, k.out_channels, k.stride))
+        found.append(Kernel(form, stride, 2 * tiles, 16 * panels, int(registers), int(stack), spilled, **numbers))
+    return sorted(found, key=lambda k: (FORMS.index(k.form), k.strip_rows, k.out_channels, k.stride))
 
 
 @cache
-def compiled() -> dict[tuple[str, str], list[Kernel]]:
-    """Of every architecture and precision, as many at a time as there are processors."""
+def compiled(pairs: tuple[tuple[str, str], ...]) -> dict[tuple[str, str], list[Kernel]]:
+    """Of these architectures and precisions, as many at a time as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(PAIRS, pool.map(lambda pair: compile_for(*pair), PAIRS), strict=True))
+        return dict(zip(pairs, pool.map(lambda pair: compile_for(*pair), pairs), strict=True))
+
+
+def cell(k: Kernel) -> str:
+    """What the table says of it."""
+    return f"{k.registers} / {k.products} / {k.wide_loads}, {k.wide_stores}"
+
+
+def kept(architecture: str, precision: str) -> list[str]:
+    """The cells of one column in the file."""
+    section = RESULTS.read_text().split(f"\n## {precision}\n")[1].split("\n## ")[0]
+    rows = [[c.strip() for c in line.split("|")] for line in section.splitlines() if line.startswith("|")]
+    column = rows[0].index("sm_" + architecture)
+    return [row[column] for row in rows[2:]]
 
 
 def table() -> str:
     """The file."""
-    kernels = compiled()
+    kernels = compiled(tuple(PAIRS))
     lines = [
         "# The CUDA kernels, compiled",
         "",
         "Made by `python benchmarks/cuda_configurations.py` with no GPU: what `ptxas` and the disassembly say of each",
-        "kernel. Strip rows, outputs: what a warp's sums have room for. Cells: registers a lane / tensor-core",
-        "instructions / 16-byte loads from and stores to global memory. No kernel spills a register or uses local",
-        f"memory. Not a measurement of speed. {compiler()}.",
+        "kernel. Block: MobileNetV2's own, or any with a depthwise kernel of 3x3 or 5x5. Strip rows, outputs: what a",
+        "warp's sums have room for; none in the first pass of a squeeze-and-excite. Cells: registers a lane /",
+        "tensor-core instructions / 16-byte loads from and stores to global memory. No kernel spills a register or",
+        f"uses local memory. Not a measurement of speed. {compiler()}.",
         "",
         f"{sum(map(len, kernels.values()))} kernels, {max(len(k) for k in kernels.values())} at most of one precision.",
     ]
     for precision in PRECISIONS:
         columns = [a for a, p in PAIRS if p == precision]
-        heads = ["strip rows, outputs, stride", *("sm_" + a for a in columns)]
+        heads = ["block, strip rows, outputs, stride", *("sm_" + a for a in columns)]
         lines += ["", f"## {precision}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         for row in zip(*(kernels[a, precision] for a in columns), strict=True):
             first = row[0]
-            cells = [f"{k.registers} / {k.products} / {k.wide_loads}, {k.wide_stores}" for k in row]
+            cells = map(cell, row)
             assert not any(k.spilled or k.local for k in row), row
-            lines.append(f"| {first.strip_rows}, {first.out_channels}, {first.stride} | {' | '.join(cells)} |")
+            name = f"{first.form}, {first.strip_rows}, {first.out_channels}, {first.stride}"
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

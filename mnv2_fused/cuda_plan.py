@@ -23,7 +23,7 @@ class CudaPlan:
     """How one call of a block is tiled on a GPU. ``print`` it; pass it as ``plan=`` to force it."""
 
     images: int  # of a thread block
-    tile_rows: int  # outputs of each of its images
+    tile_rows: int  # outputs of each of its images, in a dilated block that far apart
     tile_cols: int
     strip_rows: int  # outputs of a strip, one column wide; eight strips are a warp's
     group: int  # expanded channels computed at a time, a multiple of 16
@@ -35,6 +35,7 @@ class CudaPlan:
     shared_bytes: int  # of a thread block
     resident: int  # thread blocks that a processor runs at once
     partial_bytes: int  # of memory, the sums of each split
+    squeeze_bytes: int  # of memory, the depthwise results' sums and the gate of a squeeze-and-excite
     bytes_never_written: int  # the expanded tensors that an unfused block writes
     bytes: int  # to and from memory: x, y, weights, partial sums
     recompute: float  # expanded pixels computed / expanded pixels needed

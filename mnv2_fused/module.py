@@ -27,8 +27,6 @@ Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
 def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
     """What of such a block ``backend`` has no kernel for, in words; None where it takes the block."""
-    if backend == "cuda" and (beyond := spec.beyond_mobilenet_v2) is not None:
-        return f"the CUDA kernel has no {beyond}"
     if backend == "triton":
         why = triton_plan.unsupported(torch.float16, spec)  # dtypes are the op's to refuse
         return None if why is None else why.removesuffix("; use backend='eager'")
@@ -46,11 +44,6 @@ def kernel_for(spec: BlockSpec, backend: str, device: torch.device) -> tuple[str
         return found, None
     if (os.environ.get("MNV2_FUSED_BACKEND") or backend) != "auto":
         raise RuntimeError(f"{why} (backend={found!r}); use backend='auto' or 'eager', or unfuse the model")
-    if found == "cuda":
-        triton = ops.backend_reasons(device)["triton"] or missing_kernel("triton", spec)
-        if triton is None:
-            return "triton", None
-        why = f"{why}; triton: {triton}"
     return "eager", why
 
 

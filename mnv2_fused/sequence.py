@@ -76,7 +76,7 @@ class Layer:
 
 def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
     """A block's further values in the op's ``layers``: none where all is as in MobileNetV2."""
-    if spec.beyond_mobilenet_v2 is None and stem_activation == "relu6":
+    if not spec.beyond_mobilenet_v2 and stem_activation == "relu6":
         return []
     padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(1, 1)
     activation, out, squeezed, stem = map(

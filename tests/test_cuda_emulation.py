@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_emulation.emulation import CSRC, HERE, compiled, compiled_kernel, emulated_inverted_residual, loaded
-from hypothesis import given, reject
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from test_block import DETERMINISM_SPECS, PADDING_SPECS, random_input, run
+from test_block import DETERMINISM_SPECS, PADDING_SPECS, random_input
 from test_inputs import SIZES, VIEWS
+from test_triton_variants import SPECS as GENERAL_SPECS
+from test_triton_variants import every_pair, spec_of
 
-from mnv2_fused import BlockSpec, cuda_plan, pack
+from mnv2_fused import BlockSpec, cuda_plan, inverted_residual_reference, pack
+from mnv2_fused.block import ACTIVATIONS, TORCH_ACTIVATIONS
 from mnv2_fused.testing import agreement, mobilenet_v2_blocks, random_weights, threads
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -240,11 +243,18 @@ def tf32(t):
 def eager(x, weights, spec, precision):
     """torch's own ops in this precision. TF32, which CPUs lack, is float32 after rounding a product's operands."""
     if precision != "tf32":
-        return run(x, weights, spec, backend="eager")
-    w = [None if t is None else t.float() for t in weights]
-    e = F.relu6(F.conv2d(tf32(x), tf32(w[0]), w[1])) if spec.expand else x
-    d = F.relu6(F.conv2d(e, w[2], w[3], spec.stride, 1, groups=spec.hidden_channels))
-    y = F.conv2d(tf32(d), tf32(w[4]), w[5])
+        return inverted_residual_reference(x, weights, **spec.geometry)
+    w = weights._make(None if t is None else t.float() for t in weights)
+    act, out_act, squeeze_act, gate = (
+        TORCH_ACTIVATIONS[name] for name in (spec.activation, spec.out_activation, spec.squeeze_activation, spec.gate)
+    )
+    e = act(F.conv2d(tf32(x), tf32(w.w_expand), w.b_expand)) if spec.expand else x
+    e = F.pad(e, spec.padding_of(*x.shape[2:]))
+    d = act(F.conv2d(e, w.w_depthwise, w.b_depthwise, spec.stride, 0, spec.dilation, spec.hidden_channels))
+    if spec.squeeze_channels:
+        squeezed = squeeze_act(F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze))
+        d = d * gate(F.conv2d(squeezed, w.w_excite, w.b_excite))
+    y = out_act(F.conv2d(tf32(d), tf32(w.w_project), w.b_project))
     return y + x if spec.residual else y
 
 
@@ -254,8 +264,9 @@ def planned(spec, x, precision, **forced):
     if not forced:
         return cuda_plan(spec, x.shape, **options)
     small = {"images": 1, "tile_rows": 4, "tile_cols": 4, "strip_rows": 2, "group": 16, "splits": 1} | forced
-    out = [(size - 1) // spec.stride + 1 for size in x.shape[2:]]
-    limits = {"images": x.shape[0], "tile_rows": out[0], "tile_cols": out[1]}
+    out = [-(-size // spec.dilation) for size in spec.out_size(*x.shape[2:])]
+    images = 1 if spec.squeeze_channels else x.shape[0]
+    limits = {"images": images, "tile_rows": out[0], "tile_cols": out[1]}
     return cuda_plan(spec, x.shape, **options, forced=[min(v, limits.get(k, v)) for k, v in small.items()])
 
 
@@ -266,7 +277,7 @@ def emulated(kernels, x, weights, spec, precision, *, seed=0, **forced):
 
 
 def verdict(y, x, weights, spec, precision):
-    reference = run(x.double(), weights, spec, backend="eager")
+    reference = inverted_residual_reference(x.double(), weights, **spec.geometry)
     return agreement(y, eager(x, weights, spec, precision), reference)
 
 
@@ -494,17 +505,162 @@ def test_offsets_beyond_2_31_elements(kernels, monkeypatch):
         check(kernels, x, random_weights(spec), spec, "float16")
 
 
+# Beyond MobileNetV2's block.
+
+
+def kinds_of(dtype):
+    """What activations of this dtype are computed in."""
+    return [kind for kind, (_, stored) in PRECISIONS.items() if stored == dtype]
+
+
+@pytest.mark.parametrize(
+    ("i", "case", "precision"),
+    [(i, case, kind) for i, case in enumerate(every_pair()) for kind in kinds_of(case["dtype"])],
+    ids=lambda v: v if isinstance(v, int | str) else "",
+)
+def test_every_pair_of_options(kernels, i, case, precision):
+    """Two images of odd sizes; tiles that do not fit, groups and splits take turns."""
+    spec = spec_of(**case)
+    x = input_of(spec, 2, (5, 7 - i % 2), precision)
+    forced = {"tile_rows": 2 + i % 4, "tile_cols": 1 + i % 5}
+    forced |= {"group": min(16 + 16 * (i % 3), -(-spec.hidden_channels // 16) * 16)}
+    forced |= {"splits": 1 + i // 3 % 2 if spec.hidden_channels > forced["group"] else 1}
+    check(kernels, x, random_weights(spec, expand_bias=3), spec, precision, seed=i, **forced)
+
+
+@by_precision
+@pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
+def test_general_blocks_as_planned(kernels, spec, precision):
+    for size in ((1, 1), (2, 9), (6, 5), (13, 15)):
+        if min(spec.out_size(*size)) < 1:
+            continue
+        check(kernels, input_of(spec, 2, size, precision), random_weights(spec), spec, precision)
+
+
+@by_precision
+def test_a_dilation_larger_than_the_image(kernels, precision):
+    spec = BlockSpec(8, 20, 8, kernel=5, dilation=9, activation="relu", residual=True)
+    for size in ((1, 1), (6, 11)):
+        check(kernels, input_of(spec, 2, size, precision), random_weights(spec), spec, precision)
+    spec = BlockSpec(8, 20, 8, dilation=3, padding=(3, 3, 5, 1))  # windows beside the image
+    check(kernels, input_of(spec, 2, (1, 2), precision), random_weights(spec), spec, precision)
+
+
+@by_precision
+@pytest.mark.parametrize(("i", "activation"), list(enumerate(ACTIVATIONS)))
+def test_padding_is_of_the_expanded_tensor_with_every_activation(kernels, i, activation, precision):
+    kernel = 3 + 2 * (i % 2)
+    padding = (1, kernel - 1, kernel - 2, 0)
+    spec = BlockSpec(8, 40, 12, 1 + i // 2 % 2, kernel=kernel, activation=activation, padding=padding)
+    x = input_of(spec, 2, (7, 8), precision)
+    check(kernels, x, random_weights(spec, expand_bias=50), spec, precision, tile_rows=3, tile_cols=3)
+
+
+@by_precision
+@pytest.mark.parametrize("out_channels", [64, 160, 170])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_every_general_variant(kernels, precision, out_channels, kernel):
+    """With every stride, with and without an expansion and a gate; infinite input, which leaves infinities in e."""
+    for stride, expand, squeeze in ((1, True, 0), (2, True, 5), (1, False, 5), (2, False, 0)):
+        spec = BlockSpec(
+            *(32, 48 if expand else 32, out_channels, stride),
+            expand=expand,
+            kernel=kernel,
+            activation="relu",
+            squeeze_channels=squeeze,
+        )
+        x, weights = input_of(spec, 1, (5, 6), precision), random_weights(spec)
+        forced = {"tile_rows": 4, "tile_cols": 3, "splits": 2 - expand}
+        check(kernels, x, weights, spec, precision, **forced)
+        x[0, 5, 2, 3] = float("inf")
+        assert spreads(kernels, x, weights, spec, precision, **forced), spec
+
+
+@by_precision
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("out_activation", ACTIVATIONS)
+def test_residual_adds_x_behind_the_outputs_activation(kernels, out_activation, splits, precision):
+    spec = BlockSpec(8, 40, 8, residual=True, out_activation=out_activation)
+    weights = random_weights(spec)
+    weights = weights._replace(w_project=weights.w_project * 0, b_project=weights.b_project * 4)
+    check(kernels, input_of(spec, 2, (3, 4), precision), weights, spec, precision, splits=splits)
+
+
+@by_precision
+def test_each_image_has_its_own_gate(kernels, precision):
+    spec = BlockSpec(8, 40, 8, activation="relu", squeeze_channels=6)
+    x = input_of(spec, 3, (5, 6), precision) * torch.tensor([0.1, 1, 10]).view(3, 1, 1, 1)
+    x, weights = x.to(PRECISIONS[precision][1]), random_weights(spec)
+    y = check(kernels, x, weights, spec, precision, tile_rows=2, tile_cols=3)
+    for image in range(3):
+        alone = emulated(kernels, x[image : image + 1], weights, spec, precision, tile_rows=2, tile_cols=3)
+        assert torch.equal(alone, y[image : image + 1])
+
+
+@by_precision
+@pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
+def test_the_threads_order_does_not_change_a_bit_of_general_blocks(kernels, spec, precision):
+    x, weights = input_of(spec, 2, (6, 5), precision), random_weights(spec)
+    splits = 2 if spec.hidden_channels > 16 else 1
+    results = [emulated(kernels, x, weights, spec, precision, splits=splits, seed=seed) for seed in range(3)]
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@by_precision
+@pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
+def test_non_finite_values_spread_in_general_blocks_as_in_eager(kernels, spec, precision):
+    x = input_of(spec, 4, (5, 6), precision)
+    for image, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        x[image, 0, 0, 0] = x[image, 7, 4, 5] = value
+    assert spreads(kernels, x, random_weights(spec), spec, precision, tile_rows=4, tile_cols=3)
+
+
+@st.composite
+def general_cases(draw):
+    options = {
+        "kernel": draw(st.sampled_from([3, 5])),
+        "stride": draw(st.sampled_from([1, 2])),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "out_activation": draw(st.sampled_from(ACTIVATIONS)),
+        "squeeze_channels": draw(st.just(0) | st.integers(1, 40)),
+        "expand": draw(st.booleans()),
+    }
+    if options["stride"] == 1:
+        options["dilation"] = draw(st.integers(1, 4))
+    most = options.get("dilation", 1) * (options["kernel"] - 1)
+    options["padding"] = draw(st.none() | st.just("same") | st.tuples(*[st.integers(0, most)] * 4))
+    c_in = draw(st.integers(1, 40))
+    spec = BlockSpec(
+        c_in, draw(st.integers(1, 100)) if options["expand"] else c_in, draw(st.integers(1, 80)), **options
+    )
+    return spec, draw(st.integers(1, 3)), (draw(st.integers(1, 11)), draw(st.integers(1, 11)))
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(general_cases(), st.sampled_from(list(PRECISIONS)), st.integers(0, 2**31))
+def test_any_general_block(kernels, case, precision, seed):
+    spec, batch, size = case
+    if min(spec.out_size(*size)) < 1:
+        reject()
+    weights = random_weights(spec, seed=seed, expand_bias=seed % 20)
+    check(kernels, input_of(spec, batch, size, precision, seed=seed), weights, spec, precision, seed=seed)
+
+
 PADDED = BlockSpec(20, 40, 20, residual=True)  # channels that fill no panel
 WIDE = BlockSpec(16, 48, 24)  # results in whole vectors
 STRIDED = BlockSpec(20, 40, 20, stride=2)
 UNEXPANDED = BlockSpec(24, 24, 20, expand=False)
 OUT_BLOCKS = BlockSpec(8, 16, 180)
+UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_activation="relu")
+DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
+FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
+SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
 
-# What is changed in kernel.cuh; the precision and the block that then must show it are float32 and PADDED but for those
-# of SHOWN_BY.
+# What is changed in kernel.cuh or products.cuh; the precision and the block that then must show it are float32 and
+# PADDED but for those of SHOWN_BY.
 MUTATIONS = {
     "barrier before a group": ("    barrier();  // this group's weights are there", "    //"),
-    "barrier after the expansion": ("      barrier();  // e is there", ""),
+    "barrier after the expansion": ("        barrier();  // e is there, too", "        ;"),
     "barrier after the copy of e": ("      copies_finish();\n      barrier();", "      copies_finish();"),
     "barrier that gathers infinities": ("barrier_any(any_infinite", "bool(any_infinite"),
     "end of copies": ("    copies_finish();\n    barrier();  // this", "    barrier();  // this"),
@@ -515,8 +671,8 @@ MUTATIONS = {
     "weights of a TF32 fragment": ("round_tf32(b.z), round_tf32(b.w)", "round_tf32(b.w), round_tf32(b.z)"),
     "weights of a float32 product": ("(2 * t + col) * 4 + from", "(2 * t + col) * 4 + 3 - from"),
     "columns of a quad": ("c[1][2 * lower], c[1][2 * lower + 1]", "c[1][2 * lower + 1], c[1][2 * lower]"),
-    "order of taps": ("(3 * k + col) * int(kPanel)", "(3 * col + k) * int(kPanel)"),
-    "order of taps on tensor cores": ("row * 3 + col, channel", "col * 3 + row, channel"),
+    "order of taps": ("(kKernel * k + col) * int(kPanel)", "(kKernel * col + k) * int(kPanel)"),
+    "order of taps on tensor cores": ("row * kKernel + col;", "col * kKernel + row;"),
     "diagonal": ("lane / 8 == lane % 4 ? ~0u : 0u", "~0u"),
     "rows above": ("larger(t.row * stride - 1, 0)", "t.row * stride"),
     "columns to the right": ("a.tile_cols - 1) * stride + 2, a.width)", "a.tile_cols - 1) * stride + 1, a.width)"),
@@ -532,16 +688,60 @@ MUTATIONS = {
     "mask of hidden channels": ("      keep(q, channels - last", "      if (false) keep(q, channels - last"),
     "mask of input channels": ("exists ? load_global", "true ? load_global"),
     "mask of output channels": ("second, channels - channel - int(kPanel))", "second, 4)"),
-    "first ReLU6": ("N::narrow_relu6(quad_of(c[p][i], lower))", "N::narrow(quad_of(c[p][i], lower))"),
-    "second ReLU6": ("= N::narrow_relu6(sum[o])", "= N::narrow(sum[o])"),
+    "first ReLU6": ("return Numbers<kPrecision>::narrow_relu6(v)", "return Numbers<kPrecision>::narrow(v)"),
+    "second ReLU6": ("return N::narrow_relu6(v)", "return N::narrow(v)"),
     "last rows": ("strip.row + o < tile.rows", "true"),
-    "last columns": ("strip.col < tile.cols", "true"),
+    "last columns": ("tile.rows && strip.col < tile.cols;", "tile.rows;"),
     "lanes without a strip": ("inside = strip.exists && ", "inside = "),
     "images": ("(tile.first_image + image) * a.x_image", "image * a.x_image"),
     "splits": ("blockIdx.y * pixels", "0 * pixels"),
     "out blocks": ("first_out = blockIdx.z * kOutPanels", "first_out = 0"),
     "exchange": ("{exchange(other.x, 1), exchange(other.y, 1)}", "{other.x, other.y}"),
     "infinities": ("found = found || ", "found = found && "),
+    "padding above": ("a.pad_top, a.out_height", "a.pad_left, a.out_height"),
+    "padding before": ("a.pad_left, a.out_width", "a.pad_top, a.out_width"),
+    "first rows and columns of the halo": ("before < 0 ? (dilation - 1 - before) / dilation : 0", "0"),
+    "last rows and columns of the halo": ("(tile - 1) * kStride + kKernel,", "(tile - 1) * kStride + kKernel - 1,"),
+    "place of an uneven halo": ("larger(end - start, 0), start - first}", "larger(end - start, 0), 0}"),
+    "dilated rows": ("row * tile.step) * a.x_row", "row) * a.x_row"),
+    "dilated columns": ("col * tile.step) * a.x_col", "col) * a.x_col"),
+    "dilated outputs": ("(strip.row + o) * tile.step", "(strip.row + o)"),
+    "phases of a dilation": ("phase * kStride - pad, first", "-pad, first"),
+    "dilated padding": ("(dilation - 1 - before) / dilation", "-before"),
+    "fifth row": ("k >= 0 && k < kKernel", "k >= 0 && k < 4"),
+    "fifth column": ("    float4 tap[kKernel];", "    if (col == 4) break;\n    float4 tap[kKernel];"),
+    "fifth row on tensor cores": ("up[4].x, low[4].x, fifth.x", "up[3].x, low[3].x, fifth.x"),
+    "fifth row's weights": ("within / 4 : within - 8", "within / 4 : 9 - within"),
+    "rows three and four on tensor cores": ("third, w0.z & diagonal, w0.w", "third, w0.w & diagonal, w0.z"),
+    "clip": ("return clip(v, f.low, f.high)", "return v"),
+    "hardswish": ("v * (clip(v + 3, 0, 6)", "v * (clip(v + 2.9f, 0, 6)"),
+    "silu": ("divide(v, 1 + exponential(-v))", "divide(v, 1 + exponential(-1.05f * v))"),
+    "output's activation": ("if (kGeneral && biased) v[p]", "if (false) v[p]"),
+    "output's activation of one split": ("if (kGeneral && biased) v[p]", "if (kGeneral) v[p]"),
+    "output's activation after splits": ("if constexpr (kActivated) sum", "if constexpr (false) sum"),
+    "infinities that activations leave": ("infinite = infinite || found", "infinite = false"),
+    "barrier after an expansion with infinities": ("infinite = barrier_any(found)", "infinite = found"),
+    "gate": ("N::narrow({v.x * gate.x,", "N::narrow({v.x,"),
+    "gate of another image": ("int64_t(gate_image) * a.hidden", "int64_t(0) * a.hidden"),
+    "gate of another panel": ("a.hidden_panels + panel + p) * kPanel + 4 * t))", "a.hidden_panels) * kPanel + 4 * t))"),
+    "last rows in the pool": ("if (row < outs) total", "total"),
+    "last columns in the pool": ("outs = strip.exists && strip.col < tile.cols ?", "outs = strip.exists ?"),
+    "lanes without a strip in the pool": ("strip.exists && strip.col < tile.cols ?", "strip.col < tile.cols ?"),
+    "strips in the pool": ("apart < 32; apart *= 2", "apart < 16; apart *= 2"),
+    "warps' sums": ("block_index()) * warps + threadIdx.x / 32", "block_index()) * warps"),
+    "tiles' sums": ("block_index()) * warps + threadIdx.x / 32", "0) * warps + threadIdx.x / 32"),
+    "rows of the mean": ("row += kParts)", "row += 2 * kParts)"),
+    "parts of the mean": ("(int part = 0; part < kParts", "(int part = 1; part < kParts"),
+    "mean": ("mean * a.scale", "mean"),
+    "chunks of the mean": ("int64_t(first + at) * kPanel", "int64_t(at) * kPanel"),
+    "barrier before a chunk": ("    barrier();  // nobody reads the chunk before\n", ""),
+    "barrier after a chunk": ("    barrier();  // this chunk's sums are there\n", ""),
+    "barrier after the last chunk": ("  barrier();  // nobody reads the last chunk\n", ""),
+    "barrier before the last sum": ("  barrier();  // all sums are there\n", ""),
+    "bias of the gate": ("load_global(a.bias + channel)", "0"),
+    "activation between the gate's products": ("gated)\n    v = activated(v, a.activation);", "gated)\n    v += 0;"),
+    "hardsigmoid": ("    v = clip(v + 3, 0, 6) * (1 / 6.f)", "    v = clip(v + 3, 0, 6)"),
+    "sums of the gate's parts": ("part < kSums; ++part)", "part < kSums - 1; ++part)"),
 }  # fmt: skip
 SHOWN_BY = {
     "barrier after the copy of e": ("float32", UNEXPANDED),
@@ -557,6 +757,22 @@ SHOWN_BY = {
     "out blocks": ("float32", OUT_BLOCKS),
     "exchange": ("float16", WIDE),
     "infinities": ("float16", UNEXPANDED),
+    **dict.fromkeys(
+        (
+            *("padding above", "padding before", "first rows and columns of the halo", "place of an uneven halo"),
+            *("last rows and columns of the halo", "clip", "output's activation", "output's activation of one split"),
+            "output's activation after splits",
+        ),
+        ("float32", UNEVEN),
+    ),
+    "infinities that activations leave": ("float16", UNEVEN),
+    "barrier after an expansion with infinities": ("float16", UNEVEN),
+    **dict.fromkeys((name for name in MUTATIONS if "dilat" in name or name == "silu"), ("float32", DILATED)),
+    **dict.fromkeys(("fifth row", "fifth column", "hardswish"), ("float32", FIVE)),
+    **dict.fromkeys(
+        ("fifth row on tensor cores", "fifth row's weights", "rows three and four on tensor cores"), ("float16", FIVE)
+    ),
+    **dict.fromkeys(list(MUTATIONS)[list(MUTATIONS).index("gate") :], ("float32", SQUEEZED)),
 }
 
 
@@ -585,11 +801,12 @@ def changed_kernel(name, folder):
     (folder / "cuda").mkdir()
     for source in [CSRC / "block.h", *(CSRC / "cuda").glob("*.h"), *(CSRC / "cuda").glob("*.cuh")]:
         shutil.copy(source, folder / source.relative_to(CSRC))
-    kernel = folder / "cuda/kernel.cuh"
-    assert kernel.read_text().count(original) == 1, original
-    kernel.write_text(kernel.read_text().replace(original, replacement))
+    changed = [p for p in (folder / "cuda").glob("*.cuh") if original in p.read_text()]
+    assert len(changed) == 1 and changed[0].read_text().count(original) == 1, original
+    changed[0].write_text(changed[0].read_text().replace(original, replacement))
     plan = planned(spec, input_of(spec, 2, (6, 7), precision), precision, tile_cols=5)
-    only = spec.stride, plan.strip_rows // 2, plan.out_panels
+    form = {3: "kThree", 5: "kFive"}[spec.kernel] if spec.beyond_mobilenet_v2 else "kMobileNetV2"
+    only = form, spec.stride, plan.strip_rows // 2, plan.out_panels
     return loaded(compiled_kernel(folder / "kernel.so", PRECISIONS[precision][0], folder, only))
 
 
@@ -609,6 +826,8 @@ def test_a_broken_kernel_is_noticed(changed_kernels, name):
 
 
 @by_precision
-@pytest.mark.parametrize("spec", [PADDED, WIDE, STRIDED, UNEXPANDED, OUT_BLOCKS], ids=str)
+@pytest.mark.parametrize(
+    "spec", [PADDED, WIDE, STRIDED, UNEXPANDED, OUT_BLOCKS, UNEVEN, DILATED, FIVE, SQUEEZED], ids=str
+)
 def test_the_kernel_itself_is_not_broken(kernels, spec, precision):
     assert not noticed(kernels[precision], spec, precision)

@@ -14,6 +14,8 @@ from test_block import DETERMINISM_SPECS, PADDING_SPECS, random_input, run, with
 from test_inputs import SIZES, VIEWS
 from test_op import layouts
 from test_triton import BLOCKS, DTYPES, FORMATS, SPECS, by_dtype, by_spec, cases
+from test_triton_variants import SPECS as GENERAL_SPECS
+from test_triton_variants import every_pair, spec_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mnv2_fused import (
@@ -41,6 +43,8 @@ PACKED_SPECS = [
     BlockSpec(20, 20, 33, expand=False),
     BlockSpec(1, 1, 1, residual=True),
     BlockSpec(48, 33, 48, residual=True),
+    BlockSpec(5, 37, 7, kernel=5, activation="silu"),
+    BlockSpec(20, 70, 7, activation="relu", squeeze_channels=21),
 ]
 by_packed_spec = pytest.mark.parametrize("spec", PACKED_SPECS, ids=str)
 
@@ -56,8 +60,7 @@ def test_unpack_gives_back_what_was_packed(spec, dtype):
         assert (a is None and b is None) or torch.equal(a.to(dtype), b), name
     assert BlockSpec.of(packed, **spec.geometry) == spec
     x = torch.randn(1, spec.in_channels, 3, 4).to(dtype)
-    geometry = {"stride": spec.stride, "residual": spec.residual}
-    assert torch.equal(reference(x, packed, **geometry), reference(x, weights, **geometry))
+    assert torch.equal(reference(x, packed, **spec.geometry), reference(x, weights, **spec.geometry))
 
 
 @by_packed_spec
@@ -437,6 +440,76 @@ def test_any_shape_group_and_splits(case):
     assert y.shape == reference(x, weights, stride=spec.stride, residual=spec.residual).shape
     if batch:
         within(y, x, weights, spec)
+
+
+# Beyond MobileNetV2's block.
+
+
+def check_general(x, weights, spec, plan=None):
+    x = x.cuda()
+    y = inverted_residual(x, weights, backend="cuda", plan=plan, **spec.geometry)
+    within(y, x, weights, spec)
+    return y
+
+
+@kernel
+@poisoned
+@pytest.mark.parametrize("case", every_pair(), ids=lambda case: "")
+def test_every_pair_of_options(case, monkeypatch):
+    spec = spec_of(**case)
+    x, weights = random_input(spec, 2, (5, 7), dtype=case["dtype"]), weights_of(spec, expand_bias=3)
+    check_general(x, weights, spec)
+    splits = -(-spec.hidden_channels // 16)
+    check_general(x, weights, spec, forced(spec, x.cuda(), splits=splits))
+    if case["dtype"] == torch.float32:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        y = inverted_residual(x.cuda(), weights, backend="cuda", **spec.geometry)
+        within(y.half(), x.cuda().half(), weights, spec)
+
+
+@kernel
+@poisoned
+@by_dtype
+@pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
+@pytest.mark.parametrize("size", [(2, 9), (31, 30), (112, 90)], ids=str)
+def test_general_blocks(spec, size, dtype):
+    check_general(random_input(spec, 2, size, dtype=dtype), weights_of(spec), spec)
+
+
+@kernel
+@poisoned
+@by_dtype
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("out_channels", [64, 160, 170])
+def test_every_general_variant(out_channels, kernel_size, dtype):
+    for stride, squeeze in ((1, 0), (2, 24), (1, 24), (2, 0)):
+        spec = BlockSpec(
+            *(40, 240, out_channels, stride), kernel=kernel_size, activation="hardswish", squeeze_channels=squeeze
+        )
+        check_general(random_input(spec, 2, (14, 13), dtype=dtype), weights_of(spec), spec)
+
+
+@kernel
+@poisoned
+@pytest.mark.parametrize("spec", GENERAL_SPECS[:2], ids=str)
+def test_every_run_of_a_squeeze_and_excite_gives_the_same_bits(spec):
+    x, packed = random_input(spec, 2, (28, 29)).cuda(), pack(weights_of(spec), backend="cuda")
+    results = [inverted_residual(x, packed, backend="cuda", **spec.geometry) for _ in range(3)]
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@kernel
+@poisoned
+@by_dtype
+@pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_spread_in_general_blocks_as_in_eager(value, spec, dtype):
+    x = random_input(spec, 2, (5, 6), dtype=dtype).cuda()
+    x[0, 0, 0, 0] = x[0, 7, 4, 5] = value
+    y = inverted_residual(x, weights_of(spec), backend="cuda", **spec.geometry)
+    expected = reference(x, weights_of(spec), **spec.geometry)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
 
 
 @kernel

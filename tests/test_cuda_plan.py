@@ -49,6 +49,56 @@ def test_every_block_fits_every_generation(gpu, kind):
             assert p.seconds > p.bytes / gpu.copy_bytes
 
 
+# MobileNetV3's and EfficientNet's largest of each kind, an encoder's dilated block, TensorFlow's padding.
+GENERAL_BLOCKS = [
+    (BlockSpec(40, 240, 80, 2, activation="hardswish"), (28, 28)),
+    (BlockSpec(112, 672, 160, 2, kernel=5, activation="hardswish", squeeze_channels=168), (14, 14)),
+    (BlockSpec(192, 1152, 320, activation="silu", squeeze_channels=48, squeeze_activation="silu"), (7, 7)),
+    (BlockSpec(160, 960, 160, kernel=5, dilation=2, residual=True, activation="hardswish"), (33, 33)),
+    (BlockSpec(512, 512, 256, expand=False, dilation=12, activation="relu", out_activation="relu"), (65, 65)),
+    (BlockSpec(24, 144, 40, 2, kernel=5, padding="same", squeeze_channels=6), (57, 113)),
+    (BlockSpec(16, 96, 24, 2, padding=(0, 1, 0, 2)), (544, 960)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_every_general_block_fits_every_generation(gpu, kind):
+    for spec, size in GENERAL_BLOCKS if takes(gpu, kind) else ():
+        for batch in (1, 32):
+            p = cuda_plan(spec, (batch, spec.in_channels, *size), gpu=gpu, **KINDS[kind])
+            phases = [min(spec.dilation, out) for out in spec.out_size(*size)]
+            apart = [-(-out // spec.dilation) for out in spec.out_size(*size)]
+            tiles = phases[0] * -(-apart[0] // p.tile_rows) * phases[1] * -(-apart[1] // p.tile_cols)
+            assert p.thread_blocks == -(-batch // p.images) * tiles * p.splits * p.out_blocks
+            assert p.shared_bytes <= gpu.shared_per_block
+            assert 8 * (p.warps - 1) < p.images * -(-p.tile_rows // p.strip_rows) * p.tile_cols <= 8 * p.warps
+            hidden, squeezed = -(-spec.hidden_channels // 16) * 16, -(-spec.squeeze_channels // 16) * 16
+            kept = batch * (tiles * p.warps * hidden + squeezed + hidden) * 4
+            assert p.squeeze_bytes == (kept if squeezed else 0)
+            assert p.images == 1 or not squeezed
+            assert p.seconds > p.bytes / gpu.copy_bytes
+
+
+def test_more_of_a_block_takes_longer():
+    shape = (64, 40, 56, 56)
+    plain = cuda_plan(BlockSpec(40, 240, 40, activation="relu"), shape).seconds
+    five = cuda_plan(BlockSpec(40, 240, 40, activation="relu", kernel=5), shape).seconds
+    squeezed = cuda_plan(BlockSpec(40, 240, 40, activation="relu", kernel=5, squeeze_channels=10), shape).seconds
+    assert plain < five < squeezed / 1.5 < five * 2
+
+
+def test_dilated_tiles_have_no_larger_halo():
+    ordinary, dilated = (
+        cuda_plan(
+            BlockSpec(40, 240, 40, dilation=d, activation="relu"), (1, 40, size, size), forced=[1, 8, 8, 2, 32, 1]
+        )
+        for d, size in ((1, 16), (4, 64))
+    )
+    assert dilated.shared_bytes == ordinary.shared_bytes and dilated.recompute == ordinary.recompute
+    assert dilated.thread_blocks == 16 * ordinary.thread_blocks
+
+
 def test_registers_of_a_processor_suffice():
     """65536, of which a warp's lanes have at most 255 each: 8 warps at least, whatever the variant."""
     for spec, size in BLOCKS:
@@ -99,6 +149,7 @@ def test_a_bad_plan_names_the_value_and_the_limit(forced, message):
         (BlockSpec(20000, 16, 16), (1, 20000, 4, 4), {}, r"no tile of 20000 -> 16 -> 16 channels fits into the 232448"),
         (SPEC, (1, 64, 8, 8), {"dtype": torch.float64}, r"takes float32, float16 and bfloat16, got torch.float64"),
         (SPEC, (1, 63, 8, 8), {}, r"input_shape has 63 channels, the block takes 64"),
+        (BlockSpec(8, 8, 8, dilation=2**17), (1, 8, 4, 4), {}, r"dilation must be 1 to 2\^16, got 131072"),
         (SPEC, (64, 8, 8), {}, r"input_shape must be \(N, C_in, H, W\)"),
     ],
 )

@@ -57,7 +57,7 @@ def further(spec, stem="relu6"):
 
 def block(spec, seed=0):
     weights = random_weights(spec, seed=seed)
-    more = [] if spec.beyond_mobilenet_v2 is None else further(spec)
+    more = further(spec) if spec.beyond_mobilenet_v2 else []
     return OpLayer(
         (
             LayerKind.BLOCK if spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND,

@@ -91,7 +91,7 @@ const char* name_of(ScalarType type) {
 struct Weights {
   const Tensor *w_expand, *b_expand;  // null without an expansion
   const Tensor *w_depthwise, *b_depthwise, *w_project, *b_project;
-  const Tensor* w_squeeze;  // null without a squeeze-and-excite
+  const Tensor *w_squeeze, *b_squeeze, *w_excite, *b_excite;  // null without a squeeze-and-excite
 };
 
 void check_weight(const char* name, const Tensor* t, ScalarType type, int device) {
@@ -112,6 +112,10 @@ void check_weights(const Weights& w, ScalarType type, int device) {
   check_weight("w_depthwise", w.w_depthwise, ScalarType::Float, device);
   check_weight("b_depthwise", w.b_depthwise, ScalarType::Float, device);
   check_weight("b_project", w.b_project, ScalarType::Float, device);
+  check_weight("w_squeeze", w.w_squeeze, ScalarType::Float, device);
+  check_weight("b_squeeze", w.b_squeeze, ScalarType::Float, device);
+  check_weight("w_excite", w.w_excite, ScalarType::Float, device);
+  check_weight("b_excite", w.b_excite, ScalarType::Float, device);
 }
 
 // The geometry that the packed weights carry, and x.
@@ -124,8 +128,17 @@ BlockShape block_shape(const Sizes& x, const Weights& w, int64_t stride, bool re
   BlockShape s{x[0],   x[2],   x[3],    x[1], w.b_depthwise->size(0) - kPanel, w.b_project->size(0),
                stride, expand, residual};
   set_options(s, options, *w.w_depthwise);
-  if (w.w_squeeze) s.squeeze_channels = w.w_squeeze->size(0);
   const int64_t panels = s.hidden_panels();
+  if (w.w_squeeze) {
+    if (w.w_excite->dim() != 3)
+      fail("w_excite must be [E/16, S, 16], got ", to_string(*w.w_excite),
+           "; pack weights with mnv2_fused.pack");
+    s.squeeze_channels = w.w_excite->size(1);
+    check_sizes("w_squeeze", *w.w_squeeze, {s.squeeze_panels(), s.hidden_channels, kPanel});
+    check_sizes("b_squeeze", *w.b_squeeze, {s.squeeze_panels() * kPanel});
+    check_sizes("w_excite", *w.w_excite, {panels, s.squeeze_channels, kPanel});
+    check_sizes("b_excite", *w.b_excite, {panels * kPanel});
+  }
   if (w.b_expand && w.b_expand->dim() != 1)
     fail("b_expand must be [E/16 * 16 + C_in], got ", to_string(*w.b_expand),
          "; pack weights with mnv2_fused.pack");
@@ -171,7 +184,7 @@ const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
 const float* floats(const Tensor* t) { return static_cast<const float*>(data(t)); }
 
 Args args_of(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
-             const Weights& w, const Tensor& y, float* partial) {
+             const Weights& w, const Tensor& y, float* partial, float* pooled) {
   Args a = make_args(shape, plan, precision);
   a.x = x.const_data_ptr();
   a.x_image = x.stride(0);
@@ -185,21 +198,30 @@ Args args_of(const BlockShape& shape, Precision precision, const Plan& plan, con
   a.b_project = floats(w.b_project);
   a.y = y.mutable_data_ptr();
   a.partial = partial;
+  a.pooled = pooled;
   find_vectors(a, precision);
   return a;
 }
 
 void run(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
          const Weights& w, const Tensor& y, int device) {
-  std::optional<Tensor> partial;
-  if (plan.splits > 1)
-    partial = empty({&plan.partial_bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
+  std::optional<Tensor> partial, squeezed;
+  const auto take = [&](std::optional<Tensor>& memory, const int64_t& bytes) -> float* {
+    if (bytes == 0) return nullptr;
+    memory = empty({&bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
+    return static_cast<float*>(memory->mutable_data_ptr());
+  };
+  float *const sums = take(partial, plan.partial_bytes), *const pooled =
+                                                             take(squeezed, plan.squeeze_bytes);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const Args args = args_of(shape, precision, plan, x, w, y,
-                            partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
+  Args args = args_of(shape, precision, plan, x, w, y, sums, pooled);
+  const SqueezeProducts products = squeeze_products(
+      shape, plan,
+      {floats(w.w_squeeze), floats(w.b_squeeze), floats(w.w_excite), floats(w.b_excite)}, pooled);
+  if (pooled) args.gate = products.excite.out;
   try {
-    launch(precision, shape, plan, args, stream);
+    launch(precision, shape, plan, args, products, stream);
   } catch (const std::runtime_error& error) {
     fail(error.what(), "; plan: tile ", plan.tile_rows, "x", plan.tile_cols, " of ", plan.images,
          " images, strips of ", plan.strip_rows, " rows, group ", plan.group, ", ", plan.splits,
@@ -236,31 +258,31 @@ Tensor inverted_residual(const Tensor& x, const Weights& w, int64_t stride, bool
   return torch::stable::copy_(y, result);
 }
 
-Tensor inverted_residual_cuda(const Tensor& x,                        // [N, C_in, H, W]
-                              const std::optional<Tensor>& w_expand,  // [E/16, C_in/16, 256]
-                              const std::optional<Tensor>& b_expand,  // [E/16 * 16 + C_in]
-                              const Tensor& w_depthwise,              // [E/16, 9, 16]
-                              const Tensor& b_depthwise,              // [E + 16]
-                              const Tensor& w_project,                // [E/16, C_out/16, 256]
-                              const Tensor& b_project,                // [C_out]
-                              const std::optional<Tensor>& w_squeeze,
-                              const std::optional<Tensor>& /*b_squeeze*/,
-                              const std::optional<Tensor>& /*w_excite*/,
-                              const std::optional<Tensor>& /*b_excite*/, int64_t stride,
-                              bool residual, IntHeaderOnlyArrayRef forced, int64_t dilation,
-                              IntHeaderOnlyArrayRef padding, int64_t activation,
+Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_in, H, W]
+                              const std::optional<Tensor>& w_expand,   // [E/16, C_in/16, 256]
+                              const std::optional<Tensor>& b_expand,   // [E/16 * 16 + C_in]
+                              const Tensor& w_depthwise,               // [E/16, 9 or 25, 16]
+                              const Tensor& b_depthwise,               // [E + 16]
+                              const Tensor& w_project,                 // [E/16, C_out/16, 256]
+                              const Tensor& b_project,                 // [C_out]
+                              const std::optional<Tensor>& w_squeeze,  // [S/16, E, 16]
+                              const std::optional<Tensor>& b_squeeze,  // [S/16 * 16]
+                              const std::optional<Tensor>& w_excite,   // [E/16, S, 16]
+                              const std::optional<Tensor>& b_excite,   // [E/16 * 16]
+                              int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
+                              int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
                               int64_t out_activation, int64_t squeeze_activation, int64_t gate,
                               bool tf32) {
   try {
     if (w_expand.has_value() != b_expand.has_value())
       fail("w_expand and b_expand must both be given or both be None");
-    const Weights w{w_expand ? &*w_expand : nullptr,
-                    b_expand ? &*b_expand : nullptr,
-                    &w_depthwise,
-                    &b_depthwise,
-                    &w_project,
-                    &b_project,
-                    w_squeeze ? &*w_squeeze : nullptr};
+    for (const auto* t : {&b_squeeze, &w_excite, &b_excite})
+      if (t->has_value() != w_squeeze.has_value())
+        fail("w_squeeze, b_squeeze, w_excite and b_excite must all be given or all be None");
+    const auto given = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
+    const Weights w{given(w_expand), given(b_expand), &w_depthwise,     &b_depthwise,
+                    &w_project,      &b_project,      given(w_squeeze), given(b_squeeze),
+                    given(w_excite), given(b_excite)};
     const Options options{dilation, padding, activation, out_activation, squeeze_activation, gate};
     return inverted_residual(x, w, stride, residual, forced, options, tf32);
   } catch (const std::exception& error) {

@@ -143,8 +143,7 @@ MNV2_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// ReLU6 that keeps a NaN, as torch's does. Of two numbers that are packed: clamping and rounding
-// commute.
+// ReLU6 that keeps a NaN, as torch's does.
 MNV2_DEVICE float relu6(float v) {
 #if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
@@ -154,6 +153,21 @@ MNV2_DEVICE float relu6(float v) {
   return v != v ? v : fminf(fmaxf(v, 0.f), 6.f);
 #endif
 }
+// The same of any bounds.
+MNV2_DEVICE float clip(float v, float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(high));
+  return v;
+#else
+  return v != v ? v : fminf(fmaxf(v, low), high);
+#endif
+}
+// Of a float's precision but for the last two or three bits, where the result is not 0 or infinite.
+MNV2_DEVICE float exponential(float v) { return __expf(v); }
+MNV2_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+
+// ReLU6 of two numbers that are packed: clamping and rounding commute.
 MNV2_DEVICE uint32_t pack_relu6_half(float low, float high) {
 #if __CUDA_ARCH__ >= 800
   uint32_t v;

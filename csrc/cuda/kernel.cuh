@@ -3,6 +3,9 @@
 //   e = relu6(x W_e + b_e), 0 outside the image     d = relu6(depthwise3x3(e) + b_d)
 //   y = d W_p + b_p (+ x)
 //
+// or what a block has in their place: another activation, 5x5, dilation, padding, an activation of the
+// output, a squeeze-and-excite.
+//
 // A thread block owns a tile of outputs. x of the tile and its halo lies in shared memory; a group
 // of e goes there, too; d goes from the depthwise straight into the registers that the second
 // product reads, whose sums stay in registers over all groups. Two barriers a group.
@@ -198,12 +201,71 @@ struct Tile {
   int image_rows, image_cols;  // of pixels in the image
   int e_row, e_col;            // of the first pixel in the image, within e
   int pixels;                  // in the image, of all images
+  int step;                    // from one row or column to the next, of outputs and pixels
 };
 
 MNV2_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 MNV2_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 
-MNV2_DEVICE Tile tile_of(const Args& a, int stride) {
+// A part of one side of the image: outputs and pixels that are dilated apart.
+struct Side {
+  int out, outs;         // the first output, and how many
+  int in, ins, e_first;  // the first pixel in the image, how many, and where in e
+};
+
+// phase: which of the ordinary convolutions that a dilated one is made of; from: its first output.
+template <int kKernel, int kStride>
+MNV2_DEVICE Side side_of(int phase, int from, int tile, int dilation, int pad, int out_size,
+                         int size) {
+  const int before = phase * kStride - pad, first = from * kStride;  // before: of tap 0, output 0
+  const int start = larger(first, before < 0 ? (dilation - 1 - before) / dilation : 0);
+  const int end =
+      smaller(first + (tile - 1) * kStride + kKernel, (size - before + dilation - 1) / dilation);
+  return {phase + from * dilation,
+          smaller(tile, (out_size - phase + dilation - 1) / dilation - from),
+          before + start * dilation, larger(end - start, 0), start - first};
+}
+
+// A dilated convolution is several ordinary ones between each other: a tile is of one of them, and of
+// any padding.
+template <int kKernel, int kStride>
+MNV2_DEVICE Tile dilated_tile_of(const Args& a) {
+  int index = block_index();
+  const auto next = [&](int count) {
+    const int rest = index % count;
+    index /= count;
+    return rest;
+  };
+  const auto parts = [](int size, int part) { return (size + part - 1) / part; };
+  const auto side = [&](int tile, int pad, int out_size, int size) {
+    const int phase = next(smaller(a.dilation, out_size));
+    const int from = next(parts(parts(out_size, a.dilation), tile)) * tile;
+    return side_of<kKernel, kStride>(phase, from, tile, a.dilation, pad, out_size, size);
+  };
+  const Side col = side(a.tile_cols, a.pad_left, a.out_width, a.width);
+  const Side row = side(a.tile_rows, a.pad_top, a.out_height, a.height);
+  const int first_image = index * a.images, images = smaller(a.images, a.batch - first_image);
+  return {first_image,
+          images,
+          row.out,
+          col.out,
+          row.outs,
+          col.outs,
+          row.in,
+          col.in,
+          row.ins,
+          col.ins,
+          row.e_first,
+          col.e_first,
+          images * row.ins * col.ins,
+          a.dilation};
+}
+
+template <Form kForm, int kStride>
+MNV2_DEVICE Tile tile_of(const Args& a) {
+  if constexpr (kForm != Form::kMobileNetV2)
+    return dilated_tile_of<int(kernel_of(kForm)), kStride>(a);
+  constexpr int stride = kStride;
   const int index = block_index();
   const int across = int(ceil_div(a.out_width, a.tile_cols));
   const int down = int(ceil_div(a.out_height, a.tile_rows));
@@ -221,6 +283,7 @@ MNV2_DEVICE Tile tile_of(const Args& a, int stride) {
   t.e_row = t.in_row - (t.row * stride - 1);
   t.e_col = t.in_col - (t.col * stride - 1);
   t.pixels = t.images * t.image_rows * t.image_cols;
+  t.step = 1;
   return t;
 }
 
@@ -266,9 +329,9 @@ MNV2_DEVICE void copy_x(const Args& a, const Tile& tile, int first_panel, int pa
   for (int i = threadIdx.x / 4; i < tile.pixels; i += threads / 4) {
     const int col = i % tile.image_cols, line = i / tile.image_cols;
     const int row = line % tile.image_rows, image = line / tile.image_rows;
-    const Element* const pixel = static_cast<const Element*>(a.x) +
-                                 (tile.first_image + image) * a.x_image +
-                                 (tile.in_row + row) * a.x_row + (tile.in_col + col) * a.x_col;
+    const Element* const pixel =
+        static_cast<const Element*>(a.x) + (tile.first_image + image) * a.x_image +
+        (tile.in_row + row * tile.step) * a.x_row + (tile.in_col + col * tile.step) * a.x_col;
     const int place = places < 0 ? i : int(load_shared<uint16_t>(places + 2 * i));
     for (int chunk = threadIdx.x % 4; chunk < panels * kChunks; chunk += 4) {
       const int at = to + chunk / kChunks * to_panel + (place * kChunks + chunk % kChunks) * 16;
@@ -292,7 +355,7 @@ MNV2_DEVICE void copy_bytes(int to, const void* from, int bytes, int threads) {
 }
 
 // Starts copying the weights of a group's panels.
-template <Precision kPrecision>
+template <Precision kPrecision, int kTaps, bool kProject>
 MNV2_DEVICE void copy_weights(const Args& a, int stage, int first_panel, int panels, int first_out,
                               int out_panels, int threads) {
   const SharedLayout& l = a.shared;
@@ -304,13 +367,13 @@ MNV2_DEVICE void copy_weights(const Args& a, int stage, int first_panel, int pan
                panels * one, threads);
     copy_bytes(stage + l.b_expand, a.b_expand + first_panel * kPanel, panels * vector, threads);
   }
-  for (int p = 0; p < panels; ++p)
+  for (int p = 0; kProject && p < panels; ++p)
     copy_bytes(stage + l.w_project + p * out_panels * kFragment,
                static_cast<const char*>(a.w_project) +
                    (int64_t(first_panel + p) * a.out_panels + first_out) * kFragment,
                smaller(out_panels, a.out_panels - first_out) * kFragment, threads);
-  copy_bytes(stage + l.w_depthwise, a.w_depthwise + first_panel * 9 * kPanel, panels * 9 * vector,
-             threads);
+  copy_bytes(stage + l.w_depthwise, a.w_depthwise + first_panel * kTaps * kPanel,
+             panels * kTaps * vector, threads);
   copy_bytes(stage + l.b_depthwise, a.b_depthwise + first_panel * kPanel, panels * vector, threads);
 }
 
@@ -326,9 +389,34 @@ MNV2_DEVICE void keep(uint4& q, int channels) {
   if (channels < 4) q.w = 0;
 }
 
-// e of kTiles tiles of 16 pixels, `apart` tiles from each other, and of kPanels panels.
-template <Precision kPrecision, int kTiles, int kPanels>
-MNV2_DEVICE void expand_tiles(const Args& a, int pixels, int tile, int apart, int w, int bias,
+MNV2_DEVICE float activated(float v, const ActivationArgs& f) {
+  if (f.kind == Activation::kHardswish) return v * (clip(v + 3, 0, 6) * (1 / 6.f));
+  if (f.kind == Activation::kSilu) return divide(v, 1 + exponential(-v));
+  return clip(v, f.low, f.high);
+}
+MNV2_DEVICE float4 activated(float4 v, const ActivationArgs& f) {
+  return {activated(v.x, f), activated(v.y, f), activated(v.z, f), activated(v.w, f)};
+}
+
+template <Precision kPrecision, Form kForm>
+MNV2_DEVICE typename Numbers<kPrecision>::Quad narrow_activated(float4 v, const Args& a) {
+  if constexpr (kForm == Form::kMobileNetV2)
+    return Numbers<kPrecision>::narrow_relu6(v);
+  else
+    return Numbers<kPrecision>::narrow(activated(v, a.activation));
+}
+
+// Whether one of the numbers in two registers is infinite or NaN.
+template <Precision kPrecision>
+MNV2_DEVICE bool is_infinite(uint32_t two) {
+  constexpr uint32_t kLow = Numbers<kPrecision>::kExponent, kHigh = kLow << 16;
+  return (two & kLow) == kLow || (two & kHigh) == kHigh;
+}
+
+// e of kTiles tiles of 16 pixels, `apart` tiles from each other, and of kPanels panels. Returns, of a
+// form whose activations allow it, whether any of it is infinite.
+template <Precision kPrecision, Form kForm, int kTiles, int kPanels>
+MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, int w, int bias,
                               int e, int lane) {
   using N = Numbers<kPrecision>;
   using Quad = typename N::Quad;
@@ -362,6 +450,7 @@ MNV2_DEVICE void expand_tiles(const Args& a, int pixels, int tile, int apart, in
     for (int p = 0; p < kPanels; ++p)
       multiply<kPrecision, kTiles>(c[p], x, w + (p * a.in_panels + q) * kFragment, lane);
   }
+  bool infinite = false;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -369,22 +458,27 @@ MNV2_DEVICE void expand_tiles(const Args& a, int pixels, int tile, int apart, in
       if (row[i][lower] >= pixels) continue;
       const int place = load_shared<uint16_t>(a.shared.places + 2 * row[i][lower]);
 #pragma unroll
-      for (int p = 0; p < kPanels; ++p)
-        store_shared(e + p * a.shared.e_panel + place * kPixel + t * kQuad,
-                     N::narrow_relu6(quad_of(c[p][i], lower)));
+      for (int p = 0; p < kPanels; ++p) {
+        const Quad q = narrow_activated<kPrecision, kForm>(quad_of(c[p][i], lower), a);
+        if constexpr (kForm != Form::kMobileNetV2 && kQuad == 8)
+          infinite = infinite || is_infinite<kPrecision>(q.x) || is_infinite<kPrecision>(q.y);
+        store_shared(e + p * a.shared.e_panel + place * kPixel + t * kQuad, q);
+      }
     }
   }
+  return infinite;
 }
 
 // A group of e at each pixel in the image; the rest of e is zero already. A step computes kTiles
-// tiles of 16 pixels and kPanels panels.
-template <Precision kPrecision, int kTiles, int kPanels>
-MNV2_DEVICE void expand(const Args& a, int pixels, int panel, int panels, int stage, int warps,
+// tiles of 16 pixels and kPanels panels. Returns what its tiles return.
+template <Precision kPrecision, Form kForm, int kTiles, int kPanels>
+MNV2_DEVICE bool expand(const Args& a, int pixels, int panel, int panels, int stage, int warps,
                         int lane) {
   using Quad = typename Numbers<kPrecision>::Quad;
   constexpr int kQuad = sizeof(Quad), kFragment = 64 * kQuad;
   const SharedLayout& l = a.shared;
   const int tiles = (pixels + 15) / 16;
+  bool infinite = false;
   for (int p = 0; p < panels; p += kPanels) {
     const int w = stage + p * a.in_panels * kFragment;
     const int bias = stage + l.b_expand + p * int(kPanel) * 4;
@@ -392,19 +486,22 @@ MNV2_DEVICE void expand(const Args& a, int pixels, int panel, int panels, int st
     const bool all = kPanels == 1 || p + 1 < panels;
     for (int i = int(threadIdx.x) / 32; i < tiles; i += kTiles * warps) {
       const bool two = kTiles == 2 && i + warps < tiles;
+      bool found;
       if (two && all)
-        expand_tiles<kPrecision, kTiles, kPanels>(a, pixels, i, warps, w, bias, e, lane);
+        found =
+            expand_tiles<kPrecision, kForm, kTiles, kPanels>(a, pixels, i, warps, w, bias, e, lane);
       else if (two)
-        expand_tiles<kPrecision, kTiles, 1>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, kTiles, 1>(a, pixels, i, warps, w, bias, e, lane);
       else if (all)
-        expand_tiles<kPrecision, 1, kPanels>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, 1, kPanels>(a, pixels, i, warps, w, bias, e, lane);
       else
-        expand_tiles<kPrecision, 1, 1>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, 1, 1>(a, pixels, i, warps, w, bias, e, lane);
+      infinite = infinite || found;
     }
   }
   // Channels that do not exist are 0, not the 0 * Inf of their weights: a lane clears its own.
   const int channels = a.hidden_channels - panel * int(kPanel);
-  if (channels >= panels * int(kPanel)) return;
+  if (channels >= panels * int(kPanel)) return infinite;
   for (int i = int(threadIdx.x) / 32; i < tiles; i += warps) {
     for (int row = i * 16 + lane / 4; row < smaller(i * 16 + 16, pixels); row += 8) {
       const int place = load_shared<uint16_t>(l.places + 2 * row), last = panels - 1;
@@ -414,6 +511,7 @@ MNV2_DEVICE void expand(const Args& a, int pixels, int panel, int panels, int st
       store_shared(at, q);
     }
   }
+  return infinite;
 }
 
 MNV2_DEVICE void multiply_add(float4& sum, const float4& a, const float4& b) {
@@ -423,11 +521,17 @@ MNV2_DEVICE void multiply_add(float4& sum, const float4& a, const float4& b) {
   sum.w += a.w * b.w;
 }
 
-// A quad of d for each row of a strip. e: the quad at the strip's first row and column; odd: bytes to
-// the column beside it.
-template <Precision kPrecision, int kStride, int kTiles>
+// Bytes to a column of the windows from their first; odd: to the one beside that.
+template <int kStride, int kPixel>
+MNV2_DEVICE int beside_first(int col, int odd) {
+  return kStride == 1 ? col * kPixel : col == 1 ? odd : (col == 3 ? odd : 0) + col / 2 * kPixel;
+}
+
+// finish(row, sum): a quad of d for each row of a strip. e: the quad at the strip's first row and
+// column; odd: bytes to the column beside it.
+template <Precision kPrecision, int kKernel, int kStride, int kTiles, class Finish>
 MNV2_DEVICE void depthwise(typename Numbers<kPrecision>::Quad (&d)[kTiles][2], int e, int e_line,
-                           int odd, int taps, int bias) {
+                           int odd, int taps, int bias, Finish finish) {
   using N = Numbers<kPrecision>;
   using Quad = typename N::Quad;
   constexpr int kPixel = 4 * sizeof(Quad), kRows = 2 * kTiles;
@@ -435,68 +539,75 @@ MNV2_DEVICE void depthwise(typename Numbers<kPrecision>::Quad (&d)[kTiles][2], i
   sum[0] = load_shared<float4>(bias);
 #pragma unroll
   for (int o = 1; o < kRows; ++o) sum[o] = sum[0];
-  // Column by column, which leaves only three taps in registers. In half precision this is the way out
-  // for infinite input, which gets no registers of its own.
-#pragma unroll sizeof(Quad) == 8 ? 1 : 3
-  for (int col = 0; col < 3; ++col) {
-    const int beside = kStride == 1 ? col * kPixel : col == 1 ? odd : col / 2 * kPixel;
-    float4 tap[3];
+  // Column by column, which leaves only a column's taps in registers. In half precision this is the
+  // way out for infinite input, which gets no registers of its own.
+#pragma unroll sizeof(Quad) == 8 || kKernel == 5 ? 1 : 3
+  for (int col = 0; col < kKernel; ++col) {
+    const int beside = beside_first<kStride, kPixel>(col, odd);
+    float4 tap[kKernel];
 #pragma unroll
-    for (int k = 0; k < 3; ++k)
-      tap[k] = load_shared<float4>(taps + (3 * k + col) * int(kPanel) * 4);
+    for (int k = 0; k < kKernel; ++k)
+      tap[k] = load_shared<float4>(taps + (kKernel * k + col) * int(kPanel) * 4);
 #pragma unroll
-    for (int row = 0; row < (kRows - 1) * kStride + 3; ++row) {
+    for (int row = 0; row < (kRows - 1) * kStride + kKernel; ++row) {
       const float4 v = N::widen(load_shared<Quad>(e + row * e_line + beside));
 #pragma unroll
       for (int o = 0; o < kRows; ++o) {
         const int k = row - o * kStride;
-        if (k >= 0 && k < 3) multiply_add(sum[o], v, tap[k]);
+        if (k >= 0 && k < kKernel) multiply_add(sum[o], v, tap[k]);
       }
     }
   }
 #pragma unroll
-  for (int o = 0; o < kRows; ++o) d[o / 2][o % 2] = N::narrow_relu6(sum[o]);
+  for (int o = 0; o < kRows; ++o) d[o / 2][o % 2] = finish(o, sum[o]);
 }
 
 // The taps of the depthwise as diagonal matrices, in the fragments of a product: lane 4 g + t has the
 // rows 2 t and 2 t + 1 of column g, so that only lanes with g / 2 == t have anything. A column is the
-// channel 4 (g / 2) + 2 j + g % 2, of a quad's first or second pair. For each g: three columns of the
-// window, of eight words each: j, then three rows.
-template <Precision kPrecision>
+// channel 4 (g / 2) + 2 j + g % 2, of a quad's first or second pair. For each g the columns of the
+// window, of eight words each: j, then up to four rows; then, of five, j for the fifth.
+template <Precision kPrecision, int kKernel>
 MNV2_DEVICE void make_taps(const SharedLayout& l, int stage, int panels, int threads) {
   using N = Numbers<kPrecision>;
-  for (int i = threadIdx.x; i < panels * 8 * 24; i += threads) {
-    const int word = i % 24, g = i / 24 % 8, panel = i / (8 * 24);
-    const int row = word % 4, j = word / 4 % 2, col = word / 8;
-    if (row == 3) continue;
-    const int tap = panel * 9 + row * 3 + col, channel = g / 2 * 4 + j * 2 + g % 2;
+  constexpr int kColumn = int(column_words(kKernel)), kWords = kKernel * kColumn;
+  for (int i = threadIdx.x; i < panels * 8 * kWords; i += threads) {
+    const int word = i % kWords, g = i / kWords % 8, panel = i / (8 * kWords);
+    const int col = word / kColumn, within = word % kColumn;
+    const int row = within < 8 ? within % 4 : 4, j = within < 8 ? within / 4 : within - 8;
+    if (row >= kKernel || j > 1) continue;
+    const int tap = panel * kKernel * kKernel + row * kKernel + col;
+    const int channel = g / 2 * 4 + j * 2 + g % 2;
     const float w = load_shared<float>(stage + l.w_depthwise + (tap * int(kPanel) + channel) * 4);
-    const int at = l.taps + ((panel * 8 + g) * int(kTapWords) + word) * 4;
+    const int at = l.taps + ((panel * 8 + g) * int(tap_words(kKernel)) + word) * 4;
     store_shared(at, g % 2 ? N::pack(0, w) : N::pack(w, 0));
   }
 }
 
 // The same on tensor cores. taps: those of the lane's g.
-template <Precision kPrecision, int kStride, int kTiles>
+template <Precision kPrecision, int kKernel, int kStride, int kTiles, class Finish>
 MNV2_DEVICE void depthwise_product(typename Numbers<kPrecision>::Quad (&d)[kTiles][2], int e,
-                                   int e_line, int odd, int taps, int bias, int lane) {
+                                   int e_line, int odd, int taps, int bias, int lane,
+                                   Finish finish) {
   using N = Numbers<kPrecision>;
   using Quad = typename N::Quad;
-  constexpr int kPixel = 4 * sizeof(Quad), kLines = (2 * kTiles - 1) * kStride + 3;
+  constexpr int kPixel = 4 * sizeof(Quad), kLines = (2 * kTiles - 1) * kStride + kKernel;
+  constexpr int kColumn = int(column_words(kKernel)) * 4;
   Sums c[kTiles];
   const float4 b = load_shared<float4>(bias);
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) start_at(c[i], b);
   const uint32_t diagonal = lane / 8 == lane % 4 ? ~0u : 0u;
-#pragma unroll kFewRegisters ? 1 : 3
-  for (int col = 0; col < 3; ++col) {
-    const int beside = kStride == 1 ? col * kPixel : col == 1 ? odd : col / 2 * kPixel;
+#pragma unroll kFewRegisters || kKernel == 5 ? 1 : 3
+  for (int col = 0; col < kKernel; ++col) {
+    const int beside = beside_first<kStride, kPixel>(col, odd);
     Quad q[kLines];
 #pragma unroll
     for (int line = 0; line < kLines; ++line)
       q[line] = load_shared<Quad>(e + line * e_line + beside);
-    const uint4 w0 = load_shared<uint4>(taps + col * 32),
-                w1 = load_shared<uint4>(taps + col * 32 + 16);
+    const uint4 w0 = load_shared<uint4>(taps + col * kColumn),
+                w1 = load_shared<uint4>(taps + col * kColumn + 16);
+    uint2 fifth = {};
+    if constexpr (kKernel == 5) fifth = load_shared<uint2>(taps + col * kColumn + 32);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const Quad* const up = q + 2 * i * kStride;
@@ -504,27 +615,36 @@ MNV2_DEVICE void depthwise_product(typename Numbers<kPrecision>::Quad (&d)[kTile
       const uint32_t first[4] = {up[0].x, low[0].x, up[1].x, low[1].x};
       const uint32_t second[4] = {up[0].y, low[0].y, up[1].y, low[1].y};
       N::mma(c[i][0], first, w0.x & diagonal, w0.y & diagonal);
-      N::mma_8(c[i][0], up[2].x, low[2].x, w0.z & diagonal);
-      N::mma(c[i][1], second, w1.x & diagonal, w1.y & diagonal);
-      N::mma_8(c[i][1], up[2].y, low[2].y, w1.z & diagonal);
+      if constexpr (kKernel == 3) {
+        N::mma_8(c[i][0], up[2].x, low[2].x, w0.z & diagonal);
+        N::mma(c[i][1], second, w1.x & diagonal, w1.y & diagonal);
+        N::mma_8(c[i][1], up[2].y, low[2].y, w1.z & diagonal);
+      } else {
+        const uint32_t third[4] = {up[2].x, low[2].x, up[3].x, low[3].x};
+        const uint32_t fourth[4] = {up[2].y, low[2].y, up[3].y, low[3].y};
+        N::mma(c[i][0], third, w0.z & diagonal, w0.w & diagonal);
+        N::mma_8(c[i][0], up[4].x, low[4].x, fifth.x & diagonal);
+        N::mma(c[i][1], second, w1.x & diagonal, w1.y & diagonal);
+        N::mma(c[i][1], fourth, w1.z & diagonal, w1.w & diagonal);
+        N::mma_8(c[i][1], up[4].y, low[4].y, fifth.y & diagonal);
+      }
     }
   }
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int lower = 0; lower < 2; ++lower) d[i][lower] = N::narrow_relu6(quad_of(c[i], lower));
+    for (int lower = 0; lower < 2; ++lower)
+      d[i][lower] = finish(2 * i + lower, quad_of(c[i], lower));
   }
 }
 
 // Whether e has an Inf or NaN, which a diagonal matrix would spread to other channels.
 template <Precision kPrecision>
 MNV2_DEVICE bool any_infinite(int e, int bytes, int threads) {
-  constexpr uint32_t kLow = Numbers<kPrecision>::kExponent, kHigh = kLow << 16;
   bool found = false;
   for (int i = threadIdx.x * 16; i < bytes; i += threads * 16) {
     const uint4 v = load_shared<uint4>(e + i);
-    for (const uint32_t both : {v.x, v.y, v.z, v.w})
-      found = found || (both & kLow) == kLow || (both & kHigh) == kHigh;
+    for (const uint32_t two : {v.x, v.y, v.z, v.w}) found = found || is_infinite<kPrecision>(two);
   }
   return found;
 }
@@ -600,9 +720,20 @@ MNV2_DEVICE void store_panels(const Args& a, float4 first, float4 second, int64_
   }
 }
 
+// The sums over a warp's strips of d, which a lane has for its strip.
+MNV2_DEVICE float4 summed_over_strips(float4 v) {
+  for (int apart = 4; apart < 32; apart *= 2) {
+    v = {v.x + float_of(exchange(bits_of(v.x), apart)),
+         v.y + float_of(exchange(bits_of(v.y), apart)),
+         v.z + float_of(exchange(bits_of(v.z), apart)),
+         v.w + float_of(exchange(bits_of(v.w), apart))};
+  }
+  return v;
+}
+
 // blockIdx: tile, split, out block. kTiles: of 16 outputs a warp's registers hold, of kOutPanels
-// panels each.
-template <Precision kPrecision, int kStride, int kTiles, int kOutPanels>
+// panels each. Without panels it is the first pass of a squeeze-and-excite.
+template <Precision kPrecision, Form kForm, int kStride, int kTiles, int kOutPanels>
 MNV2_DEVICE void inverted_residual(const Args& a) {
   using N = Numbers<kPrecision>;
   using Element = typename N::Element;
@@ -610,7 +741,9 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   constexpr int kRows = 2 * kTiles, kQuad = sizeof(Quad), kPixel = 4 * kQuad;
   constexpr int kFragment = 64 * kQuad;
   constexpr bool kProducts = sizeof(Element) == 2;
-  constexpr Variant kVariant = variant_of(kTiles, kOutPanels, kPrecision);
+  constexpr bool kGeneral = kForm != Form::kMobileNetV2, kPool = kOutPanels == 0;
+  constexpr int kKernel = int(kernel_of(kForm)), kTaps = kKernel * kKernel;
+  constexpr Variant kVariant = variant_of(kTiles, kOutPanels, kPrecision, kForm);
   constexpr int kExpandPanels = kFewRegisters ? 1 : int(kVariant.expand_panels);
   const int threads = blockDim.x, warps = threads / 32;
   const int lane = threadIdx.x % 32, t = lane % 4;
@@ -621,27 +754,33 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   const int first = blockIdx.y * a.panels_each;
   const int end = smaller(first + a.panels_each, a.hidden_panels);
   const auto start_weights = [&](int stage, int panel) {
-    copy_weights<kPrecision>(a, stage, panel, smaller(a.group_panels, end - panel), first_out,
-                             kOutPanels, threads);
+    copy_weights<kPrecision, kTaps, !kPool>(a, stage, panel, smaller(a.group_panels, end - panel),
+                                            first_out, kOutPanels, threads);
   };
 
   int stage = l.weights;
   start_weights(stage, first);
   int pixels, e_at;
+  int outs = 0;        // of a lane in the image, for its sum
+  int gate_image = 0;  // which image's gate is its
   {
-    const Tile tile = tile_of(a, kStride);
+    const Tile tile = tile_of<kForm, kStride>(a);
     pixels = tile.pixels;
     if (expands) copy_x<kPrecision>(a, tile, 0, a.in_panels, 0, l.x_panel, -1, threads);
     note_places<kStride>(a, tile, threads);
     const Strip strip = strip_of(a, tile.images, kRows);
     e_at = l.e + (strip.image * a.e_rows + strip.row * kStride) * a.e_cols * kPixel +
            strip.col * kPixel + t * kQuad;
+    if constexpr (kPool)
+      outs = strip.exists && strip.col < tile.cols ? tile.rows - strip.row : 0;
+    else if constexpr (kGeneral)
+      gate_image = tile.first_image + strip.image;
   }
   for (int i = threadIdx.x * 16; i < a.group_panels * l.e_panel; i += threads * 16)
     store_shared(l.e + i, uint4{0, 0, 0, 0});
 
   const int odd = e_column<kStride>(1, a.e_cols) * kPixel;
-  Sums c[kOutPanels][kTiles] = {};
+  Sums c[kPool ? 1 : kOutPanels][kTiles] = {};
   for (int panel = first; panel < end; panel += a.group_panels) {
     const int panels = smaller(a.group_panels, end - panel);
     copies_finish();
@@ -649,13 +788,16 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
     const int other = 2 * l.weights + l.stage - stage;
     if (panel + panels < end) start_weights(other, panel + panels);
     bool infinite = false;
-    if constexpr (kProducts) make_taps<kPrecision>(l, stage, panels, threads);
+    if constexpr (kProducts) make_taps<kPrecision, kKernel>(l, stage, panels, threads);
     if (expands) {
-      expand<kPrecision, kVariant.expand_tiles, kExpandPanels>(a, pixels, panel, panels, stage,
-                                                               warps, lane);
-      barrier();  // e is there
+      const bool found = expand<kPrecision, kForm, kVariant.expand_tiles, kExpandPanels>(
+          a, pixels, panel, panels, stage, warps, lane);
+      if constexpr (kGeneral && kProducts)
+        infinite = barrier_any(found);  // e is there
+      else
+        barrier();  // e is there, too
     } else {
-      const Tile tile = tile_of(a, kStride);
+      const Tile tile = tile_of<kForm, kStride>(a);
       copy_x<kPrecision>(a, tile, panel, panels, l.e, l.e_panel, l.places, threads);
       copies_finish();
       barrier();
@@ -666,13 +808,37 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
     for (int p = 0; p < panels; ++p) {
       Quad d[kTiles][2];
       const int e = e_at + p * l.e_panel, bias = stage + l.b_depthwise + (p * 4 + t) * 16;
+      float4 total = {0, 0, 0, 0}, gate = {1, 1, 1, 1};
+      if constexpr (kGeneral && !kPool) {
+        if (a.gate)
+          gate = load_global(reinterpret_cast<const float4*>(
+              a.gate + (int64_t(gate_image) * a.hidden_panels + panel + p) * kPanel + 4 * t));
+      }
+      const auto finish = [&](int row, float4 v) {
+        if constexpr (!kGeneral) return N::narrow_relu6(v);
+        v = activated(v, a.activation);
+        if constexpr (kPool) {
+          if (row < outs) total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
+          return Quad{};
+        }
+        return N::narrow({v.x * gate.x, v.y * gate.y, v.z * gate.z, v.w * gate.w});
+      };
       if (!kProducts || infinite) {
-        depthwise<kPrecision, kStride, kTiles>(d, e, a.e_cols * kPixel, odd,
-                                               stage + l.w_depthwise + (p * 36 + t) * 16, bias);
+        depthwise<kPrecision, kKernel, kStride, kTiles>(
+            d, e, a.e_cols * kPixel, odd, stage + l.w_depthwise + (p * kTaps * 4 + t) * 16, bias,
+            finish);
       } else if constexpr (kProducts) {
-        depthwise_product<kPrecision, kStride, kTiles>(
-            d, e, a.e_cols * kPixel, odd, l.taps + (p * 8 + lane / 4) * int(kTapWords) * 4, bias,
-            lane);
+        depthwise_product<kPrecision, kKernel, kStride, kTiles>(
+            d, e, a.e_cols * kPixel, odd, l.taps + (p * 8 + lane / 4) * int(tap_words(kKernel)) * 4,
+            bias, lane, finish);
+      }
+      if constexpr (kPool) {
+        total = summed_over_strips(total);
+        const int64_t row = int64_t(block_index()) * warps + threadIdx.x / 32;
+        if (lane < 4)
+          store_global(reinterpret_cast<float4*>(
+                           a.pooled + (row * a.hidden_panels + panel + p) * kPanel + 4 * t),
+                       total);
       }
       const int w = stage + l.w_project + p * kOutPanels * kFragment;
 #pragma unroll
@@ -681,15 +847,16 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
     }
     stage = other;
   }
+  if constexpr (kPool) return;
 
   const bool biased = a.splits == 1;
-  const Tile tile = tile_of(a, kStride);
+  const Tile tile = tile_of<kForm, kStride>(a);
   const Strip strip = strip_of(a, tile.images, kRows);
 #pragma unroll
   for (int o = 0; o < kRows; ++o) {
     const bool inside = strip.exists && strip.row + o < tile.rows && strip.col < tile.cols;
     const int image = tile.first_image + strip.image;
-    const int row = tile.row + strip.row + o, col = tile.col + strip.col;
+    const int row = tile.row + (strip.row + o) * tile.step, col = tile.col + strip.col * tile.step;
     const int64_t pixel = (int64_t(image) * a.out_height + row) * a.out_width + col;
     const Element* const x =
         static_cast<const Element*>(a.x) + image * a.x_image + row * a.x_row + col * a.x_col;
@@ -702,6 +869,7 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
         const int from = channel + p * int(kPanel), left = biased ? a.out_channels - from : 0;
         const float4 b = load_floats(a.b_project + from, left);
         v[p] = {v[p].x + b.x, v[p].y + b.y, v[p].z + b.z, v[p].w + b.w};
+        if (kGeneral && biased) v[p] = activated(v[p], a.out_activation);
         const int added = inside && a.residual ? left : 0;
         const float4 own = load_quad<kPrecision>(x + from, added, a.x_vectors);
         v[p] = {v[p].x + own.x, v[p].y + own.y, v[p].z + own.z, v[p].w + own.w};
@@ -711,16 +879,16 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   }
 }
 
-template <Precision kPrecision, int kStride, int kTiles, int kOutPanels>
-MNV2_KERNEL(int(variant_of(kTiles, kOutPanels, kPrecision).most_warps* kLanes),
-            int(variant_of(kTiles, kOutPanels, kPrecision).resident))
+template <Precision kPrecision, Form kForm, int kStride, int kTiles, int kOutPanels>
+MNV2_KERNEL(int(variant_of(kTiles, kOutPanels, kPrecision, kForm).most_warps* kLanes),
+            int(variant_of(kTiles, kOutPanels, kPrecision, kForm).resident))
 inverted_residual_kernel(const Args a) {
-  inverted_residual<kPrecision, kStride, kTiles, kOutPanels>(a);
+  inverted_residual<kPrecision, kForm, kStride, kTiles, kOutPanels>(a);
 }
 
-// The splits' sums in their order, so that every run gives the same bits; then bias and residual.
-// Four channels of a pixel a thread.
-template <Precision kPrecision>
+// The splits' sums in their order, so that every run gives the same bits; then bias, activation
+// and residual. Four channels of a pixel a thread.
+template <Precision kPrecision, bool kActivated>
 MNV2_KERNEL(256, 1)
 add_splits_kernel(const Args a) {
   using Element = typename Numbers<kPrecision>::Element;
@@ -736,6 +904,7 @@ add_splits_kernel(const Args a) {
         a.partial + (split * pixels + pixel) * a.out_channels + channel, left,
         a.out_channels % 4 == 0));
   add(load_floats(a.b_project + channel, left));
+  if constexpr (kActivated) sum = activated(sum, a.out_activation);
   if (a.residual) {
     const int64_t line = pixel / a.out_width;
     const Element* const x = static_cast<const Element*>(a.x) + line / a.out_height * a.x_image +

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
+#include <limits>
 
 #include "plan.h"
 
@@ -10,6 +12,18 @@ namespace mnv2_fused::cuda {
 constexpr int64_t kLanes = 32;
 // Of a thread block's outputs, each a column of 2 or 4.
 constexpr int64_t kStripsPerWarp = 8;
+
+// What a kernel takes: MobileNetV2's block alone, or any with a depthwise convolution of 3x3, or 5x5.
+enum class Form : int8_t { kMobileNetV2, kThree, kFive };
+inline Form form_of(const BlockShape& s) {
+  if (s.kernel == 5) return Form::kFive;
+  bool plain = s.dilation == 1 && s.squeeze_channels == 0 && s.activation == Activation::kRelu6 &&
+               s.out_activation == Activation::kIdentity;
+  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
+    plain = plain && pad == 1;
+  return plain ? Form::kMobileNetV2 : Form::kThree;
+}
+constexpr int64_t kernel_of(Form form) { return form == Form::kFive ? 5 : 3; }
 
 // A kernel that is compiled. Its limit is a processor's 65536 registers: a lane's sums alone are
 // 8 tiles * out_panels of them, the depthwise and the expansion take 60 to 90 beside.
@@ -24,17 +38,34 @@ constexpr Variant kVariants[] = {
     {2, 2, 7, 2, 2, 2}, {2, 4, 6, 2, 2, 2},  {1, 4, 7, 2, 2, 2},  {1, 6, 7, 2, 2, 1},
     {2, 6, 4, 2, 2, 2}, {1, 10, 6, 2, 2, 1}, {2, 10, 8, 1, 2, 2}, {1, 20, 8, 1, 2, 2},
 };
+// The same of any other block: few and small, since each is compiled for both kernels and strides.
+// Without outputs: the first pass of a squeeze-and-excite, which sums up d.
+constexpr Variant kGeneralVariants[] = {
+    {1, 4, 6, 2, 2, 1},
+    {1, 10, 6, 2, 2, 1},
+    {1, 0, 6, 2, 2, 1},
+};
 // Exact float32 multiplies with twice the registers, so that two tiles or 20 panels are too many.
 constexpr bool compiled(const Variant& v, Precision p) {
   return p != Precision::kFloat32 || (v.tiles == 1 && v.out_panels <= 10);
 }
-constexpr Variant variant_of(int64_t tiles, int64_t out_panels, Precision p) {
-  for (Variant v : kVariants) {
+template <Form kForm>
+constexpr auto& variants_of() {
+  if constexpr (kForm == Form::kMobileNetV2)
+    return kVariants;
+  else
+    return kGeneralVariants;
+}
+constexpr Variant variant_of(int64_t tiles, int64_t out_panels, Precision p,
+                             Form form = Form::kMobileNetV2) {
+  const bool plain = form == Form::kMobileNetV2;
+  const int64_t count = plain ? std::size(kVariants) : std::size(kGeneralVariants);
+  for (int64_t i = 0; i < count; ++i) {
+    Variant v = plain ? kVariants[i] : kGeneralVariants[i];
     if (v.tiles != tiles || v.out_panels != out_panels) continue;
-    if (p == Precision::kFloat32) {
-      v.expand_tiles = 1;
-      if (v.out_panels == 10) v.most_warps = 4;
-    }
+    if (p == Precision::kFloat32) v.expand_tiles = 1;
+    if (v.out_panels == 10 && (p == Precision::kFloat32 || (p == Precision::kTf32 && !plain)))
+      v.most_warps = 4;
     if (element_size(p) == 4) {
       v.expand_panels = 1;
       if (v.resident == 2 && v.most_warps > 6) v.most_warps = 6;
@@ -45,11 +76,14 @@ constexpr Variant variant_of(int64_t tiles, int64_t out_panels, Precision p) {
 }
 
 // Rows and columns under the depthwise windows of a tile.
-constexpr int64_t in_rows(int64_t out_rows, int64_t stride) { return (out_rows - 1) * stride + 3; }
+constexpr int64_t in_rows(int64_t out_rows, int64_t stride, int64_t kernel) {
+  return (out_rows - 1) * stride + kernel;
+}
 
-// Taps of a panel in half precision, words for each of 8 kinds of lanes: 24, and 4 that put the eight
-// into different banks.
-constexpr int64_t kTapWords = 28, kTapBytes = 8 * kTapWords * 4;
+// Taps of a panel in half precision, words for each of 8 kinds of lanes: of each column 8, or 12 of
+// five taps. 28 and 60 of them put the eight into different banks.
+constexpr int64_t column_words(int64_t kernel) { return kernel == 5 ? 12 : 8; }
+constexpr int64_t tap_words(int64_t kernel) { return kernel == 5 ? 60 : 28; }
 
 // A thread block's shared memory, in bytes from its start.
 struct SharedLayout {
@@ -63,15 +97,16 @@ struct SharedLayout {
   int32_t bytes;
 };
 
+// height, width: of what is dilated apart in the image.
 constexpr SharedLayout shared_layout(int64_t element, int64_t in_panels, int64_t out_panels,
                                      int64_t stride, int64_t strip_rows, int64_t images,
                                      int64_t tile_rows, int64_t tile_cols, int64_t group_panels,
-                                     int64_t height, int64_t width) {
+                                     int64_t height, int64_t width, int64_t kernel) {
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const int64_t rows = in_rows(round_up(tile_rows, strip_rows), stride);
-  const int64_t cols = in_rows(tile_cols, stride);
+  const int64_t rows = in_rows(round_up(tile_rows, strip_rows), stride, kernel);
+  const int64_t cols = in_rows(tile_cols, stride, kernel);
   const int64_t pixels =
-      images * smaller(in_rows(tile_rows, stride), height) * smaller(cols, width);
+      images * smaller(in_rows(tile_rows, stride, kernel), height) * smaller(cols, width);
   const int64_t fragment = kPanel * kPanel * element;
   SharedLayout l{};
   l.x_panel = int32_t(pixels * kPanel * element);
@@ -80,13 +115,24 @@ constexpr SharedLayout shared_layout(int64_t element, int64_t in_panels, int64_t
   l.weights = l.e + int32_t(group_panels) * l.e_panel;
   l.w_project = int32_t(group_panels * in_panels * fragment);
   l.w_depthwise = l.w_project + int32_t(group_panels * out_panels * fragment);
-  l.b_expand = l.w_depthwise + int32_t(group_panels * 9 * kPanel * 4);
+  l.b_expand = l.w_depthwise + int32_t(group_panels * kernel * kernel * kPanel * 4);
   l.b_depthwise = l.b_expand + int32_t(group_panels * kPanel * 4);
   l.stage = l.b_depthwise + int32_t(group_panels * kPanel * 4);
   l.taps = l.weights + 2 * l.stage;
-  l.places = l.taps + int32_t(element == 2 ? group_panels * kTapBytes : 0);
+  l.places = l.taps + int32_t(element == 2 ? group_panels * 8 * tap_words(kernel) * 4 : 0);
   l.bytes = l.places + int32_t(round_up(pixels * 2, 16));
   return l;
+}
+
+// relu6, relu and identity are one clip.
+struct ActivationArgs {
+  Activation kind;
+  float low, high;
+};
+inline ActivationArgs activation_args(Activation kind) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return {kind, kind == Activation::kIdentity ? -kInfinity : 0,
+          kind == Activation::kRelu6 ? 6 : kInfinity};
 }
 
 struct Args {
@@ -111,6 +157,25 @@ struct Args {
   SharedLayout shared;
   bool residual;
   bool x_vectors, y_vectors;  // whether pixels of x and y come in aligned 16 bytes
+  // Of a block beyond MobileNetV2's:
+  int32_t pad_top, pad_left, dilation;
+  ActivationArgs activation, out_activation;
+  const float* gate;  // [N, E/16 * 16], what d is multiplied by; or null
+  float* pooled;  // [tiles of all images, warps, E/16 * 16], d's sums, in the first of two passes
 };
+
+// out = f(W mean(in) + b), one of the two products of a squeeze-and-excite.
+struct ProductArgs {
+  const float* in;      // [N, rows, in_pitch], whose rows are summed and scaled
+  const float* weight;  // [C_out/16, C_in, 16]
+  const float* bias;    // [C_out/16 * 16]
+  float* out;           // [N, C_out/16 * 16]
+  int32_t rows, in_pitch, in_channels, out_channels;
+  float scale;
+  bool gated;  // whether f is the gate, not the activation
+  ActivationArgs activation;
+  Gate gate;
+};
+constexpr int64_t kProductThreads = 256, kProductShared = kProductThreads * 4;
 
 }  // namespace mnv2_fused::cuda

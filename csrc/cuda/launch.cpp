@@ -4,16 +4,16 @@
 namespace mnv2_fused::cuda {
 
 void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Args& args,
-            void* stream) {
+            const SqueezeProducts& products, void* stream) {
   switch (precision) {
     case Precision::kHalf:
-      return launch_as<Precision::kHalf>(shape, plan, args, stream);
+      return launch_as<Precision::kHalf>(shape, plan, args, products, stream);
     case Precision::kBFloat16:
-      return launch_as<Precision::kBFloat16>(shape, plan, args, stream);
+      return launch_as<Precision::kBFloat16>(shape, plan, args, products, stream);
     case Precision::kTf32:
-      return launch_as<Precision::kTf32>(shape, plan, args, stream);
+      return launch_as<Precision::kTf32>(shape, plan, args, products, stream);
     case Precision::kFloat32:
-      return launch_as<Precision::kFloat32>(shape, plan, args, stream);
+      return launch_as<Precision::kFloat32>(shape, plan, args, products, stream);
   }
 }
 

@@ -18,11 +18,12 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <Precision kPrecision>
-void launch_as(const BlockShape& shape, const Plan& plan, const Args& args, void* stream) {
+void launch_as(const BlockShape& shape, const Plan& plan, const Args& args,
+               const SqueezeProducts& products, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const dim3 grid(unsigned(plan.thread_blocks / plan.splits / plan.out_blocks),
-                  unsigned(plan.splits), unsigned(plan.out_blocks));
+  unsigned out_blocks = 1;
   const auto run = [&](Kernel kernel) {
+    const dim3 grid(unsigned(tiles_of(plan)), unsigned(plan.splits), out_blocks);
     // Past this a kernel has to ask.
     if (plan.shared_bytes > 48 * 1024)
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -31,11 +32,19 @@ void launch_as(const BlockShape& shape, const Plan& plan, const Args& args, void
     kernel<<<grid, unsigned(plan.warps * kLanes), size_t(plan.shared_bytes), on>>>(args);
     check(cudaGetLastError(), "launch");
   };
-  if (!with_kernel<kPrecision>(shape.stride, plan, run))
-    throw std::runtime_error("no kernel is compiled for this plan");
+  const auto pass = [&](Pass which) {
+    if (!with_kernel<kPrecision>(shape, plan, which, run))
+      throw std::runtime_error("no kernel is compiled for this plan");
+  };
+  if (shape.squeeze_channels > 0) {
+    pass(Pass::kPool);
+    launch_products(shape.batch, products, stream);
+  }
+  out_blocks = unsigned(plan.out_blocks);
+  pass(Pass::kLast);
   if (plan.splits == 1) return;
-  add_splits_kernel<kPrecision>
-      <<<unsigned(add_blocks(shape)), unsigned(kAddThreads), 0, on>>>(args);
+  const Adding adding = adding_kernel<kPrecision>(shape);
+  adding<<<unsigned(add_blocks(shape)), unsigned(kAddThreads), 0, on>>>(args);
   check(cudaGetLastError(), "launch of the sum over splits");
 }
 

@@ -1,5 +1,6 @@
 #include "launch.cuh"
 
 namespace mnv2_fused::cuda {
-template void launch_as<Precision::kFloat32>(const BlockShape&, const Plan&, const Args&, void*);
+template void launch_as<Precision::kFloat32>(const BlockShape&, const Plan&, const Args&,
+                                             const SqueezeProducts&, void*);
 }  // namespace mnv2_fused::cuda

@@ -6,7 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "kernel.h"
+#include "../plan.h"
+#include "launch.h"
 
 namespace mnv2_fused::cuda {
 namespace {
@@ -41,11 +42,22 @@ Rates rates_of(const Gpu& gpu) {
   return kRates[std::size(kRates) - 1];
 }
 
+// Outputs of one of the convolutions that a dilated one is made of, in a row or column, and how many
+// of those there are.
+int64_t apart(int64_t out, const BlockShape& s) { return ceil_div(out, s.dilation); }
+int64_t phases(int64_t out, const BlockShape& s) { return std::min(out, s.dilation); }
+
 // Of all tiles in a row (or column) of the image, the expanded pixels in the image.
-int64_t expanded(int64_t out, int64_t tile, int64_t size, int64_t stride) {
+int64_t expanded(const BlockShape& s, int64_t out, int64_t tile, int64_t size, int64_t pad) {
   int64_t sum = 0;
-  for (int64_t at = 0; at < out; at += tile)
-    sum += std::min((at + tile - 1) * stride + 2, size) - std::max<int64_t>(at * stride - 1, 0);
+  for (int64_t phase = 0; phase < phases(out, s); ++phase) {
+    const int64_t before = phase * s.stride - pad;
+    const int64_t least = before < 0 ? ceil_div(-before, s.dilation) : 0;
+    const int64_t end = ceil_div(size - before, s.dilation);
+    for (int64_t at = 0; at < apart(out, s); at += tile)
+      sum += std::max<int64_t>(
+          std::min((at + tile - 1) * s.stride + s.kernel, end) - std::max(at * s.stride, least), 0);
+  }
   return sum;
 }
 
@@ -66,7 +78,7 @@ int64_t in_panels(const BlockShape& s) {
 int64_t shared_bytes(const BlockShape& s, Precision precision, const Choice& c) {
   return shared_layout(element_size(precision), in_panels(s), c.variant.out_panels, s.stride,
                        2 * c.variant.tiles, c.images, c.tile_rows, c.tile_cols, c.group_panels,
-                       s.height, s.width)
+                       apart(s.height, s), apart(s.width, s), s.kernel)
       .bytes;
 }
 
@@ -79,15 +91,16 @@ struct Work {
 };
 
 // Counted in the machine code of sm_90 where loops are, and rounded.
+// out: panels of outputs, 0 in the first pass of a squeeze-and-excite.
 Work work_of(const BlockShape& s, Precision precision, const Choice& c, double pixels,
-             int64_t warps) {
+             int64_t warps, double out) {
   const double element = double(element_size(precision)), quad = 4 * element * kLanes;
   const bool wide = element == 4, exact = precision == Precision::kFloat32;
   const Variant& v = c.variant;
   const double panels = double(ceil_div(s.hidden_panels(), c.splits));
   const double tiles = pixels / 16, rows = 2.0 * double(v.tiles);
   const double rounds = double(ceil_div(ceil_div(int64_t(pixels), 16), warps));
-  const double in = double(in_panels(s)), out = double(v.out_panels);
+  const double in = double(in_panels(s)), kernel = double(s.kernel), taps = double(s.taps());
   Work w;
   // Products of 16 x 16 x 16: instructions and bytes from shared memory for `tiles` of them that
   // share their weights.
@@ -111,22 +124,26 @@ Work work_of(const BlockShape& s, Precision precision, const Choice& c, double p
     w.issued += panels * each;
     w.shared += panels * pixels * 16 * element;
   }
-  const double lines = (rows - 1) * double(s.stride) + 3;
-  // On tensor cores 12 products for two rows, or widened loads and multiply-adds of float.
-  const double depthwise = wide ? 3 * lines + 44 * rows + 40 : 3 * lines + 16 * rows + 50;
+  const double lines = (rows - 1) * double(s.stride) + kernel;
+  // On tensor cores 12 products for two rows, or 30 of five taps; or widened loads and multiply-adds of
+  // float.
+  const double depthwise = wide            ? kernel * lines + (8 + 4 * taps) * rows + 40
+                           : s.kernel == 5 ? kernel * lines + 25 * rows + 95
+                                           : kernel * lines + 16 * rows + 50;
   const auto [instructions, bytes] = product(double(v.tiles));
   const double project = out * double(v.tiles) * instructions;
   w.instructions += panels * (depthwise + project);
   w.issued += double(warps) * panels * (depthwise + project);
-  w.shared += double(warps) * panels * (3 * lines * quad + 8 * 128 + out * double(v.tiles) * bytes);
-  (wide ? w.fma : w.mma) += double(warps) * panels * rows * (wide ? 36 * kLanes : 9 * 1024);
+  w.shared += double(warps) * panels *
+              (kernel * lines * quad + kernel / 3 * 8 * 128 + out * double(v.tiles) * bytes);
+  (wide ? w.fma : w.mma) += double(warps) * panels * rows * taps * (wide ? 4 * kLanes : 1024);
   (exact ? w.fma : w.mma) += double(warps) * panels * out * double(v.tiles) * 4096;
   // A panel's weights, 16 bytes a copy.
-  const double copies = ((in + out) * 256 * element + 11 * 64) / 16 / kLanes * 6;
+  const double copies = ((in + out) * 256 * element + (taps + 2) * 64) / 16 / kLanes * 6;
   w.instructions += panels * copies / double(warps);
   w.issued += panels * copies;
   // First and last: addresses, copies and clearing; bias, residual and stores.
-  const double store = 120 + rows * out * 14;
+  const double store = 120 + (out > 0 ? rows * out * 14 : panels * 24);
   const double load = pixels * (in * 2 * element / 4 + 1) / kLanes / double(warps) * 20 + 200;
   w.instructions += store + load;
   w.issued += double(warps) * (store + load);
@@ -146,8 +163,9 @@ Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Ch
   p.out_panels = c.variant.out_panels;
   p.out_blocks = ceil_div(ceil_div(s.out_channels, kPanel), p.out_panels);
   p.warps = ceil_div(strips(c), kStripsPerWarp);
-  const int64_t tiles = ceil_div(s.batch, c.images) * ceil_div(s.out_height(), c.tile_rows) *
-                        ceil_div(s.out_width(), c.tile_cols);
+  const int64_t tiles = ceil_div(s.batch, c.images) * phases(s.out_height(), s) *
+                        ceil_div(apart(s.out_height(), s), c.tile_rows) * phases(s.out_width(), s) *
+                        ceil_div(apart(s.out_width(), s), c.tile_cols);
   p.thread_blocks = tiles * p.splits * p.out_blocks;
   p.shared_bytes = shared_bytes(s, precision, c);
 
@@ -160,44 +178,63 @@ Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Ch
       1, std::min({warps / p.warps, gpu.shared_per_processor / (p.shared_bytes + 1024),
                    gpu.threads_per_processor / (p.warps * kLanes)}));
 
-  const int64_t expanded_rows = expanded(s.out_height(), c.tile_rows, s.height, s.stride);
-  const int64_t expanded_cols = expanded(s.out_width(), c.tile_cols, s.width, s.stride);
+  const int64_t expanded_rows = expanded(s, s.out_height(), c.tile_rows, s.height, s.pad_top);
+  const int64_t expanded_cols = expanded(s, s.out_width(), c.tile_cols, s.width, s.pad_left);
   const double all_pixels = double(s.batch) * double(expanded_rows * expanded_cols);
   p.recompute = double(expanded_rows * expanded_cols * p.out_blocks) / double(s.height * s.width);
   const int64_t out_pixels = s.batch * s.out_height() * s.out_width();
   p.partial_bytes = p.splits > 1 ? p.splits * s.out_elements() * 4 : 0;
+  const bool squeezed = s.squeeze_channels > 0;
+  p.squeeze_bytes = squeezed ? SqueezeMemory(s, tiles, p.warps).total() * 4 : 0;
   const int64_t in_expanded = s.expand == Expand::kNone ? 0 : s.height * s.width;
   p.bytes_never_written = s.batch * s.hidden_channels *
                           (in_expanded + s.out_height() * s.out_width()) * element_size(precision);
   const double w_expand = in_panels(s) ? double(s.in_channels * s.hidden_channels) : 0;
   const double weights = element * (w_expand + double(s.hidden_channels * s.out_channels)) +
-                         44 * double(s.hidden_channels);
+                         double(4 * (s.taps() + 2) * s.hidden_channels);
   p.bytes = int64_t(element * double(s.batch * s.height * s.width * s.in_channels +
                                      out_pixels * s.out_channels) +
                     weights) +
-            2 * p.partial_bytes;
+            2 * (p.partial_bytes + p.squeeze_bytes);
+  if (squeezed)  // x and the weights once more, and those of its products
+    p.bytes += int64_t(element * double(s.batch * s.height * s.width * s.in_channels) + weights) +
+               8 * s.hidden_channels * s.squeeze_channels;
   if (tiles == 0) return p;
 
   const Rates rates = rates_of(gpu);
-  const Work w = work_of(s, precision, c, all_pixels / double(tiles), p.warps);
-  const int64_t waves = ceil_div(p.thread_blocks, gpu.processors * p.resident);
-  const int64_t at_once = std::min(p.resident, ceil_div(p.thread_blocks, gpu.processors * waves));
-  const double warps_each = double(at_once * p.warps) / double(kSchedulers);
-  const double issue = std::min(kIssued, kIssuedAlone * std::max(warps_each, 1.0));
-  const double mma = rates.mma / (element == 4 ? 2 : 1);
-  const double blocks = double(at_once);
   const double groups = double(ceil_div(ceil_div(s.hidden_panels(), c.splits), c.group_panels));
-  double cycles = std::max({blocks * w.issued / kSchedulers / issue, w.instructions / kIssuedAlone,
-                            blocks * w.fma / rates.fma / kReached, blocks * w.mma / mma / kReached,
-                            blocks * w.shared / kSharedBytes / kReached});
-  cycles += groups * 2 * kBarrierCycles;
-  const double from_l2 = weights / double(p.splits) * double(p.thread_blocks) +
-                         element * all_pixels * double(s.in_channels * p.splits);
-  const double processors = double(std::min(gpu.processors, p.thread_blocks));
-  p.seconds =
-      std::max({double(waves) * cycles / gpu.clock, from_l2 / (kL2Bytes * processors) / gpu.clock,
-                double(p.bytes) / gpu.copy_bytes}) +
-      kFirstSeconds + kLaunchSeconds * (p.splits > 1 ? 2 : 1);
+  const double mma = rates.mma / (element == 4 ? 2 : 1);
+  // Of a pass of so many thread blocks with so many panels of outputs.
+  const auto seconds_of = [&](int64_t thread_blocks, double out) {
+    const Work w = work_of(s, precision, c, all_pixels / double(tiles), p.warps, out);
+    const int64_t waves = ceil_div(thread_blocks, gpu.processors * p.resident);
+    const int64_t at_once = std::min(p.resident, ceil_div(thread_blocks, gpu.processors * waves));
+    const double warps_each = double(at_once * p.warps) / double(kSchedulers);
+    const double issue = std::min(kIssued, kIssuedAlone * std::max(warps_each, 1.0));
+    const double blocks = double(at_once);
+    double cycles =
+        std::max({blocks * w.issued / kSchedulers / issue, w.instructions / kIssuedAlone,
+                  blocks * w.fma / rates.fma / kReached, blocks * w.mma / mma / kReached,
+                  blocks * w.shared / kSharedBytes / kReached});
+    cycles += groups * 2 * kBarrierCycles;
+    const double from_l2 = weights / double(p.splits) * double(thread_blocks) +
+                           element * all_pixels * double(s.in_channels * p.splits);
+    const double processors = double(std::min(gpu.processors, thread_blocks));
+    return std::max(double(waves) * cycles / gpu.clock,
+                    from_l2 / (kL2Bytes * processors) / gpu.clock);
+  };
+  double busy = seconds_of(p.thread_blocks, double(p.out_panels));
+  int64_t launches = p.splits > 1 ? 2 : 1;
+  if (squeezed) {
+    // Both products read their weights from L2 once an image, the first the pooled sums for each panel.
+    const double read = double(s.batch * 8 * s.hidden_channels * s.squeeze_channels) +
+                        double(p.squeeze_bytes * s.squeeze_panels());
+    busy +=
+        seconds_of(tiles * p.splits, 0) + read / (kL2Bytes * double(gpu.processors)) / gpu.clock;
+    launches += 3;
+  }
+  p.seconds = std::max(busy, double(p.bytes) / gpu.copy_bytes) + kFirstSeconds +
+              kLaunchSeconds * double(launches);
   return p;
 }
 
@@ -212,24 +249,52 @@ std::vector<int64_t> parts(int64_t n, int64_t multiple, int64_t most) {
   return found;
 }
 
+// f(variant) for each that is compiled and has outputs.
+template <class F>
+void for_variants(Form form, Precision precision, F f) {
+  const auto call = [&](const Variant& v) {
+    if (v.out_panels > 0 && compiled(v, precision))
+      f(variant_of(v.tiles, v.out_panels, precision, form));
+  };
+  if (form == Form::kMobileNetV2)
+    std::for_each(std::begin(kVariants), std::end(kVariants), call);
+  else
+    std::for_each(std::begin(kGeneralVariants), std::end(kGeneralVariants), call);
+}
+
 // The variants whose registers fit these outputs best: of each number of tiles the narrowest that
 // holds all, or the widest.
 std::vector<Variant> variants(const BlockShape& s, Precision precision) {
   const int64_t needed = ceil_div(s.out_channels, kPanel);
+  const Form form = form_of(s);
   std::vector<Variant> found;
   for (const int64_t tiles : {2, 1}) {
     std::optional<Variant> best;
-    for (const Variant& v : kVariants) {
-      if (v.tiles != tiles || !compiled(v, precision)) continue;
+    for_variants(form, precision, [&](const Variant& v) {
+      if (v.tiles != tiles) return;
       const bool better = !best || (best->out_panels >= needed
                                         ? v.out_panels >= needed && v.out_panels < best->out_panels
                                         : v.out_panels > best->out_panels);
-      if (better) best = variant_of(v.tiles, v.out_panels, precision);
-    }
+      if (better) best = v;
+    });
     // Out blocks repeat the expansion: only where there is no other way.
     if (best && (best->out_panels >= needed || tiles == 1)) found.push_back(*best);
   }
   return found;
+}
+
+// What takes least shared memory, for where no tile fits with those.
+Variant narrowest(const BlockShape& s, Precision precision) {
+  std::optional<Variant> found;
+  for_variants(form_of(s), precision, [&](const Variant& v) {
+    if (v.tiles == 1 && (!found || v.out_panels < found->out_panels)) found = v;
+  });
+  return *found;
+}
+
+// Of a thread block. The sums of a squeeze-and-excite are of one image.
+int64_t most_images(const BlockShape& s) {
+  return s.squeeze_channels > 0 ? 1 : std::max<int64_t>(s.batch, 1);
 }
 
 std::string does_not_fit(const BlockShape& s, const Gpu& gpu) {
@@ -248,18 +313,6 @@ template <class... Parts>
   throw std::invalid_argument(out.str());
 }
 
-// What MobileNetV2's block does not have of it, in words, or an empty string.
-std::string beyond_mobilenet_v2(const BlockShape& s) {
-  if (s.kernel != 3) return "depthwise kernel of " + std::to_string(s.kernel);
-  if (s.dilation != 1) return "dilation of " + std::to_string(s.dilation);
-  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
-    if (pad != 1) return "padding of " + std::to_string(pad);
-  if (s.activation != Activation::kRelu6) return "activation but ReLU6";
-  if (s.out_activation != Activation::kIdentity) return "activation of the output";
-  if (s.squeeze_channels > 0) return "squeeze-and-excite";
-  return "";
-}
-
 void check(const BlockShape& s, Precision precision, const Gpu& gpu) {
   const std::string why = unsupported(s, precision, gpu.capability);
   if (!why.empty()) throw std::invalid_argument(why);
@@ -271,9 +324,11 @@ std::string unsupported(const BlockShape& s, Precision precision, int64_t capabi
   std::ostringstream out;
   const int64_t least =
       precision == Precision::kBFloat16 || precision == Precision::kTf32 ? 80 : 75;
+  if (const std::string why = mnv2_fused::unsupported(s); !why.empty()) return why;
   const int64_t size =
       std::max({s.batch * s.out_height() * s.out_width(), s.batch, s.height, s.width});
-  const int64_t channels = std::max({s.in_channels, s.hidden_channels, s.out_channels});
+  const int64_t channels =
+      std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels});
   if (capability < least)
     out << (precision == Precision::kBFloat16 ? "bfloat16" : "this") << " needs compute capability "
         << least / 10 << "." << least % 10 << ", this GPU has " << capability / 10 << "."
@@ -285,8 +340,6 @@ std::string unsupported(const BlockShape& s, Precision precision, int64_t capabi
   else if (channels > int64_t{1} << 15)
     out << "the CUDA kernel takes at most 2^15 channels, got " << channels
         << "; use backend='eager'";
-  else if (const std::string more = beyond_mobilenet_v2(s); !more.empty())
-    out << "the CUDA kernel has no " << more << "; use backend='eager'";
   return out.str();
 }
 
@@ -294,14 +347,15 @@ Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu) {
   check(s, precision, gpu);
   std::optional<Plan> best;
   const int64_t hidden = s.hidden_panels();
-  for (const Variant& v : variants(s, precision)) {
+  const int64_t height = apart(s.out_height(), s), width = apart(s.out_width(), s);
+  const auto search = [&](const Variant& v) {
     const int64_t most = v.most_warps * kStripsPerWarp;
-    for (const int64_t cols : parts(s.out_width(), 1, most)) {
-      for (const int64_t rows : parts(s.out_height(), 2 * v.tiles, most / cols * 2 * v.tiles)) {
-        const bool whole = cols >= s.out_width() && rows >= s.out_height();
+    for (const int64_t cols : parts(width, 1, most)) {
+      for (const int64_t rows : parts(height, 2 * v.tiles, most / cols * 2 * v.tiles)) {
+        const bool whole = cols >= width && rows >= height;
         const int64_t one = ceil_div(rows, 2 * v.tiles) * cols;
         for (int64_t images = 1; images * one <= most; ++images) {
-          if (images > 1 && (!whole || images > s.batch)) break;
+          if (images > most_images(s) || (images > 1 && !whole)) break;
           for (int64_t group = 1; group <= std::min(kMostGroupPanels, hidden); ++group) {
             Choice c{images, rows, cols, v, group, 1};
             if (shared_bytes(s, precision, c) > gpu.shared_per_block) break;
@@ -318,7 +372,9 @@ Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu) {
         }
       }
     }
-  }
+  };
+  for (const Variant& v : variants(s, precision)) search(v);
+  if (!best) search(narrowest(s, precision));
   if (!best) throw std::invalid_argument(does_not_fit(s, gpu));
   return *best;
 }
@@ -335,15 +391,19 @@ Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu,
   if (c.variant.tiles == 0)
     refuse("no kernel is compiled for strip_rows ", forced[3],
            " with these output channels and dtype; 2 always is, 4 up to 64 "
-           "channels unless float32 is exact");
-  if (c.images < 1 || c.images > std::max<int64_t>(s.batch, 1))
-    refuse("images must be 1 to the batch of ", s.batch, ", got ", c.images);
+           "channels of MobileNetV2's block unless float32 is exact");
+  if (c.images < 1 || c.images > most_images(s))
+    refuse("images must be 1 to ",
+           s.squeeze_channels > 0 ? std::string("1 with a squeeze-and-excite")
+                                  : "the batch of " + std::to_string(s.batch),
+           ", got ", c.images);
   const auto limit = [](const char* name, int64_t value, int64_t most) {
     if (value < 1 || value > most) refuse(name, " must be 1 to ", most, ", got ", value);
   };
-  limit("tile_rows", c.tile_rows, round_up(s.out_height(), forced[3]));
-  limit("tile_cols", c.tile_cols, s.out_width());
-  if (c.images > 1 && (c.tile_rows < s.out_height() || c.tile_cols < s.out_width()))
+  const int64_t height = apart(s.out_height(), s), width = apart(s.out_width(), s);
+  limit("tile_rows", c.tile_rows, round_up(height, forced[3]));
+  limit("tile_cols", c.tile_cols, width);
+  if (c.images > 1 && (c.tile_rows < height || c.tile_cols < width))
     refuse("several images need a tile of the whole image, got ", c.tile_rows, "x", c.tile_cols);
   if (forced[4] % kPanel != 0 || c.group_panels < 1)
     refuse("group must be a multiple of ", kPanel, ", got ", forced[4]);
@@ -352,6 +412,9 @@ Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu,
   limit("splits", c.splits, groups);
   if (c.splits != ceil_div(groups, ceil_div(groups, c.splits)))
     refuse("splits of ", c.splits, " leave one without any of the ", groups, " groups");
+  if (const Variant v = narrowest(s, precision);
+      shared_bytes(s, precision, c) > gpu.shared_per_block && v.tiles == c.variant.tiles)
+    c.variant = v;
   const int64_t most = c.variant.most_warps * kStripsPerWarp;
   if (strips(c) > most)
     refuse("a thread block holds at most ", most, " strips of ", forced[3], " rows, got ",

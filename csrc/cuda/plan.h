@@ -30,7 +30,7 @@ struct Gpu {
 // One thread block computes all output channels of a tile, or those of its out block. Its outputs
 // are cut into strips, one column wide; every eight strips are a warp's.
 struct Plan {
-  int64_t images, tile_rows, tile_cols;  // outputs of a thread block
+  int64_t images, tile_rows, tile_cols;  // outputs of a thread block, dilated apart
   int64_t strip_rows;                    // 2 or 4
   int64_t group;                         // expanded channels at a time, a multiple of kPanel
   int64_t splits;                        // thread blocks that share a tile's groups
@@ -41,6 +41,7 @@ struct Plan {
   int64_t shared_bytes;                  // of a thread block
   int64_t resident;                      // thread blocks that a processor runs at once
   int64_t partial_bytes;                 // of global memory, the sums of each split
+  int64_t squeeze_bytes;                 // the same, d's sums and the gate of a squeeze-and-excite
   int64_t bytes_never_written;           // the expanded tensors an unfused block writes
   int64_t bytes;                         // that have to move between global memory and the GPU
   double recompute;                      // expanded pixels computed / expanded pixels needed

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 
 #include "thread_block.h"
 
@@ -135,6 +136,11 @@ inline uint32_t pack_bfloat16(float low, float high) {
 }
 
 inline float relu6(float v) { return v != v ? v : std::min(std::max(v, 0.f), 6.f); }
+inline float clip(float v, float low, float high) {
+  return v != v ? v : std::min(std::max(v, low), high);
+}
+inline float exponential(float v) { return std::exp(v); }
+inline float divide(float a, float b) { return a / b; }
 inline uint32_t pack_relu6_half(float low, float high) {
   return pack_half(relu6(low), relu6(high));
 }

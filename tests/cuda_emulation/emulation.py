@@ -42,12 +42,12 @@ def loaded(compilation: subprocess.Popen) -> ctypes.CDLL:
 
 
 def compiled_kernel(
-    target: Path, precision: str, csrc: Path | None = None, only: tuple[int, int, int] | None = None
+    target: Path, precision: str, csrc: Path | None = None, only: tuple[str, int, int, int] | None = None
 ) -> subprocess.Popen:
-    """Starts to compile the kernels of one precision, or the one of ``only``'s stride, tiles and output panels."""
+    """Starts to compile the kernels of one precision, or those of ``only``'s form, stride, tiles and output panels."""
     options = [f"-I{(csrc or CSRC) / 'cuda'}", f"-DEMULATED_PRECISION={precision}"]
     if only is not None:
-        names = "STRIDE", "TILES", "OUT_PANELS"
+        names = "FORM", "STRIDE", "TILES", "OUT_PANELS"
         options += ["-w", "-O0"]  # what a change leaves unused is no error, and it runs only once
         options += [f"-DEMULATED_{name}={value}" for name, value in zip(names, only, strict=True)]
     return compiled(target, HERE / "emulate.cpp", *options)
@@ -61,8 +61,7 @@ class _Shape(ctypes.Structure):  # csrc/block.h
         ("residual", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in ("image_height", "image_width", "kernel", "dilation")),
         *((name, ctypes.c_int64) for name in ("pad_left", "pad_right", "pad_top", "pad_bottom")),
-        ("activation", ctypes.c_int8),
-        ("out_activation", ctypes.c_int8),
+        *((name, ctypes.c_int8) for name in ("activation", "stem_activation", "out_activation")),
         ("squeeze_channels", ctypes.c_int64),
         ("squeeze_activation", ctypes.c_int8),
         ("gate", ctypes.c_int8),
@@ -102,13 +101,13 @@ def emulated_inverted_residual(
     if x.stride(1) != 1 and x.shape[1] != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     n, _, height, width = x.shape
-    out_height, out_width = (height - 1) // spec.stride + 1, (width - 1) // spec.stride + 1
     nan = float("nan")
-    y = torch.full((n, out_height, out_width, spec.out_channels), nan, dtype=x.dtype)
+    y = torch.full((n, *spec.out_size(height, width), spec.out_channels), nan, dtype=x.dtype)
     partial = torch.full((plan.splits, *y.shape), nan) if plan.splits > 1 else None
+    squeezed = torch.full((plan.squeeze_bytes // 4,), nan) if plan.squeeze_bytes else None
     values = shape_of(spec, n, height, width)
-    shape = _Shape(*values[:9], 0, 0, *values[9:])
-    tensors = (x, *packed[:6], y, partial)
+    shape = _Shape(*values[:9], 0, 0, *values[9:16], 0, *values[16:])
+    tensors = (x, *packed, y, partial, squeezed)
     buffers = (_Buffer * len(tensors))(*map(_buffer, tensors))
     strides = (ctypes.c_int64 * 3)(x.stride(0), x.stride(2), x.stride(3))
 
