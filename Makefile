@@ -21,7 +21,7 @@ TORCH_NEXT := torch==2.13.0
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 # Whose models are converted in tests.
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
-# Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors half a minute. Name others in the
+# Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors minutes. Name others in the
 # environment; pip install without make takes all.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 

@@ -22,7 +22,8 @@ if importlib.util.find_spec("triton") is None:
 
 # Each pair takes a processor minutes: of all generations and precisions a few, or those of the environment.
 CHOSEN = "75-half 90a-half 90a-float32 120-tf32"
-CASES = [pair for pair in PAIRS if "-".join(pair) in os.environ.get("MNV2_FUSED_COMPILE", CHOSEN).split()]
+CASES = [tuple(pair.split("-")) for pair in os.environ.get("MNV2_FUSED_COMPILE", CHOSEN).split()]
+assert CASES and set(CASES) <= set(PAIRS), f"MNV2_FUSED_COMPILE must name some of {PAIRS}, got {CASES}"
 
 
 @pytest.mark.parametrize(("architecture", "precision"), CASES, ids=[f"sm_{a}-{p}" for a, p in CASES])

@@ -37,7 +37,6 @@ from mnv2_fused.testing import (
     threads,
 )
 
-op = torch.ops.mnv2_fused.sequence
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 pytestmark = pytest.mark.usefixtures("nothing_records")
 

@@ -35,7 +35,6 @@ from mnv2_fused.testing import (
     threads,
 )
 
-op = torch.ops.mnv2_fused.sequence
 pytestmark = pytest.mark.usefixtures("nothing_records")
 
 
