@@ -143,6 +143,25 @@ def test_any_shape_and_plan(case):
     within(y, x, weights, spec)
 
 
+@by_isa
+@pytest.mark.parametrize("large", ["bias", "x"])
+def test_what_is_large_is_added_last(large, isa):
+    """Or every rounding of the sum would be of its size."""
+    size = 2.0**20
+    spec = BlockSpec(24, 60, 24, residual=True)
+    weights, x = random_weights(spec), random_input(spec, 1, (9, 9))
+    if large == "x":
+        weights.w_expand.zero_()
+        x += size
+    else:
+        weights.b_project.fill_(size)
+    with instruction_set(isa):
+        y = run(x, weights, spec, plan=plan(spec, x.shape, group=64))
+    reference = inverted_residual_reference(x.double(), weights, residual=True)
+    most = size * torch.finfo(x.dtype).eps  # two roundings: of the sum with the bias, and with x
+    assert (y - reference).abs().max() <= 1.01 * most
+
+
 PADDING_SPECS = [
     BlockSpec(8, 48, 12),
     BlockSpec(8, 48, 8, residual=True),

@@ -12,10 +12,10 @@
 //   project    depthwise     -> y, the groups' sums added up in place (in a buffer of T where y is
 //              narrower) or, when split, by add_row
 //
-// Every output element sums its terms in an order that depends on the group alone: bias and the
-// first channels ascending, then the sum of each further run of channels (shorter sums round less
-// than one over all channels), those of a group before those of the next, and x last, since a large
-// x would coarsen every rounding before it. Taps and input channels ascend. So results are identical
+// Every output element sums its terms in an order that depends on the group alone: the first run of
+// channels ascending, then the bias, then the sum of each further run (shorter sums round less than
+// one over all channels), those of a group before those of the next, and x last: a large bias or x
+// would coarsen every rounding after it. Taps and input channels ascend. So results are identical
 // bit for bit over tiles, splits and threads.
 #pragma once
 
@@ -432,7 +432,7 @@ struct ProjectTile {
   Pixels<T> sum;       // where the sums so far lie, at the tile's first channel: in y, or aside
   Pixels<S> y;         // output pixels, if they are not the same
   Pixels<const S> x;   // what a residual adds to them
-  const T* bias;       // what the first group's sum starts from, else null
+  const T* bias;       // what the first group's sum ends with, else null
   bool add_sum;        // after a further group: what lies at `sum` counts
   bool add_x;          // after the last group of a residual block
   bool finished;       // the result goes to y
@@ -458,8 +458,7 @@ void project_tile(const ProjectTile<S>& t) {
   V acc[R][N];
   unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
     w[j] = t.weights + vector_offset<V, kDepth<S>>(j + t.half / V::kLanes, t.hidden * kPanel);
-    const V start = t.bias ? load(t.bias + j * V::kLanes) : V::set1(0);
-    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = start; });
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { acc[i][j] = V::set1(0); });
   });
   const S* depthwise = t.depthwise;
   const auto value = [&](auto i, int64_t c)
@@ -474,6 +473,7 @@ void project_tile(const ProjectTile<S>& t) {
   unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
       V y = acc[i][j];
+      if (t.bias) y = V::add(y, load(t.bias + j * V::kLanes));
       if (t.add_sum) y = V::add(y, load(t.sum[i] + j * V::kLanes));
       y = clamp(y, V::set1(t.clip.low), V::set1(t.clip.high));
       if (t.add_x) y = V::add(y, load(t.x[i] + j * V::kLanes));
