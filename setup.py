@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +143,11 @@ def main() -> None:
         )
 
     class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Of editable installs, too, whose own would be gone afterwards: so a wheel finds their objects.
+            self.build_temp = str(ROOT.absolute() / "build" / f"objects-{sys.implementation.cache_tag}")
+
         def run(self) -> None:
             release = toolkit and ".".join(map(str, toolkit.release))
             told = missing or f"for {architectures}, with {toolkit.nvcc} of CUDA {release}"
