@@ -33,7 +33,9 @@ constexpr int kMostRows = MNV2_MOST_ROWS;
 template <class V>
 constexpr int max_rows(int vectors) {
   const int rows = (V::kRegisters - 1 - vectors) / vectors;
-  return rows < kMostRows ? rows : kMostRows;
+  // 16 registers hold 6 rows of two vectors; many more of one are no faster.
+  const int most = V::kRegisters >= 32 || kMostRows < 7 ? kMostRows : 7;
+  return rows < most ? rows : most;
 }
 // Output columns per depthwise pass: MobileNetV2's widths at 224 are multiples of 7.
 constexpr int kDepthwiseCols = kMostRows < 7 ? kMostRows : 7;
