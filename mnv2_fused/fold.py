@@ -87,11 +87,16 @@ class PackedWeights(NamedTuple):
     b_excite: Tensor | None = None
 
 
+# Buffers only, no base class; others of the name have their eps elsewhere.
+_FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
+
+
 def unfoldable(norm: nn.Module) -> str | None:
     """Why this normalisation cannot be folded into the convolution before it, or None when it can."""
     name = type(norm).__name__
-    frozen = name == "FrozenBatchNorm2d"  # torchvision's and detectron2's: buffers only, no base class
-    if not (frozen or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and f"{type(norm).__module__}.{name}" not in _FROZEN:
+        if name == "FrozenBatchNorm2d":
+            return f"{name} of {type(norm).__module__} is not torchvision's or detectron2's: it may be another"
         return f"{name} cannot be folded into a convolution, only BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d"
     if norm.running_mean is None or norm.running_var is None:
         return f"{name} has no running statistics, so it normalises by the batch even in eval"
