@@ -5,7 +5,7 @@ from .block import BlockSpec, inverted_residual, inverted_residual_reference
 from .convert import Report, fuse, report, unfuse
 from .cuda_plan import CudaPlan, cuda_plan
 from .fold import BlockWeights, PackedWeights, pack
-from .module import FusedInvertedResidual
+from .module import FusedBlock, FusedInvertedResidual
 from .plan import Plan, plan
 from .triton_plan import TritonPlan, triton_plan
 
@@ -15,6 +15,7 @@ __all__ = [
     "BlockSpec",
     "BlockWeights",
     "CudaPlan",
+    "FusedBlock",
     "FusedInvertedResidual",
     "PackedWeights",
     "Plan",

@@ -61,7 +61,7 @@ def fuse(
     if backend not in ops.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy(model)
     matches: dict[nn.Module, Match] = {}
     skipped: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
@@ -97,7 +97,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     ImportError, before anything is changed, where torchvision is missing.
     """
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy(model)
     blocks = [block for _, block, _ in _blocks(model) if isinstance(block, FusedBlock)]
     model = _replace(model, {block: _unfused(block) for block in blocks})
     for module in model.modules():
@@ -331,17 +331,28 @@ def _unfused(block: FusedBlock) -> nn.Module:
             ) from error
         original = InvertedResidual.__new__(InvertedResidual)
         nn.Module.__init__(original)
-        for name in ("stride", "out_channels", "_is_cn"):
-            setattr(original, name, getattr(block, name))
-    original.conv, original.use_res_connect = block.conv, block.use_res_connect
+    original.conv = block.conv
     return _with_state_of(block, original)
 
 
 def _with_state_of(source: nn.Module, target: nn.Module) -> nn.Module:
-    """``target`` with the train/eval flag and the very hook dictionaries of ``source``: handles still work."""
-    target.training = source.training
-    vars(target).update({name: value for name, value in vars(source).items() if "_hook" in name})
+    """``target`` with ``source``'s mode, attributes and very hook dictionaries: handles still work."""
+    own = {name for name in (*vars(nn.Module()), *FusedBlock.OWN) if "_hook" not in name} - {"training"}
+    vars(target).update({name: value for name, value in vars(source).items() if name not in own})
     return target
+
+
+def computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Attributes that a hook computes from parameters before each call (pruning, weight norm).
+
+    ``copy.deepcopy`` refuses them, unless its memo has them already.
+    """
+    for module in model.modules():
+        yield from (t for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed_tensors(model)})
 
 
 def _block_report(
@@ -371,7 +382,7 @@ def _block_report(
 
 def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list[torch.Size]]:
     """The input shapes of each fused block, by name and call, from a copy on the meta device, without hooks."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers(), *computed_tensors(model)]
     # Tensors that the copy finds in its memo are not copied: no weight is.
     memo = {id(t): t.detach().to("meta") for t in tensors}
     shapes: dict[str, list[torch.Size]] = {}

@@ -52,6 +52,7 @@ _ACTIVATIONS = {
     "torch.nn.modules.activation.Hardswish": "hardswish",
     "torch.nn.modules.activation.SiLU": "silu",
     "timm.layers.activations.Swish": "silu",
+    "transformers.activations.SiLUActivation": "silu",
     "timm.layers.activations.HardSwish": "hardswish",
 }
 _GATES = {

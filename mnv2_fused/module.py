@@ -198,10 +198,12 @@ class FusedBlock(nn.Module):
         _caches[self._token] = self._cache
         _blocks[self._token] = self
 
+    # What it knows of its modules, and all that a fused block has beside what its original had.
     _FOUND = (
         *("_ready", "_cache", "_token", "_objection", "_pairs"),
         *("_squeeze", "_dropouts", "_beside", "_spec", "_rest"),
     )
+    OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -213,6 +215,13 @@ class FusedBlock(nn.Module):
         super().__setstate__(state)
         self._look_inside()
         self._reset_cache()
+
+    def _replicate_for_data_parallel(self) -> FusedBlock:
+        self._warn("nn.DataParallel's replicas run inverted residuals unfused: use DistributedDataParallel")
+        replica = super()._replicate_for_data_parallel()
+        # Its weights are others in every call, and what is known is of these.
+        replica.backend, replica.recompute, replica._ready = "eager", False, None
+        return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedBlock:
         self._forget()
@@ -412,6 +421,8 @@ class FusedInPlace(FusedBlock):
     reader: Reader
 
     def __new__(cls, *args: Any, **options: Any) -> nn.Module:
+        if not args and not options:  # nn.DataParallel makes replicas so
+            return super().__new__(cls)
         # Sequential's slices make more of their own class: these are ordinary modules.
         return cls.original(*args, **options)
 
@@ -427,7 +438,7 @@ class FusedInPlace(FusedBlock):
 
     def unfused(self) -> nn.Module:
         """Itself, as it was."""
-        for name in (*self._FOUND, "backend", "recompute", "_warned", "_forgotten"):
+        for name in self.OWN:
             vars(self).pop(name, None)
         self.__class__ = type(self).original
         return self

@@ -356,7 +356,7 @@ def test_a_changed_block_is_left_alone_with_its_reason(change, reason):
     changed, ordinary = block(), block()
     change(changed)
     model = nn.Sequential(changed, ordinary)
-    fuse(model, inplace=True)  # in place: a pruned block cannot be copied
+    fuse(model, inplace=True)
     assert model[0] is changed
     assert type(model[1]) is FusedInvertedResidual
     row = report(model).skipped[0]
@@ -364,6 +364,48 @@ def test_a_changed_block_is_left_alone_with_its_reason(change, reason):
     with pytest.warns(UserWarning, match=reason):
         assert fuse(changed, inplace=True) is changed
     assert report(changed).blocks[0].reason == row.reason
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:an inverted residual runs unfused")
+@pytest.mark.parametrize(
+    "compute",
+    [lambda conv: prune.l1_unstructured(conv, "weight", 0.5), nn.utils.weight_norm, nn.utils.spectral_norm],
+    ids=["pruned", "weight norm", "spectral norm"],
+)
+def test_weights_computed_from_others_are_copied_and_left_alone(compute):
+    model = two_blocks()
+    compute(model[0].conv[2])
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        expected = model(x)
+        fused = fuse(model)
+        assert kinds(fused) == (1, 1)
+        assert fused[0].conv[2].weight is not model[0].conv[2].weight
+        row, other = report(fused, x.shape).blocks
+        assert "computed from others" in row.reason and other.bytes_never_written > 0
+        torch.testing.assert_close(fused(x), expected, rtol=1e-5, atol=1e-5)
+
+        later = fuse(two_blocks())
+        compute(later[0].conv[2])
+        for converted in (fuse(later), unfuse(later)):
+            torch.testing.assert_close(converted(x), later(x))
+        assert kinds(unfuse(later)) == (0, 2)
+
+
+class OtherFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """Of the same name as torchvision's below, and it computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+OtherFrozenBatchNorm2d.__name__ = "FrozenBatchNorm2d"
+
+
+def test_frozen_norms_of_other_libraries_are_left_alone():
+    eager = block(norm_layer=OtherFrozenBatchNorm2d)
+    with pytest.warns(UserWarning, match=r"FrozenBatchNorm2d of \S*test_convert is not torchvision's or detectron2's"):
+        assert type(fuse(eager)) is InvertedResidual
 
 
 def test_quantizable_blocks_are_left_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -58,10 +59,17 @@ def timm_squeeze(**options):
     return lambda channels, **layer: blocks.SqueezeExcite(channels, **layer, **options)
 
 
-def transformers_layers(name: str = "MobileNetV2InvertedResidual", *sizes: int, tf_padding: bool = True, **options):
+def timm_frozen(channels: int, act_layer: type[nn.Module] | None = None, **options) -> nn.Module:
+    norms = pytest.importorskip("timm.layers.norm_act")
+    return norms.FrozenBatchNormAct2d(channels, act_layer=act_layer, **options)
+
+
+def transformers_layers(
+    name: str = "MobileNetV2InvertedResidual", *sizes: int, tf_padding: bool = True, act: str = "relu6", **options
+):
     transformers = pytest.importorskip("transformers")
     modeling = pytest.importorskip("transformers.models.mobilenet_v2.modeling_mobilenet_v2")
-    config = transformers.MobileNetV2Config(tf_padding=tf_padding)
+    config = transformers.MobileNetV2Config(tf_padding=tf_padding, hidden_act=act)
     return getattr(modeling, name)(config, *sizes, **options)
 
 
@@ -195,7 +203,12 @@ BLOCKS = {
         lambda: timm_block("DepthwiseSeparableConv", pw_act=True, act_layer=nn.SiLU),
         ["output silu", "residual"],
     ),
+    "timm, frozen": (
+        lambda: timm_block(act_layer=nn.ReLU6, norm_layer=timm_frozen),
+        ["8 -> 8", "residual"],
+    ),
     "transformers": (lambda: transformers_layers(*_HF, 8, 8, 1), ["padding same", "residual"]),
+    "transformers, silu": (lambda: transformers_layers(*_HF, 8, 8, 1, act="silu"), ["silu", "residual"]),
     "transformers, stride": (lambda: transformers_layers(*_HF, 8, 12, 2), ["padding same", "stride 2"]),
     "transformers, dilated": (lambda: transformers_layers(*_HF, 8, 8, 1, dilation=2), ["dilation 2", "padding same"]),
     "transformers, even padding": (lambda: transformers_layers(*_HF, 8, 12, 2, tf_padding=False), ["stride 2"]),
@@ -263,10 +276,12 @@ def test_gradients_in_eval(make, words):
 @by_block
 def test_training_is_the_original_bit_for_bit(make, words):
     eager = in_channels_last(perturb_batch_norm(make())).train()
-    if any(isinstance(m, FrozenBatchNorm2d) for m in eager.modules()):
-        return  # fused in train(), too
     fused = fuse(eager).train()
     x = input_of(eager)
+    if any("Frozen" in type(m).__name__ for m in eager.modules()):  # fused in train(), too
+        found = agreement(fused(x), eager(x), copy.deepcopy(eager).double()(x.double()))
+        assert found.ok and not torch.equal(fused(x), eager(x)), found
+        return
     results = []
     for model in (eager, fused):
         torch.manual_seed(3)  # of stochastic depth
@@ -274,6 +289,29 @@ def test_training_is_the_original_bit_for_bit(make, words):
     assert torch.equal(*results)
     for (name, ours), theirs in zip(fused.named_buffers(), eager.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@by_block
+def test_replicas_compute_with_their_own_weights(make, words, monkeypatch):
+    """As nn.DataParallel makes them for several GPUs: the second one's weights are half as large here."""
+    eager = prepared(make())
+    fused = fuse(eager)
+    half = fuse(eager)
+    with torch.no_grad():
+        for parameter in half.parameters():
+            parameter.mul_(0.5)
+    monkeypatch.setattr(
+        sys.modules["torch.nn.parallel.replicate"],  # torch.nn.parallel has a function of that name
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[t * (1 if detach else s) for t in tensors] for s in (1, 0.5)],
+    )
+    x = input_of(eager)
+    with torch.no_grad():
+        fused(x)  # which keeps what it folds
+        with pytest.warns(UserWarning, match="replicas run inverted residuals unfused"):
+            replicas = torch.nn.parallel.replicate(fused, [0, 1])
+        for replica, expected in zip(replicas, (fused, half), strict=True):
+            torch.testing.assert_close(replica(x), expected(x), rtol=1e-4, atol=1e-5)
 
 
 @by_block
@@ -290,12 +328,13 @@ def test_unfuse_gives_the_very_block_back(make, words):
 def test_what_stays_of_the_instance(make, words):
     block = prepared(make())
     cls, children = type(block), list(block._modules.items())
-    attributes = {k: v for k, v in vars(block).items() if k[0] != "_"}
-    if cls is MobileNetV2Block:  # which FusedInvertedResidual replaces, its stride being the convolution's
-        del attributes["stride"]
+    block.tag = "of others"
+    attributes = {k: v for k, v in vars(block).items() if k[0] != "_" or k == "_is_cn"}
     fused = fuse(block, inplace=True)
     assert list(fused._modules.items()) == children and not hasattr(fused, "fuse")
     assert all(vars(fused)[name] == value for name, value in attributes.items())
+    fused.tag = "changed"
+    assert unfuse(fused).tag == "changed"
     if cls is not MobileNetV2Block:
         assert fused is block and isinstance(fused, cls)
     assert fuse(fused) is not fused and type(fuse(fused)) is type(fused)
