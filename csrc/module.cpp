@@ -127,15 +127,21 @@ PYBIND11_MODULE(_C, m) {
       "plan",
       [](py::args dims, int64_t threads, const std::string& dtype,
          std::optional<std::vector<int64_t>> forced) {
-        const BlockShape s = block_shape(dims);
-        const Machine machine = with_kernels(
-            dtype, [&](const auto& kernels) { return kernels.machine(threads, cpu::l2_bytes()); });
-        if (!forced) return to_dict(make_plan(s, machine));
-        if (forced->size() != 4)
+        const BlockShape shape = block_shape(dims);
+        if (forced && forced->size() != 4)
           throw py::value_error("plan must be [tile_rows, tile_cols, group, splits], got " +
                                 std::to_string(forced->size()) + " values");
-        return to_dict(
-            make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]));
+        return with_kernels(dtype, [&]<class S>(const cpu::Kernels<S>& kernels) {
+          const Machine machine = kernels.machine(threads, cpu::l2_bytes());
+          const auto plan_of = [&](const BlockShape& s) {
+            if (!forced) return make_plan(s, machine);
+            return make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]);
+          };
+          py::dict plan = to_dict(plan_of(shape));
+          plan["call_bytes"] =
+              shape.batch > 0 ? scratch_bytes<S>(BlockRun(shape, machine, plan_of)) : 0;
+          return plan;
+        });
       },
       py::kw_only(), py::arg("threads"), py::arg("dtype"), py::arg("forced") = py::none());
 

@@ -128,7 +128,7 @@ def print_plans(args: argparse.Namespace) -> int:
             [
                 *(str(i), str(spec), f"{height}x{width}", f"{p.tile_rows}x{p.tile_cols}", str(p.group)),
                 *(str(p.splits), str(p.workers)),
-                *(f"{(p.scratch_bytes * p.workers + p.partial_bytes) / 1024:.0f}", f"{p.recompute:.3f}"),
+                *(f"{p.call_bytes / 1024:.0f}", f"{p.recompute:.3f}"),
                 f"{p.bytes_never_written / 2**20:.2f}",
             ]
         )

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .convert import Report, fuse, report, unfuse
+from .convert import Report, computed_tensors, fuse, report, unfuse
 from .demo import aligned
 from .plan import plan
 from .sequence import Layer, RunsFused, layers_of
@@ -168,12 +168,12 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     plain = unfuse(model).eval()
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     trace = _traced(plain, shape, dtype)
-    fused = _fused(copy.deepcopy(model).eval())  # blocks that are fused already stay so
+    fused = _fused(model).eval()  # blocks that are fused already stay so
     found = report(fused, shape)
-    kept, scratch, running = _fused_storages(trace, fused, found, shape[0], dtype)
+    kept, scratch = _fused_storages(trace, fused, found, shape[0], dtype)
     rows = trace.rows
     eager_live = _live(trace.storages, trace.ops)
-    fused_live = [live + scratch * runs for live, runs in zip(_live(kept, len(running)), running, strict=True)]
+    fused_live = [live + works for live, works in zip(_live(kept, len(scratch)), scratch, strict=True)]
     separable = _separable(trace)
     layers = []
     for i, row in enumerate(rows):
@@ -189,7 +189,8 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
             )
         )
     parameters = sum(p.numel() for p in model.parameters())
-    return Cost(tuple(layers), shape, dtype, parameters, scratch, _expanded_share(trace), found)
+    most = max(scratch, default=0)
+    return Cost(tuple(layers), shape, dtype, parameters, most, _expanded_share(trace), found)
 
 
 @dataclass
@@ -361,7 +362,7 @@ def _key(t: Tensor) -> int:
 def _traced(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> _Trace:
     """One run of a copy of ``model`` on the meta device, without its hooks."""
     # Tensors that the copy finds in its memo are not copied: no weight is.
-    memo = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
+    memo = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers(), *computed_tensors(model))}
     try:
         meta = copy.deepcopy(model, memo)
         for module in meta.modules():
@@ -384,41 +385,50 @@ def _traced(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> _Tr
 
 def _fused_storages(
     trace: _Trace, model: nn.Module, found: Report, batch: int, dtype: torch.dtype
-) -> tuple[list[_Storage], int, list[bool]]:
-    """(what the fused ``model`` makes of eager's storages, scratch bytes, at which ops a kernel needs those)."""
-    kernels: list[tuple[str, int]] = []  # modules, and the bytes they put out that the kernel does not
-    scratch = 0
+) -> tuple[list[_Storage], list[int]]:
+    """What the fused ``model`` makes of eager's storages, and at each op the bytes its kernel works in."""
+    kernels: dict[str, int] = {}  # modules, and the bytes they put out that the kernel does not
+    works: dict[str, int] = defaultdict(int)  # bytes, by a run's first module
+    runs = _runs(model)
     for block in found.blocks:
         if block.bytes_never_written is None:
             continue
-        kernels.append((block.name, 0))
+        kernels[block.name] = 0
+        first = runs.get(block.name, [block.name])[0]
         for call in trace.calls[block.name] if block.backend == "cpu" else ():
-            p = plan(block.spec, call.input_shape, dtype=dtype)
-            scratch = max(scratch, p.scratch_bytes * p.workers + p.partial_bytes)
-    kernels += [(layer.name, batch * (layer.bytes_never_written or 0)) for layer in found.layers]
-    first_of_run = _runs(model)
+            works[first] = max(works[first], plan(block.spec, call.input_shape, dtype=dtype).call_bytes)
+    kernels |= {layer.name: batch * (layer.bytes_never_written or 0) for layer in found.layers}
     kept = [dataclasses.replace(storage) for storage in trace.storages]
-    running = [False] * trace.ops
-    for name, unwritten in kernels:
+    scratch = [0] * trace.ops
+    for name, unwritten in kernels.items():
+        run = runs.get(name, [name])
+        after = run[run.index(name) + 1] if name != run[-1] else name
         # A run has its result allocated before its first kernel starts.
-        starts = trace.calls[first_of_run.get(name, name)]
-        for start, call in zip(starts, trace.calls[name], strict=True):
+        starts = trace.calls[run[0] if after == name else name]
+        for start, call, next_call in zip(starts, trace.calls[name], trace.calls[after], strict=True):
             inside = [s for s in kept if call.first <= s.first <= call.last]
             results = [s for s in inside if s.last > call.last]
             if unwritten >= sum(s.bytes for s in results):
                 results = []
             for s in results:
                 s.first = start.first
+                if after != name:
+                    s.last = next_call.last  # however long eager's caller holds it
             gone = {id(s) for s in inside} - {id(s) for s in results}
             kept = [s for s in kept if id(s) not in gone]
-            running[call.first : call.last + 1] = [True] * (call.last + 1 - call.first)
-    return kept, scratch, running
+            scratch[call.first : call.last + 1] = [works[run[0]]] * (call.last + 1 - call.first)
+    for first, last in {(run[0], run[-1]) for run in runs.values()}:
+        for start, end in zip(trace.calls[first], trace.calls[last], strict=True):
+            for s in kept:
+                if s.first < start.first <= s.last < end.last:
+                    s.last = end.last  # whoever calls the run holds what it gives it
+    return kept, scratch
 
 
-def _runs(model: nn.Module) -> dict[str, str]:
-    """The modules that one call of the kernels runs: the last one's name, and the first one's."""
+def _runs(model: nn.Module) -> dict[str, list[str]]:
+    """Of each module that one call of the kernels runs with others: all of that call, in order."""
     names = {module: name for name, module in model.named_modules()}
-    runs: dict[str, str] = {}
+    runs: dict[str, list[str]] = {}
     # A whole model before its parts: it runs more in one call than they do.
     for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
         if not sequence.layers_now():
@@ -426,9 +436,9 @@ def _runs(model: nn.Module) -> dict[str, str]:
         for is_run, entries in itertools.groupby(
             layers_of(sequence.fusable_children()[0]), lambda entry: isinstance(entry, Layer)
         ):
-            modules = [m for layer in entries for m in layer.modules if m in names] if is_run else []
-            if modules:
-                runs.setdefault(names[modules[-1]], names[modules[0]])
+            modules = [names[m] for layer in entries for m in layer.modules if m in names] if is_run else []
+            for name in modules:
+                runs.setdefault(name, modules)
     return runs
 
 
@@ -501,7 +511,7 @@ def measured_peaks(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, i
     x = torch.randn(*input_shape).to(dtype)
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    fused = _fused(copy.deepcopy(model).eval())
+    fused = _fused(model).eval()
     with torch.inference_mode():
         return peak_activation_bytes(lambda: plain(x)), peak_activation_bytes(lambda: fused(x))
 
@@ -509,7 +519,7 @@ def measured_peaks(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, i
 def _fused(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"fuse\(\) fused nothing")  # the report says so
-        return fuse(model, inplace=True)
+        return fuse(model)
 
 
 def named_model(name: str) -> nn.Module:

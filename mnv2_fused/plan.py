@@ -32,6 +32,7 @@ class Plan:
     recompute: float  # expanded pixels computed / expanded pixels needed (tiles overlap by their halo)
     bytes_never_written: int  # the expanded tensors that an unfused block writes
     cost: float  # estimated vector operations of the slowest worker
+    call_bytes: int  # all that a call works in: of every worker, of every group, of a squeeze-and-excite
 
     def __str__(self) -> str:
         return (

@@ -242,13 +242,27 @@ def test_computed_peaks_are_the_measured_ones(threads, shape):
     assert found.scratch_bytes > 0.01 * fused  # without which the last line would not hold
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "mnasnet0_5", "timm:mobilenetv2_050"])
-def test_computed_peak_of_other_families_is_the_measured_one(name):
+@needs_kernels
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mobilenet_v1", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "mnasnet0_5"),
+        *("lraspp_mobilenet_v3_large", "timm:mobilenetv2_050", "timm:mobilenetv3_large_100", "timm:efficientnet_b0"),
+    ],
+)
+def test_computed_peaks_of_other_families_are_the_measured_ones(name):
+    """What their squeeze-and-excites keep included, and what stays while one call runs several blocks.
+
+    Large enough that what timm's head works in, which no one knows, is not the peak.
+    """
     if name.startswith("timm:"):
         pytest.importorskip("timm")
-    model, shape = named_model(name), (1, 3, 448, 448)
-    eager, _ = measured_peaks(model, shape)
-    assert cost(model, shape).eager_peak == pytest.approx(eager, rel=0.01)
+    model, shape = named_model(name), (5, 3, 192, 160)
+    with testing.threads(2):
+        eager, fused = measured_peaks(model, shape)
+        found = cost(model, shape)
+    assert found.eager_peak == pytest.approx(eager, rel=0.001)
+    assert found.fused_peak == pytest.approx(fused, rel=0.001)
 
 
 def test_a_residual_is_an_addition_that_makes_a_tensor():
@@ -390,6 +404,11 @@ def test_the_command():
         assert millions == pytest.approx(layer.multiply_adds / 1e6, abs=6e-4)
         assert eager == pytest.approx(layer.eager_bytes / 2**20, abs=6e-4)
         assert fused == pytest.approx(layer.fused_bytes / 2**20, abs=6e-4)
+        assert row[3] == (f"{layer.parameters:,}" if layer.parameters else "-")
+        assert [float(cell) for cell in row[7:9]] == [
+            pytest.approx(live / 2**20, abs=6e-4) for live in (layer.eager_live, layer.fused_live)
+        ]
+        assert row[9:] == ([] if layer.separable is None else [str(layer.separable)])
     totals = dict(re.findall(r"^([a-z][a-z -]+?)  +(\S.*)$", "\n".join(lines[6 + len(found.layers) :]), re.M))
     assert totals["parameters"] == "3,504,872" and totals["multiply-adds"] == f"{found.multiply_adds:,}"
     assert totals["made"] == (

@@ -11,12 +11,13 @@ from torch import nn
 
 from mnv2_fused import BlockSpec, BlockWeights, inverted_residual, inverted_residual_reference, pack, plan
 from mnv2_fused.block import ACTIVATIONS, GATES
-from mnv2_fused.fold import unpack
+from mnv2_fused.fold import packed_dtypes, unpack
 from mnv2_fused.testing import (
     agreement,
     available_instruction_sets,
     block_agreement,
     instruction_set,
+    peak_activation_bytes,
     random_weights,
     threads,
 )
@@ -188,6 +189,22 @@ def test_squeeze_and_excite_keeps_or_computes_again(isa, dtype):
     # Eager writes e, d and their product with the gate.
     assert large.bytes_never_written == 3 * 64 * 192 * 192 * dtype.itemsize
     assert small.bytes_never_written == 2 * 64 * 28 * 28 * dtype.itemsize
+
+
+@by_dtype
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_call_takes_the_memory_that_the_plan_names(spec, dtype):
+    weights = pack(random_weights(spec), dtype)
+    for batch, size in ((1, (14, 14)), (19, (40, 33))):
+        x = random_input(spec, batch, size, dtype)
+        copies = x.numel() * 4 if packed_dtypes(dtype, x.device, spec.hidden_channels)[0] != dtype else 0
+        y = inverted_residual(x, weights, **spec.geometry)
+        copies += y.numel() * 4 * (copies > 0)
+        with torch.inference_mode():
+            peak = peak_activation_bytes(lambda x=x: inverted_residual(x, weights, **spec.geometry))
+        # Rounded up to the allocator's alignment.
+        call = plan(spec, x.shape, dtype=dtype).call_bytes
+        assert 0 <= peak - (call + y.nbytes + copies) <= 4096, (peak, call, y.nbytes, copies)
 
 
 def test_many_images_are_squeezed_a_few_at_a_time():
