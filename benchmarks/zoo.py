@@ -22,6 +22,7 @@ class Entry(NamedTuple):
     blocks: int  # that it fuses
     size: tuple[int, int] = (224, 224)  # of the images that its users give it
     skipped: tuple[str, ...] = ()  # a part of the reason for each block that it leaves
+    frozen: bool = False  # its norms are FrozenBatchNorm2d, as torchvision builds it for trained weights
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
@@ -90,6 +91,7 @@ _INLINE = ("its layers lie among others' in one Sequential",)
 _TIMM = {
     "mobilenetv2_035": 17,
     "mobilenetv2_050": 17,
+    "mobilenetv2_075": 17,
     "mobilenetv2_100": 17,
     "mobilenetv2_110d": 22,
     "mobilenetv2_120d": 26,
@@ -125,13 +127,14 @@ ZOO: dict[str, Entry] = {
     "torchvision lraspp_mobilenet_v3_large": Entry(_segmentation("lraspp_mobilenet_v3_large"), 15, (520, 520)),
     "torchvision deeplabv3_mobilenet_v3_large": Entry(_segmentation("deeplabv3_mobilenet_v3_large"), 15, (520, 520)),
     "torchvision fasterrcnn_mobilenet_v3_large_fpn": Entry(
-        lambda: detector("fasterrcnn_mobilenet_v3_large_fpn").backbone, 15, (800, 1088)
+        lambda: detector("fasterrcnn_mobilenet_v3_large_fpn").backbone, 15, (800, 1088), frozen=True
     ),
     "torchvision fasterrcnn_mobilenet_v3_large_320_fpn": Entry(
-        lambda: detector("fasterrcnn_mobilenet_v3_large_320_fpn").backbone, 15, (320, 448)
+        lambda: detector("fasterrcnn_mobilenet_v3_large_320_fpn").backbone, 15, (320, 448), frozen=True
     ),
     **{f"timm {name}": Entry(_timm(name), blocks) for name, blocks in _TIMM.items()},
     "timm mobilenetv2_100, features_only": Entry(_timm("mobilenetv2_100", features_only=True), 17),
+    "timm mobilenetv3_large_100, features_only": Entry(_timm("mobilenetv3_large_100", features_only=True), 15),
     **{
         f"transformers MobileNetV2, output_stride={stride}, tf_padding={tf_padding}": Entry(
             _transformers(output_stride=stride, tf_padding=tf_padding), 17
@@ -145,6 +148,17 @@ ZOO: dict[str, Entry] = {
 }
 
 
+def _freeze_norms(model: nn.Module) -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    for parent in list(model.modules()):
+        for name, norm in parent._modules.items():
+            if isinstance(norm, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
+                frozen.load_state_dict(norm.state_dict())
+                parent._modules[name] = frozen
+
+
 def build(entry: Entry, size: tuple[int, int], images: int = 4, seed: int = 0) -> nn.Module:
     """The model in eval and channels_last, with batch norms fitted to random images of this height and width.
 
@@ -153,6 +167,8 @@ def build(entry: Entry, size: tuple[int, int], images: int = 4, seed: int = 0) -
     torch.manual_seed(seed)
     model = testing.perturb_batch_norm(entry.make()).eval()
     testing.fit_batch_norm(model, torch.randn(images, 3, *size))
+    if entry.frozen:
+        _freeze_norms(model)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -234,6 +234,7 @@ def test_ways_to_freeze_need_less_memory_and_agree(finetune, pair):
     eval_, norms_only = found.fused_by_way.values()
     assert found.blocks[finetune.FUSED] < 0.6 * found.blocks[finetune.EAGER]
     assert max(eval_, norms_only) < 0.7 * found.step[finetune.EAGER]
+    assert found.recomputed[finetune.FUSED] < 0.6 * found.recomputed[finetune.EAGER]
     assert 0 < found.largest_block[1] < found.step[finetune.EAGER] and not fused.training
 
     x = torch.randn(2, 3, 32, 32)
@@ -251,5 +252,5 @@ def test_finetune_runs_and_draws(finetune, tmp_path):
     output = run("finetune_frozen_bn.py", *small, "--output", picture)
     first = next(line.split() for line in output.splitlines() if line.strip().startswith("0 "))
     assert first[0] == "0" and math.isclose(float(first[1]), float(first[2]), rel_tol=1e-3)
-    assert output.count(" MB") == 7
+    assert output.count(" MB") == 9
     assert all(pixels_of(picture, colour) > 1000 for colour in finetune.COLOURS.values())

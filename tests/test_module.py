@@ -746,3 +746,15 @@ def test_the_peak_of_frozen_blocks_is_a_third_of_eagers():
     x = torch.randn(16, 16, 56, 56).to(memory_format=torch.channels_last).requires_grad_()
     peaks = [peak_activation_bytes(lambda model=m: model(x).sum().backward()) for m in (fused, eager)]
     assert peaks[0] <= peaks[1] / 3, peaks
+
+
+def test_the_peak_of_recomputing_blocks_is_less_than_half_of_eagers():
+    """With statistics of the batch: of each block its input alone is kept until backward."""
+    from mnv2_fused.testing import peak_activation_bytes
+
+    geometries = [(24, 24, 1, 6)] * 6
+    eager = nn.Sequential(*(InvertedResidual(*g) for g in geometries)).train()
+    fused = nn.Sequential(*(FusedInvertedResidual(*g, recompute=True) for g in geometries)).train()
+    x = torch.randn(8, 24, 28, 28).to(memory_format=torch.channels_last).requires_grad_()
+    peaks = [peak_activation_bytes(lambda model=m: model(x).sum().backward()) for m in (fused, eager)]
+    assert peaks[0] <= peaks[1] / 2, peaks

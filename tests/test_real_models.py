@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from mnv2_fused import fuse, report, unfuse
+from mnv2_fused import FusedBlock, fuse, report, unfuse
 from mnv2_fused.testing import agreement, fit_batch_norm, perturb_batch_norm, threads
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -56,6 +57,22 @@ def test_a_whole_model(name):
     with torch.no_grad():
         for ours, theirs in zip(tensors_in(unfuse(fused)(x)), results[1], strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
+def test_features_are_extracted_with_fused_blocks_as_leaves(name):
+    model = perturb_batch_norm(getattr(models, name)(weights=None)).eval()
+    fit_batch_norm(model, torch.randn(4, 3, 64, 64))
+    options = {"return_nodes": ["features.4", "features.7"], "tracer_kwargs": {"leaf_modules": [FusedBlock]}}
+    extractor = create_feature_extractor(fuse(model), **options)
+    assert sum(isinstance(m, FusedBlock) for m in extractor.modules()) >= 7
+    expected = create_feature_extractor(model, options["return_nodes"])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        truth = copy.deepcopy(expected).double()(x.double())
+        for ours, theirs, reference in zip(extractor(x).values(), expected(x).values(), truth.values(), strict=True):
+            found = agreement(ours, theirs, reference)
+            assert found.ok, found
 
 
 def test_bytes_never_written_of_a_model_beyond_mobilenet_v2():
