@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 from torchvision.models import mobilenet_v2, resnet18
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.quantization import mobilenet_v2 as quantizable_mobilenet_v2
+from torchvision.models.quantization import mobilenet_v3_large as quantizable_mobilenet_v3_large
 from torchvision.ops import FrozenBatchNorm2d
 
 from mnv2_fused import FusedInvertedResidual, fuse, report, unfuse
@@ -414,6 +415,12 @@ def test_quantizable_blocks_are_left_alone():
         fused = fuse(model)
     assert_same_state(fused, model)
     assert [type(m) for m in fused.modules()] == [type(m) for m in model.modules()]
+
+
+def test_quantizable_blocks_of_mobilenet_v3_are_left_alone():
+    model = quantizable_mobilenet_v3_large(weights=None)
+    with pytest.warns(UserWarning, match=r"15 x torchvision\S*\.QuantizableInvertedResidual is not"):
+        assert type(fuse(model)) is type(model)
 
 
 def test_group_norm_is_left_alone():

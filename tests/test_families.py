@@ -169,6 +169,10 @@ def dilated_v2() -> MobileNetV2Block:
 # block, and words of its spec
 BLOCKS = {
     "torchvision v2, dilated in place": (dilated_v2, ["stride 1", "dilation 2"]),
+    "torchvision v2, uneven padding": (
+        lambda: _with(MobileNetV2Block(8, 12, 1, 3), lambda b: setattr(b.conv[1][0], "padding", (1, 0))),
+        ["padding (0, 0, 1, 1)"],
+    ),
     "torchvision v3": (v3, ["kernel 5", "hardswish", "squeeze 8 (relu, hardsigmoid)", "residual"]),
     "torchvision v3, t = 1": (lambda: v3(expanded_channels=8, activation="RE", kernel=3), ["8 -> 8", "relu,"]),
     "torchvision v3, stride": (lambda: v3(stride=2, use_se=False, out_channels=12), ["stride 2"]),
