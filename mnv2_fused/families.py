@@ -141,7 +141,7 @@ def read_mobilenet_v2(block: nn.Module) -> Parts:
 
 def _of_conv_module(module: nn.Module) -> list[nn.Module | None]:
     """What mmcv's ConvModule runs, in order."""
-    if type(module).__name__ != "ConvModule":
+    if layers.full_name(module) != "mmcv.cnn.bricks.conv_module.ConvModule":
         return [module]
     if tuple(module.order) != ("conv", "norm", "act") or getattr(module, "with_explicit_padding", False):
         raise Unfusable(f"its ConvModule runs {module.order}, or pads by itself")

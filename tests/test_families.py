@@ -129,6 +129,9 @@ class ConvModule(nn.Module):
         return self.activate(x) if self.with_activation else x
 
 
+ConvModule.__module__ = "mmcv.cnn.bricks.conv_module"
+
+
 def _open_mmlab_forward(self, x):
     return x + self.conv(x) if self.use_res_connect else self.conv(x)
 
@@ -500,7 +503,38 @@ TRAPS = {
         lambda: _with(open_mmlab(), lambda b: setattr(b.conv[0], "order", ("norm", "conv", "act"))),
         "ConvModule runs",
     ),
-    "more children": (lambda: _with(v3(), lambda b: b.add_module("extra", nn.Identity())), "holds more than"),
+    "ConvModule of others": (
+        lambda: _with(open_mmlab(), lambda b: setattr(b.conv[0], "__class__", _subclass(ConvModule))),
+        "OtherConvModule where a torch.nn.Conv2d is needed",
+    ),
+    **{
+        f"more children, {name}": (
+            lambda make=make: _with(make(), lambda b: b.add_module("extra", nn.Identity())),
+            "holds more than its modules? .*: extra",
+        )
+        for name, make in {
+            "v3": v3,
+            "mnasnet": mnasnet,
+            "efficientnet": mbconv,
+            "timm": timm_block,
+            "tonylins": InvertedResidual,
+            "transformers": lambda: transformers_layers(*_HF, 8, 8, 1),
+            "transformers, stem": lambda: transformers_layers("MobileNetV2Stem", 3, 8, 12),
+        }.items()
+    },
+    "transformers, another layer": (
+        lambda: _with(
+            transformers_layers(*_HF, 8, 8, 1), lambda b: setattr(b, "reduce_1x1", nn.Sequential(b.reduce_1x1))
+        ),
+        "Sequential where a MobileNetV2ConvLayer is needed",
+    ),
+    "transformers, some layers pad": (
+        lambda: _with(
+            transformers_layers(*_HF, 8, 8, 1),
+            lambda b: setattr(b.conv_3x3, "config", type(b.conv_3x3.config)(tf_padding=False)),
+        ),
+        "some of its layers pad as TensorFlow does",
+    ),
     "own forward": (lambda: _with(v3(), lambda b: setattr(b, "forward", lambda x: x)), "forward of its own"),
     "inner hook": (lambda: _with(v3(), lambda b: _hooked(b.block[0])), "a hook on a Conv2dNormActivation inside"),
     "hook in the squeeze": (lambda: _with(v3(), lambda b: _hooked(b.block[2].fc1)), "a hook on a Conv2d inside"),
