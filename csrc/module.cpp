@@ -137,9 +137,10 @@ PYBIND11_MODULE(_C, m) {
             if (!forced) return make_plan(s, machine);
             return make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]);
           };
-          py::dict plan = to_dict(plan_of(shape));
-          plan["call_bytes"] =
-              shape.batch > 0 ? scratch_bytes<S>(BlockRun(shape, machine, plan_of)) : 0;
+          const BlockRun run(shape, machine, plan_of);
+          const bool at_once = run.part.batch == shape.batch;
+          py::dict plan = to_dict(at_once ? run.plan : plan_of(shape));
+          plan["call_bytes"] = shape.batch > 0 ? scratch_bytes<S>(run) : 0;
           return plan;
         });
       },

@@ -162,7 +162,7 @@ def test_threads_default_to_torchs():
 def test_huge_shapes_plan_quickly_and_do_not_overflow(spec, shape):
     start = time.process_time()
     p = plan(spec, shape, threads=64)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2  # 0.3 to 0.6 s on a slow, busy processor; a loop over pixels takes hours
     n, _, height, width = shape
     s = spec.stride
     out_h, out_w = (height - 1) // s + 1, (width - 1) // s + 1

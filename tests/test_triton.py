@@ -99,17 +99,14 @@ def check(x, weights, spec, **options):
     return y
 
 
+BLOCKS = list(enumerate(mobilenet_v2_blocks(48)))
 # In the interpreter, where a block takes seconds, each in one dtype.
-BLOCKS = [
-    (i, *block, dtype)
-    for i, block in enumerate(mobilenet_v2_blocks(48))
-    for dtype in (DTYPES if DEVICE == "cuda" else [DTYPES[i % 3]])
-]
+IN_DTYPES = [(i, *block, dtype) for i, block in BLOCKS for dtype in (DTYPES if DEVICE == "cuda" else [DTYPES[i % 3]])]
 
 
 @kernel
 @pytest.mark.parametrize(
-    ("i", "spec", "size", "dtype"), BLOCKS, ids=[f"{i}: {spec} at {size[0]}-{dtype}" for i, spec, size, dtype in BLOCKS]
+    ("i", "spec", "size", "dtype"), IN_DTYPES, ids=[f"{i}: {b} at {size[0]}-{d}" for i, b, size, d in IN_DTYPES]
 )
 def test_mobilenet_v2(i, spec, size, dtype):
     """Each block, the configurations taking turns over blocks and dtypes."""
