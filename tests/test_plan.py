@@ -160,9 +160,12 @@ def test_threads_default_to_torchs():
     ids=["all large", "batch", "height", "image"],
 )
 def test_huge_shapes_plan_quickly_and_do_not_overflow(spec, shape):
-    start = time.process_time()
-    p = plan(spec, shape, threads=64)
-    assert time.process_time() - start < 2  # 0.3 to 0.6 s on a slow, busy processor; a loop over pixels takes hours
+    seconds = []
+    for _ in range(3):  # the best of them: other work on the processor slows each
+        start = time.process_time()
+        p = plan(spec, shape, threads=64)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.5
     n, _, height, width = shape
     s = spec.stride
     out_h, out_w = (height - 1) // s + 1, (width - 1) // s + 1
