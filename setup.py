@@ -127,7 +127,7 @@ def main() -> None:
         extensions.append(
             cpp_extension.CppExtension(  # not CUDAExtension: it guesses folders that nvcc knows
                 "mnv2_fused._cuda",
-                sources("csrc/plan.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+                sources("csrc/plan.cpp", "csrc/layers.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
                 include_dirs=toolkit.include_dirs,
                 library_dirs=toolkit.library_dirs,
                 libraries=["torch_cuda", "cudart"],

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <utility>
 
+#include "layers.h"
 #include "plan_cache.h"
 
 namespace mnv2_fused {
@@ -62,13 +63,6 @@ ActivationView activation_of(const Tensor& x) {
   return {sizes_of(x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.const_data_ptr()};
 }
 
-void check(const BlockShape& s, const Sizes& x) {
-  const bool no_image = s.expand == Expand::kStem && (x[2] < 1 || x[3] < 1);
-  const std::string why = no_image ? "height and width must be at least 1" : unsupported(s);
-  if (!why.empty())
-    fail(why, "; x is ", to_string(x), " (use backend='eager' for what no kernel takes)");
-}
-
 template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
                        const Options& options) {
@@ -118,17 +112,6 @@ BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bo
     check_sizes("w_excite", *w.w_excite, {panels, s.squeeze_channels, kPanel});
     check_sizes("b_excite", *w.b_excite, {panels * kPanel});
   }
-  return s;
-}
-
-PointwiseShape pointwise_shape(const Sizes& x, int64_t out, Activation activation, bool pool) {
-  const PointwiseShape s{x[0], x[2], x[3], x[1], out, activation, pool};
-  if (s.height < 1 || s.width < 1 || s.in_channels < 1)
-    fail("sizes must be at least 1, got x ", to_string(x));
-  if (out < 1) fail("out_channels must be at least 1, got ", out);
-  if (const std::string why = too_large(s.batch, s.height, s.width, std::max(s.in_channels, out));
-      !why.empty())
-    fail(why, ", got x ", to_string(x), " and ", out, " output channels");
   return s;
 }
 

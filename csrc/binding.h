@@ -26,14 +26,11 @@ struct BlockPointers {
   const void *w_squeeze = nullptr, *b_squeeze = nullptr, *w_excite = nullptr, *b_excite = nullptr;
 };
 
-// Fails, naming value and limit, where no kernel takes a block on x.
-void check(const BlockShape& shape, const Sizes& x);
 // The one whose geometry the packed weights carry. Fails where they are not of S's dtypes, or disagree
 // with each other or with x.
 template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
                        const Options& options);
-PointwiseShape pointwise_shape(const Sizes& x, int64_t out, Activation activation, bool pool);
 
 // Torch's names for S = float, double and BFloat16.
 template <class S>

@@ -35,6 +35,16 @@ BlockShape block_shape(const py::args& values) {
   return s;
 }
 
+// Puts a network's stem in front, that makes the block's input of an image: channels, height, width, the
+// stem's activation.
+using StemValues = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+void put_stem(BlockShape& s, const StemValues& values) {
+  int64_t activation = 0;
+  std::tie(s.in_channels, s.image_height, s.image_width, activation) = values;
+  s.stem_activation = Activation(activation);
+  s.expand = Expand::kStem;
+}
+
 // Whether the collector may look inside: it can come between a Python object's allocation and its
 // constructor.
 bool constructed(PyObject* self) {
@@ -150,15 +160,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_plan",
       [](py::args dims, const std::string& precision, const GpuValues& gpu,
-         std::optional<std::vector<int64_t>> forced) {
-        const BlockShape s = block_shape(dims);
+         std::optional<std::vector<int64_t>> forced, std::optional<StemValues> stem) {
+        BlockShape s = block_shape(dims);
+        if (stem) put_stem(s, *stem);
         const cuda::Precision p = precision_of(precision);
         const cuda::Gpu g = std::make_from_tuple<cuda::Gpu>(gpu);
         if (const std::string why = cuda::unsupported(s, p, g.capability); !why.empty())
           throw py::value_error(why);
         return to_dict(forced ? cuda::make_plan(s, p, g, *forced) : cuda::make_plan(s, p, g));
       },
-      py::kw_only(), py::arg("precision"), py::arg("gpu"), py::arg("forced") = py::none());
+      py::kw_only(), py::arg("precision"), py::arg("gpu"), py::arg("forced") = py::none(),
+      py::arg("stem") = py::none());
 
   // Runs the multiply-add loop of a dtype's products on each of torch's threads; returns the
   // floating-point operations done.

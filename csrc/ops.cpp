@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "layers.h"
 
 namespace mnv2_fused {
 namespace {
@@ -112,31 +113,11 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
   });
 }
 
-// What `layers` of a sequence names (LayerKind in ops.py).
-enum LayerKind : int64_t {
-  kBlock,
-  kBlockWithoutExpand,
-  kStemAndBlock,
-  kPointwise,
-  kPooled,
-  kLinear
-};
-// What it tells of each layer: kind, C_in, E (of a block), C_out, stride, residual, and the number of
-// values that follow. None do where the rest is MobileNetV2's, else a block's further ones, or the
-// activation of another layer.
-constexpr size_t kValues = 7, kBlockValues = 12;
-
-struct Layer {
-  LayerKind kind;
-  BlockShape block;
-  BlockRun run;  // of the block
-  PointwiseShape pointwise;
-  Sizes y;
+struct Layer : LayerShape {
+  BlockRun run;             // of the block
   const char* weights[10];  // in the order of the layer's packed tensors, at its end none
   int64_t first_bytes;      // of the weights that a kernel reads first
 
-  bool is_block() const { return kind < kPointwise; }
-  int64_t y_elements() const { return y[0] * y[1] * y[2] * y[3]; }
   BlockPointers pointers() const {
     const char* const* w = weights;
     BlockPointers p{};
@@ -150,67 +131,6 @@ struct Layer {
     return p;
   }
 };
-
-// The padding that TensorFlow calls SAME, before and behind.
-void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& before,
-                       int64_t& behind) {
-  const int64_t total = std::max<int64_t>((ceil_div(size, stride) - 1) * stride + extent - size, 0);
-  before = total / 2;
-  behind = total - before;
-}
-
-// Kernel, dilation, padding left, right, top, bottom (-1: as TensorFlow's SAME), activation, of the
-// output, channels of a squeeze-and-excite, its activation and gate, activation of a stem.
-void set_further(BlockShape& s, const int64_t* values) {
-  s.kernel = values[0];
-  if (s.kernel != 3 && s.kernel != 5) fail("kernel must be 3 or 5, got ", s.kernel);
-  s.squeeze_channels = values[8];
-  s.stem_activation = Activation(check_kind("stem activation", values[11], kActivations));
-  const bool same = values[2] == -1;
-  set_options(s, {values[1], same ? IntHeaderOnlyArrayRef() : IntHeaderOnlyArrayRef(values + 2, 4),
-                  values[6], values[7], values[9], values[10]});
-  if (!same || s.stride < 1 || s.dilation < 1) return;  // which the check names
-  pad_as_tensorflow(s.width, s.extent(), s.stride, s.pad_left, s.pad_right);
-  pad_as_tensorflow(s.height, s.extent(), s.stride, s.pad_top, s.pad_bottom);
-}
-
-// further: values[6] values.
-Layer make_layer(const int64_t* values, const int64_t* further, const Sizes& x) {
-  const int64_t in = values[1], out = values[3];
-  if (values[0] < 0 || values[0] > kLinear) fail("layer kind must be 0 to 5, got ", values[0]);
-  if (x[1] != in) fail("x must have ", in, " channels, got ", x[1], " in ", to_string(x));
-  Layer l{};
-  l.kind = LayerKind(values[0]);
-  const int64_t most = l.is_block() ? kBlockValues : 1;
-  if (values[6] != 0 && values[6] != most)
-    fail("a layer of kind ", values[0], " must have 0 or ", most, " further values, got ",
-         values[6]);
-  if (l.is_block()) {
-    BlockShape& s = l.block;
-    s = {x[0], x[2], x[3], in, values[2], out, values[4], Expand::kPointwise, values[5] != 0};
-    if (l.kind == kBlockWithoutExpand) s.expand = Expand::kNone;
-    if (l.kind == kStemAndBlock) {
-      s.expand = Expand::kStem;
-      s.image_height = x[2];
-      s.image_width = x[3];
-      s.height = (x[2] - 1) / kStemStride + 1;
-      s.width = (x[3] - 1) / kStemStride + 1;
-    }
-    if (values[6] > 0) set_further(s, further);
-    check(s, x);
-    l.y = {x[0], out, s.out_height(), s.out_width()};
-  } else {
-    if (l.kind == kLinear && (x[2] != 1 || x[3] != 1))
-      fail("a linear layer takes one pixel an image, got ", to_string(x));
-    Activation activation = l.kind == kLinear ? Activation::kIdentity : Activation::kRelu6;
-    if (values[6] > 0) activation = Activation(check_kind("activation", *further, kActivations));
-    l.pointwise = pointwise_shape(x, out, activation, l.kind == kPooled);
-    l.pointwise.linear = l.kind == kLinear;
-    if (l.pointwise.linear) std::swap(l.pointwise.batch, l.pointwise.height);
-    l.y = {x[0], out, l.kind == kPooled ? 1 : x[2], l.kind == kPooled ? 1 : x[3]};
-  }
-  return l;
-}
 
 // Hands out a layer's weights from the bytes of all of them; see sequence.join.
 class Weights {
@@ -280,33 +200,24 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
   return dispatch("sequence", type, type, [&]<class S>(S) {
     using T = Compute<S>;
     constexpr ScalarType kStored = type_of<S>;
-    if (layers.empty()) fail("layers must hold at least one layer");
     if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
         !weights.is_contiguous())
       fail(
           "weights must be one contiguous row of bytes on the CPU, as mnv2_fused.sequence.join "
           "makes it");
     const Machine machine = current_machine<S>();
+    const std::vector<LayerShape> shapes = layer_shapes(layers, sizes_of(x));
     std::vector<Layer> all;
-    all.reserve(layers.size() / kValues);
-    Sizes sizes = sizes_of(x);
+    all.reserve(shapes.size());
     Weights packed(static_cast<const char*>(weights.const_data_ptr()));
-    for (size_t i = 0; i < layers.size();) {
-      const int64_t* const values = layers.data() + i;
-      const size_t left = layers.size() - i;
-      if (left < kValues || values[6] < 0 || size_t(values[6]) > left - kValues)
-        fail(
-            "layers must hold kind, C_in, E, C_out, stride, residual and how many values follow, "
-            "then those, of each layer; they end within layer ",
-            all.size());
-      Layer& l = all.emplace_back(make_layer(values, values + kValues, sizes));
+    for (const LayerShape& shape : shapes) {
+      Layer& l = all.emplace_back(Layer{shape, {}, {}, 0});
       if (l.is_block())
         l.run = BlockRun(l.block, machine,
                          [&](const BlockShape& s) { return cached_plan(s, machine); });
       packed.give<S>(l);
-      sizes = l.y;
-      i += kValues + size_t(values[6]);
     }
+    const Sizes sizes = all.back().y;
     if (packed.size() != weights.numel())
       fail("these layers take ", packed.size(), " bytes of weights for x of this dtype, got ",
            weights.numel(), "; pack them for it and join them with mnv2_fused.sequence.join");
@@ -355,8 +266,8 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
 }  // namespace mnv2_fused
 
 // One block; its op by the CPU's kernels, by the Triton kernel, which Python implements, and by the
-// CUDA kernel (cuda/binding.cpp). That one has an op of its own because its weights are packed
-// otherwise, also in its derivative, and because whether float32 products may round to TF32 is a
+// CUDA kernel (cuda/binding.cpp). That one has ops of its own because its weights are packed
+// otherwise, also in a derivative, and because whether float32 products may round to TF32 is a
 // setting of torch that the stable ABI does not reach.
 #define MNV2_BLOCK_ARGUMENTS                                                                \
   "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor b_depthwise, " \
@@ -370,6 +281,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS ") -> Tensor");
   m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False) -> Tensor");
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
+  m.def("sequence_cuda(Tensor x, Tensor weights, int[] layers, bool tf32=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {

@@ -15,6 +15,12 @@ from .plan import shape_of
 if TYPE_CHECKING:
     from .block import BlockSpec
 
+
+def stem_size(size: int) -> int:
+    """Rows or columns that a stem makes of an image's."""
+    return (size - 1) // 2 + 1
+
+
 _FORCED = ("images", "tile_rows", "tile_cols", "strip_rows", "group", "splits")
 
 
@@ -63,19 +69,28 @@ def cuda_plan(
     gpu: Gpu = H200,
     tf32: bool = False,
     forced: Sequence[int] | None = None,
+    stem: str | None = None,
 ) -> CudaPlan:
     """The plan the CUDA kernel uses for this block and input on ``gpu``, or the one forced.
 
     ``forced`` is what :meth:`CudaPlan.forced` returns. ``tf32``: whether float32 products may round to TF32, where
-    ``gpu`` can. Raises ValueError, naming the value and its limit, for what no kernel takes, and RuntimeError when the
-    compiled library is missing.
+    ``gpu`` can. ``stem``: the activation of a network's stem (3x3, stride 2) that runs in front of the block, in the
+    same kernel; ``input_shape`` is then the image's. Raises ValueError, naming the value and its limit, for what no
+    kernel takes, and RuntimeError when the compiled library is missing.
     """
     if ops._C is None:
         raise RuntimeError(f"the planner needs the compiled library: {ops.backend_reasons()['cpu']}")
     if len(input_shape) != 4:
         raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
     n, channels, height, width = input_shape
-    if channels != spec.in_channels:
+    if stem is not None:
+        from .block import ACTIVATIONS  # which imports this module
+
+        if stem not in ACTIVATIONS:
+            raise ValueError(f"stem must be one of {', '.join(ACTIVATIONS)}, got {stem!r}")
+        if spec.expand:
+            raise ValueError(f"a stem runs in front of a block without an expansion, got {spec}")
+    elif channels != spec.in_channels:
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
     if min(input_shape) < 1 or n * channels * height * width >= 2**63:
         raise ValueError(f"sizes must be at least 1, and less than 2^63 elements, got {tuple(input_shape)}")
@@ -84,10 +99,15 @@ def cuda_plan(
     precision = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and tf32 and gpu.capability >= 80:
         precision = "tf32"
+    in_front = None
+    if stem is not None:
+        in_front = channels, height, width, ACTIVATIONS.index(stem)
+        height, width = stem_size(height), stem_size(width)
     values = ops._C.cuda_plan(
         *shape_of(spec, n, height, width),
         precision=precision,
         gpu=gpu[1:9],
         forced=None if forced is None else list(forced),
+        stem=in_front,
     )
     return CudaPlan(**values)

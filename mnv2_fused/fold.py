@@ -40,7 +40,8 @@ zeros to 16 x 16 weights each; ``C16`` and ``O16`` count the panels of C_in and 
 A fragment of a weight W [16, 16], rows being output channels, is held by 32 lanes: lane ``4 g + t`` (g of 8, t of 4)
 has ``W[4 (g // 2) + 2 j + g % 2, 4 t : 4 t + 4]`` for j = 0 and 1, so that four neighbouring channels of an activation,
 one load, are what it multiplies. In memory ``[lane, j, 4]`` where an element has two bytes, ``[j, lane, 4]`` where it
-has more: 16 bytes of each lane side by side. Both biases end in zeros, C_in and 16 of them, so that their lengths tell
+has more: 16 bytes of each lane side by side. A network's stem in front of a block takes the place of ``w_expand`` and
+``b_expand``, see :func:`pack_stem`. Both biases end in zeros, C_in and 16 of them, so that their lengths tell
 C_in and E, which padded shapes do not, and a kernel may read whole panels of them.
 """
 
@@ -253,6 +254,18 @@ def pack_conv(weight: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32) 
         _pack_product(taps.flatten(1), products, weight.device),
         F.pad(bias.to(others), (0, -bias.shape[0] % PANEL)),
     )
+
+
+def pack_stem(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[E, C, 3, 3] and [E] -> [E16, 3, 256] and [16 E16 + C], as the CUDA kernel takes a network's stem.
+
+    A panel is a row of the window: four pixels of four channels, of which the last pixel, and the channels past C, have
+    zero weights.
+    """
+    products, others = packed_dtypes(dtype, torch.device("cuda"))
+    channels = weight.shape[1]
+    rows = F.pad(weight.to(products).permute(0, 2, 3, 1), (0, 4 - channels, 0, 1))  # [E, 3, 4, 4]
+    return _fragments(rows.flatten(1)), F.pad(bias.to(others), (0, -bias.shape[0] % PANEL + channels))
 
 
 def hidden_channels(packed: PackedWeights) -> int:

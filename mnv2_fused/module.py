@@ -351,13 +351,13 @@ class FusedBlock(nn.Module):
         alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
         return alike and lasting(t for t in sources if t is not None)
 
-    def packed_for_sequence(self) -> PackedWeights | None:
-        """Weights for a sequence that runs this block and keeps them; None if it may not."""
+    def packed_for_sequence(self, backend: str) -> PackedWeights | None:
+        """Weights for a sequence that runs this block on ``backend`` and keeps them; None if it may not."""
         if not self.fits_sequence():
             return None
         sources, eps = self._sources()
         with torch.no_grad():
-            return fold_and_pack(sources, eps, sources[0].dtype)
+            return fold_and_pack(sources, eps, sources[0].dtype, backend)
 
     def _trains(self) -> bool:
         """Whether something inside needs the whole tensor now: statistics of the batch, or dropout."""

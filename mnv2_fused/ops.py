@@ -216,12 +216,16 @@ def packed_inverted_residual(
 _PLAIN = (1, (), 0, 2, 1, 0)
 
 
-def sequence(x: Tensor, weights: Tensor, geometry: list[int]) -> Tensor:
+def sequence(x: Tensor, weights: Tensor, geometry: list[int], backend: str = "cpu") -> Tensor:
     """``mnv2_fused::sequence`` where nothing records: it has no derivative (see :mod:`mnv2_fused.sequence`)."""
+    op, arguments = torch.ops.mnv2_fused.sequence.default, (x, weights, geometry)
+    if backend == "cuda":
+        op = torch.ops.mnv2_fused.sequence_cuda.default
+        arguments = (*arguments, x.dtype == torch.float32 and tf32_allowed())
     if torch.is_inference_mode_enabled():
-        return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
+        return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mnv2_fused.sequence.default(x, weights, geometry)
+        return op(*arguments)
 
 
 class LayerKind(enum.IntEnum):
@@ -250,7 +254,7 @@ def split_layers(layers: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequenc
         first = end
 
 
-def _sequence_fake(x, weights, layers):
+def _sequence_fake(x, weights, layers, tf32=False):
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
     if weights.device != x.device:
         raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
@@ -407,8 +411,9 @@ if _C is not None:
     for _name in ("inverted_residual", "inverted_residual_cuda", "inverted_residual_triton"):
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
-    torch.library.register_fake("mnv2_fused::sequence", _sequence_fake)
-    torch.library.register_autograd("mnv2_fused::sequence", _sequence_backward)
+    for _name in ("sequence", "sequence_cuda"):
+        torch.library.register_fake(f"mnv2_fused::{_name}", _sequence_fake)
+        torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
     _op = torch.ops.mnv2_fused.inverted_residual_cuda.default

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
 from .block import ACTIVATIONS, GATES, BlockSpec
-from .fold import fold_conv_bn, pack_conv
+from .fold import fold_conv_bn, pack_conv, pack_stem
 from .module import FusedBlock
 from .ops import LayerKind
 from .watch import Watch, lasting, parameters_of
@@ -56,12 +57,12 @@ class Layer:
         further = [] if usual else [ACTIVATIONS.index(activation)]
         return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
 
-    def packed(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weights in the order in which the op takes them."""
+    def packed(self, dtype: torch.dtype, backend: str = "cpu") -> Iterator[Tensor]:
+        """The weights in the order in which the op takes them, for the kernels of ``backend``, "cpu" or "cuda"."""
         with torch.no_grad():
             for module in self.modules:
                 if isinstance(module, FusedBlock):
-                    packed = module.packed_for_sequence()
+                    packed = module.packed_for_sequence(backend)
                     if packed is None:
                         raise _ChangedMeanwhile
                     yield from (t for t in packed if t is not None)
@@ -71,7 +72,8 @@ class Layer:
                     yield from pack_conv(weight[:, :, None, None], bias, dtype)
                 elif isinstance(module, nn.Sequential):
                     conv, norm, _ = module
-                    yield from pack_conv(*fold_conv_bn(*parameters_of(conv, norm), norm.eps), dtype)
+                    folded = fold_conv_bn(*parameters_of(conv, norm), norm.eps)
+                    yield from pack_stem(*folded, dtype) if backend == "cuda" else pack_conv(*folded, dtype)
 
 
 def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
@@ -86,6 +88,7 @@ def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
     return [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
 
 
+STEM_CHANNELS = 4  # of an image, at most, whose stem the CUDA kernel runs with the block behind it
 _ALIGNMENT = 64  # bytes, of every tensor among those joined: a cache line
 _HUGE_PAGE = 2**21
 
@@ -93,12 +96,14 @@ _HUGE_PAGE = 2**21
 def join(packed: Sequence[Tensor]) -> Tensor:
     """Packed tensors of several layers one after the other, as ``mnv2_fused::sequence`` takes them: [bytes].
 
-    One tensor where a network has a hundred, so that a call has one to look at, in huge pages where the system has
-    them: weights are read once a call, and more pages than the processor's address caches hold would be looked up
-    anew each time.
+    One tensor where a network has a hundred, so that a call has one to look at, on the CPU in huge pages where the
+    system has them: weights are read once a call, and more pages than the processor's address caches hold would be
+    looked up anew each time.
     """
     rows = [t.detach().contiguous().flatten().view(torch.uint8) for t in packed]
     ends = list(itertools.accumulate(-(-row.numel() // _ALIGNMENT) * _ALIGNMENT for row in rows))
+    if not rows[0].is_cpu:
+        return torch.cat([F.pad(row, (0, -row.numel() % _ALIGNMENT)) for row in rows])
     room = torch.empty(ends[-1] + _HUGE_PAGE, dtype=torch.uint8)
     joined = room[-room.data_ptr() % _HUGE_PAGE :][: ends[-1]]
     if ops._C is not None:
@@ -109,12 +114,13 @@ def join(packed: Sequence[Tensor]) -> Tensor:
     return joined
 
 
-def layers_of(children: list[nn.Module | None]) -> Iterator[Layer | nn.Module | None]:
-    """``children`` in order: a :class:`Layer` where a kernel takes them, else the child itself."""
+def layers_of(children: list[nn.Module | None], backend: str = "cpu") -> Iterator[Layer | nn.Module | None]:
+    """``children`` in order: a :class:`Layer` where a kernel of ``backend`` takes them, else the child itself."""
+    layer_at = {"cpu": _layer_at, "cuda": _block_at}[backend]
     previous = None
     i = 0
     while i < len(children):
-        kind, count = _layer_at(children[i : i + 4], previous)
+        kind, count = layer_at(children[i : i + 4], previous)
         previous = kind
         if kind is None:
             yield children[i]
@@ -123,19 +129,30 @@ def layers_of(children: list[nn.Module | None]) -> Iterator[Layer | nn.Module | 
         i += count
 
 
+def _block_at(
+    ahead: list[nn.Module | None], previous: LayerKind | None = None, backend: str = "cuda"
+) -> tuple[LayerKind | None, int]:
+    """The kind of the block that the next modules begin with, or None, and how many of them it takes."""
+    first, second, *_ = [*ahead, None]
+    if isinstance(first, FusedBlock):
+        if _block_can_run(first, backend):
+            return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
+    elif isinstance(second, FusedBlock) and _is_conv(first, "stem") and _block_can_run(second, backend):
+        spec, conv = second.spec, first[0]
+        fits = backend == "cpu" or (conv.in_channels <= STEM_CHANNELS and spec.dilation == 1)
+        if fits and not spec.expand and not spec.residual and spec.in_channels == conv.out_channels:
+            return LayerKind.STEM_AND_BLOCK, 2
+    return None, 1
+
+
 def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tuple[LayerKind | None, int]:
     """The kind of the layer that the next modules begin with, or None, and how many of them it takes."""
+    kind, count = _block_at(ahead, previous, "cpu")
+    if kind is not None:
+        return kind, count
     first, *rest = ahead
     second = rest[0] if rest else None
-    if isinstance(first, FusedBlock):
-        if _block_can_run(first):
-            return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
-    elif _is_conv(first, "stem"):
-        if isinstance(second, FusedBlock) and _block_can_run(second):
-            spec = second.spec
-            if not spec.expand and not spec.residual and spec.in_channels == first[0].out_channels:
-                return LayerKind.STEM_AND_BLOCK, 2
-    elif _is_conv(first, "head"):
+    if _is_conv(first, "head"):
         if _is_plain(second, nn.AdaptiveAvgPool2d) and second.output_size in (1, (1, 1)):
             return LayerKind.POOLED, 2
         return LayerKind.POINTWISE, 1
@@ -187,8 +204,8 @@ def _is_conv(module: nn.Module, name: str) -> bool:
     return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
 
 
-def _block_can_run(block: FusedBlock) -> bool:
-    if block.backend not in ("auto", "cpu") or "forward" in vars(block) or layers.has_hooks(block):
+def _block_can_run(block: FusedBlock, backend: str) -> bool:
+    if block.backend not in ("auto", backend) or "forward" in vars(block) or layers.has_hooks(block):
         return False
     return block.fits_sequence()
 
@@ -196,16 +213,18 @@ def _block_can_run(block: FusedBlock) -> bool:
 class _Run:
     """Layers that one call of the op computes."""
 
-    def __init__(self, found: list[Layer], dtype: torch.dtype) -> None:
+    def __init__(self, found: list[Layer], dtype: torch.dtype, backend: str) -> None:
         self.dtype = dtype
+        self.backend = backend
         self.modules = [module for layer in found for module in layer.modules]
         self.geometry = [value for layer in found for value in layer.geometry]
-        self.weights = join([tensor for layer in found for tensor in layer.packed(dtype)])
+        self.weights = join([tensor for layer in found for tensor in layer.packed(dtype, backend)])
+        self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x`` is what the op takes, not recording gradients."""
-        ordinary = type(x) is Tensor and x.is_cpu and x.dtype is self.dtype
+        ordinary = type(x) is Tensor and x.is_cpu is self.is_cpu and x.dtype is self.dtype
         return ordinary and not (x.requires_grad and torch.is_grad_enabled())
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -213,15 +232,21 @@ class _Run:
             for module in self.modules:
                 x = module(x)
             return x
-        y = ops.sequence(x, self.weights, self.geometry)
+        y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
 
 
-class _Prepared:
-    """Children cut into runs and single modules, valid while ``watch`` holds."""
+_CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-    def __init__(self, children: list[nn.Module | None], parents: list[nn.Module], next_hook: int) -> None:
-        found = list(layers_of(children))
+
+class _Prepared:
+    """Children cut into runs of ``backend`` and single modules, valid while ``watch`` holds."""
+
+    def __init__(
+        self, children: list[nn.Module | None], parents: list[nn.Module], next_hook: int, backend: str, is_cpu: bool
+    ) -> None:
+        self.is_cpu = is_cpu
+        found = list(layers_of(children, backend))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
         others = [entry for entry in found if isinstance(entry, nn.Module)]
         hooked = [*parents, *itertools.chain.from_iterable(m.modules() for m in others)]
@@ -229,24 +254,35 @@ class _Prepared:
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
-        self.runs = has_blocks and len(kinds) == 1 and device.type == "cpu"
+        self.runs = has_blocks and len(kinds) == 1 and (device.type == "cpu") is is_cpu
+        if backend == "cuda" and self.dtype not in _CUDA_DTYPES:
+            self.runs = False
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
             return
         for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
             entries = list(group)
-            self.steps += [_Run(entries, self.dtype)] if is_run else entries
+            self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
+
+
+def _sequence_backend(device: torch.device) -> str | None:
+    """Whose kernels run layers in a row on ``device``: "cpu"'s or "cuda"'s, or None."""
+    try:
+        backend = ops.resolve_backend("auto", device)
+    except RuntimeError:  # which blocks say, where one is asked for a kernel
+        return None
+    return backend if backend in ("cpu", "cuda") else None
 
 
 class RunsFused:
     """What a module that calls its children one after the other inherits from to run them fused where it can.
 
-    In eval on the CPU, where nothing records gradients, neighbouring fused blocks and what lies beside them are one
-    call: the blocks' outputs share one buffer; a stem (3x3, stride 2, norm, activation) runs in the kernel of the block
-    behind it, if that has neither expansion nor residual, so that its output is never written; a head (1x1, norm,
-    activation) runs on the blocks' kernel, and the tensor before an ``AdaptiveAvgPool2d(1)`` is never written; each
-    ``Linear`` behind that joins in. A ``FusedSequential`` among the children counts as its own. Anything else, and
-    everything in any other mode, runs module by module.
+    In eval, where nothing records gradients, neighbouring fused blocks and what lies beside them are one call, on the
+    CPU and by the CUDA kernel: the blocks' outputs share one buffer; a stem (3x3, stride 2, norm, activation) runs in
+    the kernel of the block behind it, if that has neither expansion nor residual, so that its output is never written.
+    On the CPU a head (1x1, norm, activation) runs on the blocks' kernel, and the tensor before an
+    ``AdaptiveAvgPool2d(1)`` is never written; each ``Linear`` behind that joins in. A ``FusedSequential`` among the
+    children counts as its own. Anything else, and everything in any other mode, runs module by module.
     """
 
     _prepared: _Prepared | None = None
@@ -267,16 +303,16 @@ class RunsFused:
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
         # Every call runs this with cold caches, so what the watch would notice is looked at in _prepare alone.
-        if torch.compiler.is_compiling() or self.training or type(x) is not Tensor or not x.is_cpu:
+        if torch.compiler.is_compiling() or self.training or type(x) is not Tensor:
             return None
         prepared = self._prepared
-        if prepared is None or not prepared.watch.holds():
+        if prepared is None or prepared.is_cpu is not x.is_cpu or not prepared.watch.holds():
             if self._blocks_record():
                 return None  # fine-tuning changes the weights every step: nothing is folded for a run that may not be
             prepared = self._prepare(x)
         if prepared is None or not prepared.runs or x.dtype is not prepared.dtype:
             return None
-        if torch.is_autocast_enabled("cpu") or ops.transformed():
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or ops.transformed():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
             return None
@@ -304,10 +340,10 @@ class RunsFused:
             return None
         if torch_module._has_any_global_hook():  # which would miss the modules inside
             return None
-        if ops.resolve_backend("auto", x.device) != "cpu":
+        if (backend := _sequence_backend(x.device)) is None:
             return None
         try:
-            prepared = _Prepared(*self.fusable_children(), next_hook)
+            prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu)
         except _ChangedMeanwhile:
             return None
         self._prepared = prepared

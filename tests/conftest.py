@@ -95,9 +95,9 @@ def ran(monkeypatch):
     """The kinds of layers of every call of the op."""
     calls, original = [], ops.sequence
 
-    def counted(x, weights, geometry):
+    def counted(x, weights, geometry, backend="cpu"):
         calls.append([LayerKind(values[0]) for values, _ in ops.split_layers(geometry)])
-        return original(x, weights, geometry)
+        return original(x, weights, geometry, backend)
 
     monkeypatch.setattr(ops, "sequence", counted)
     return calls

@@ -6,12 +6,22 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulation.emulation import CSRC, HERE, compiled, compiled_kernel, emulated_inverted_residual, loaded
+from cuda_emulation.emulation import (
+    CSRC,
+    HERE,
+    compiled,
+    compiled_kernel,
+    emulated_inverted_residual,
+    emulated_sequence,
+    loaded,
+)
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from test_block import DETERMINISM_SPECS, PADDING_SPECS, random_input
@@ -19,8 +29,10 @@ from test_inputs import SIZES, VIEWS
 from test_triton_variants import SPECS as GENERAL_SPECS
 from test_triton_variants import every_pair, spec_of
 
-from mnv2_fused import BlockSpec, cuda_plan, inverted_residual_reference, pack
+from mnv2_fused import BlockSpec, cuda_plan, fold, inverted_residual_reference, pack
 from mnv2_fused.block import ACTIVATIONS, TORCH_ACTIVATIONS
+from mnv2_fused.cuda_plan import stem_size
+from mnv2_fused.sequence import join
 from mnv2_fused.testing import agreement, mobilenet_v2_blocks, random_weights, threads
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -240,8 +252,24 @@ def tf32(t):
     return torch.where(t.isfinite(), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), t.float())
 
 
-def eager(x, weights, spec, precision):
+class Stem(NamedTuple):
+    """A network's, in front of a block without an expansion."""
+
+    weight: torch.Tensor  # [E, C, 3, 3]
+    bias: torch.Tensor  # [E]
+    activation: str = "relu6"
+
+    def __call__(self, x, precision=None):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if precision == "tf32":
+            x, weight = tf32(x), tf32(weight)
+        return TORCH_ACTIVATIONS[self.activation](F.conv2d(x, weight, bias, 2, 1))
+
+
+def eager(x, weights, spec, precision, stem=None):
     """torch's own ops in this precision. TF32, which CPUs lack, is float32 after rounding a product's operands."""
+    if stem is not None:
+        x = stem(x, precision)
     if precision != "tf32":
         return inverted_residual_reference(x, weights, **spec.geometry)
     w = weights._make(None if t is None else t.float() for t in weights)
@@ -258,34 +286,39 @@ def eager(x, weights, spec, precision):
     return y + x if spec.residual else y
 
 
-def planned(spec, x, precision, **forced):
+def planned(spec, x, precision, stem=None, **forced):
     """The planner's own choice, or one with some values forced and the rest small."""
-    options = {"dtype": x.dtype, "tf32": precision == "tf32"}
+    options = {"dtype": x.dtype, "tf32": precision == "tf32", "stem": stem and stem.activation}
+    size = x.shape[2:] if stem is None else [stem_size(n) for n in x.shape[2:]]
     if not forced:
         return cuda_plan(spec, x.shape, **options)
     small = {"images": 1, "tile_rows": 4, "tile_cols": 4, "strip_rows": 2, "group": 16, "splits": 1} | forced
-    out = [-(-size // spec.dilation) for size in spec.out_size(*x.shape[2:])]
+    out = [-(-out // spec.dilation) for out in spec.out_size(*size)]
     images = 1 if spec.squeeze_channels else x.shape[0]
     limits = {"images": images, "tile_rows": out[0], "tile_cols": out[1]}
     return cuda_plan(spec, x.shape, **options, forced=[min(v, limits.get(k, v)) for k, v in small.items()])
 
 
-def emulated(kernels, x, weights, spec, precision, *, seed=0, **forced):
+def emulated(kernels, x, weights, spec, precision, *, seed=0, stem=None, **forced):
     packed = pack(weights, x.dtype, "cuda")
-    plan = planned(spec, x, precision, **forced)
-    return emulated_inverted_residual(kernels[precision], x, packed, spec, plan, seed)
+    if stem is not None:
+        w_expand, b_expand = fold.pack_stem(stem.weight, stem.bias, x.dtype)
+        packed = packed._replace(w_expand=w_expand, b_expand=b_expand)
+    plan = planned(spec, x, precision, stem, **forced)
+    return emulated_inverted_residual(kernels[precision], x, packed, spec, plan, seed, stem and stem.activation)
 
 
-def verdict(y, x, weights, spec, precision):
-    reference = inverted_residual_reference(x.double(), weights, **spec.geometry)
-    return agreement(y, eager(x, weights, spec, precision), reference)
+def verdict(y, x, weights, spec, precision, stem=None):
+    e = x.double() if stem is None else stem(x.double())
+    reference = inverted_residual_reference(e, weights, **spec.geometry)
+    return agreement(y, eager(x, weights, spec, precision, stem), reference)
 
 
-def check(kernels, x, weights, spec, precision, **options):
+def check(kernels, x, weights, spec, precision, stem=None, **options):
     """Holds the kernel to the rule; returns the result."""
     before = x.clone()
-    y = emulated(kernels, x, weights, spec, precision, **options)
-    found = verdict(y, x, weights, spec, precision)
+    y = emulated(kernels, x, weights, spec, precision, stem=stem, **options)
+    found = verdict(y, x, weights, spec, precision, stem)
     assert found.ok, f"{spec} on {list(x.shape)}, {precision}, {options}: {found}"
     assert torch.equal(x, before), "x was written"
     return y
@@ -372,10 +405,21 @@ def test_any_shape_and_plan(kernels, case):
     check(kernels, x, weights, spec, precision, seed=seed, **forced)
 
 
-def spreads(kernels, x, weights, spec, precision, **forced):
+@contextmanager
+def without_onednn():
+    """Its bfloat16 convolution, dilated, makes more NaNs than there are, where the processor has products of it."""
+    before, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=before, _fp32_precision=None)
+
+
+def spreads(kernels, x, weights, spec, precision, stem=None, **forced):
     """Whether NaN and infinities are where eager has them."""
-    y = emulated(kernels, x, weights, spec, precision, **forced)
-    expected = eager(x, weights, spec, precision)
+    y = emulated(kernels, x, weights, spec, precision, stem=stem, **forced)
+    with without_onednn():
+        expected = eager(x, weights, spec, precision, stem)
     return torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
 
 
@@ -646,6 +690,136 @@ def test_any_general_block(kernels, case, precision, seed):
     check(kernels, input_of(spec, batch, size, precision, seed=seed), weights, spec, precision, seed=seed)
 
 
+# A network's stem, in one kernel with the block behind it.
+
+
+def stem_of(spec, channels, activation="relu6", seed=0, bias=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(spec.in_channels, channels, 3, 3, generator=generator) / 3
+    return Stem(weight, bias * torch.randn(spec.in_channels, generator=generator), activation)
+
+
+def image_of(batch, channels, size, precision, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, *size, generator=generator).to(PRECISIONS[precision][1])
+
+
+BEHIND_STEMS = {
+    "MobileNetV2": (BlockSpec(32, 32, 16, expand=False), "relu6"),
+    "stride 2": (BlockSpec(20, 20, 20, 2, expand=False), "relu6"),
+    "MobileNetV1": (BlockSpec(32, 32, 64, expand=False, out_activation="relu6"), "relu6"),
+    "MobileNetV3": (
+        BlockSpec(16, 16, 16, 2, expand=False, activation="relu", squeeze_channels=8),
+        "hardswish",
+    ),
+    "EfficientNet": (
+        BlockSpec(24, 24, 16, expand=False, activation="silu", squeeze_channels=6, gate="sigmoid"),
+        "silu",
+    ),
+    "ReLU": (BlockSpec(9, 9, 70, expand=False, kernel=5, activation="hardswish", padding=(2, 1, 0, 3)), "relu"),
+}
+by_behind = pytest.mark.parametrize(("spec", "activation"), BEHIND_STEMS.values(), ids=BEHIND_STEMS)
+
+
+@by_precision
+@by_behind
+def test_stem(kernels, spec, activation, precision):
+    """As planned, and in tiles that do not fit; images of both formats and any number of channels."""
+    for i, (channels, size) in enumerate([(3, (33, 30)), (1, (12, 11)), (4, (7, 16)), (2, (9, 10))]):
+        stem, weights = stem_of(spec, channels, activation, bias=20 if i == 2 else 1), random_weights(spec)
+        x = image_of(2, channels, size, precision)
+        if i % 2:
+            x = x.to(memory_format=torch.channels_last)
+        check(kernels, x, weights, spec, precision, stem)
+        forced = {"tile_rows": 3, "tile_cols": 5, "splits": 1 + (i % 2 if spec.in_channels > 16 else 0)}
+        check(kernels, x, weights, spec, precision, stem, **forced)
+
+
+@by_precision
+def test_stem_of_small_images(kernels, precision):
+    spec = BlockSpec(32, 32, 16, expand=False)
+    stem, weights = stem_of(spec, 3), random_weights(spec)
+    for size in ((1, 1), (1, 6), (5, 2), (8, 8)):
+        x = image_of(5, 3, size, precision)
+        check(kernels, x, weights, spec, precision, stem)
+        check(kernels, x, weights, spec, precision, stem, images=3, tile_rows=8, tile_cols=8, strip_rows=2)
+
+
+@by_precision
+@by_behind
+def test_non_finite_pixels_spread_through_a_stem_as_in_eager(kernels, spec, activation, precision):
+    """Also into no window beside those that they lie in, at any column and border."""
+    stem, weights = stem_of(spec, 3, activation), random_weights(spec)
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        for where in ((0, 0, 0, 0), (1, 2, 6, 7), (1, 1, 8, 4 + i), (0, 1, 3, 11)):
+            x = image_of(2, 3, (9, 12), precision)
+            x[where] = value
+            assert spreads(kernels, x, weights, spec, precision, stem, tile_rows=2, tile_cols=3)
+
+
+@by_precision
+def test_views_in_front_of_a_stem(kernels, precision):
+    spec = BlockSpec(32, 32, 16, expand=False)
+    stem, weights = stem_of(spec, 3), random_weights(spec)
+    whole = image_of(4, 6, (24, 30), precision)
+    views = [
+        whole[::2, ::2, ::2, 3::2],
+        whole[:, :3].transpose(2, 3),
+        whole[:1, 2:5].expand(3, -1, -1, -1),
+        whole[:, :1].expand(-1, 3, -1, -1),
+    ]
+    for x in views:
+        check(kernels, x, weights, spec, precision, stem, tile_rows=4, tile_cols=4)
+
+
+@by_precision
+def test_shared_memory_in_front_of_a_stem_is_what_the_plan_says(kernels, precision):
+    spec = BlockSpec(32, 32, 16, expand=False)
+    stem, weights, x = stem_of(spec, 3), random_weights(spec), image_of(1, 3, (12, 10), precision)
+    plan = planned(spec, x, precision, stem, tile_rows=6, tile_cols=5)
+    packed = pack(weights, x.dtype, "cuda")
+    packed = packed._replace(**dict(zip(("w_expand", "b_expand"), fold.pack_stem(*stem[:2], x.dtype), strict=True)))
+    less = dataclasses.replace(plan, shared_bytes=plan.shared_bytes - 16)
+    emulated_inverted_residual(kernels[precision], x, packed, spec, plan, stem="relu6")
+    with pytest.raises(RuntimeError, match=r"of shared memory at .*, outside its"):
+        emulated_inverted_residual(kernels[precision], x, packed, spec, less, stem="relu6")
+
+
+@by_precision
+@pytest.mark.parametrize("stem", [True, False], ids=["stem", "no stem"])
+def test_blocks_in_a_row(kernels, precision, stem):
+    """Weights joined, results in one memory between them: what blocks give one by one, to the bit."""
+    front = BlockSpec(32, 32, 16, expand=False)
+    specs = [
+        *([front] if stem else []),
+        BlockSpec(16, 96, 24, 2),
+        BlockSpec(24, 70, 24, residual=True),
+        BlockSpec(24, 40, 20, activation="hardswish", kernel=5, squeeze_channels=7),
+        BlockSpec(20, 20, 33, expand=False, out_activation="relu"),
+        BlockSpec(33, 50, 12, 2),
+    ]
+    dtype = PRECISIONS[precision][1]
+    first = stem_of(front, 3) if stem else None
+    image = image_of(2, 3, (21, 19), precision) if stem else input_of(specs[0], 2, (11, 10), precision)
+    x, rows, plans = image, [], []
+    for i, spec in enumerate(specs):
+        weights = random_weights(spec, seed=i)
+        packed = pack(weights, dtype, "cuda")
+        before = first if i == 0 else None
+        if before is not None:
+            packed = packed._replace(
+                **dict(zip(("w_expand", "b_expand"), fold.pack_stem(*before[:2], dtype), strict=True))
+            )
+        rows += [t for t in packed if t is not None]
+        options = {"splits": 2} if i % 2 else {}
+        plans.append(planned(spec, x, precision, before, **options))
+        x = emulated(kernels, x, weights, spec, precision, stem=before, **options)
+    y = emulated_sequence(kernels[precision], image, join(rows), specs, plans, first and "relu6")
+    assert torch.equal(y, x)
+    with pytest.raises(RuntimeError, match=r"weights\(\) is not what is joined"):
+        emulated_sequence(kernels[precision], image, join(rows)[:-64], specs, plans, first and "relu6")
+
+
 PADDED = BlockSpec(20, 40, 20, residual=True)  # channels that fill no panel
 WIDE = BlockSpec(16, 48, 24)  # results in whole vectors
 STRIDED = BlockSpec(20, 40, 20, stride=2)
@@ -655,6 +829,7 @@ UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_acti
 DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
 FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
 SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
+STEMMED = BlockSpec(20, 20, 24, expand=False)
 
 # What is changed in kernel.cuh or products.cuh; the precision and the block that then must show it are float32 and
 # PADDED but for those of SHOWN_BY.
@@ -742,6 +917,17 @@ MUTATIONS = {
     "activation between the gate's products": ("gated)\n    v = activated(v, a.activation);", "gated)\n    v += 0;"),
     "hardsigmoid": ("    v = clip(v + 3, 0, 6) * (1 / 6.f)", "    v = clip(v + 3, 0, 6)"),
     "sums of the gate's parts": ("part < kSums; ++part)", "part < kSums - 1; ++part)"),
+    "image's border": (" && at_col < a.image_width", ""),
+    "image's first column": ("kStemStride) - 1 + col", "kStemStride) + col"),
+    "image's channels": ("from + k * a.x_channel", "from + k"),
+    "images in front of a stem": ("at_image * a.x_image", "image * a.x_image"),
+    "channels there are not in an image": ("inside && k < a.in_channels", "inside && k < 4"),
+    "windows": ("row * int(kStemStride)) * pitch", "row) * pitch"),
+    "images' windows": ("(image * a.image_rows + row * int(kStemStride))", "(row * int(kStemStride))"),
+    "rows of a window": ("a.stem && t == 3 ? 0 : a.shared.x_panel", "0"),
+    "a window's fourth column": ("t == 3 ? a.shared.zeros", "false ? a.shared.zeros"),
+    "zeros of a stem": ("store_shared(a.shared.zeros, uint4{0, 0, 0, 0})", ""),
+    "stem's activation": ("activated(v, a.expand_activation)", "activated(v, a.activation)"),
 }  # fmt: skip
 SHOWN_BY = {
     "barrier after the copy of e": ("float32", UNEXPANDED),
@@ -773,23 +959,34 @@ SHOWN_BY = {
         ("fifth row on tensor cores", "fifth row's weights", "rows three and four on tensor cores"), ("float16", FIVE)
     ),
     **dict.fromkeys(list(MUTATIONS)[list(MUTATIONS).index("gate") :], ("float32", SQUEEZED)),
+    **dict.fromkeys(list(MUTATIONS)[list(MUTATIONS).index("image's border") :], ("float16", STEMMED, "hardswish")),
 }
 
 
-def noticed(library, spec, precision):
+def shown_by(name):
+    """Precision, block, and the activation of a stem in front of it."""
+    precision, spec, activation = (*SHOWN_BY.get(name, ("float32", PADDED)), None)[:3]
+    return precision, spec, activation
+
+
+def noticed(library, spec, precision, activation=None):
     """Whether anything is wrong: finite and infinite input, splits, tiles that do not fit, images of two blocks."""
     kernels, weights = {precision: library}, random_weights(spec, expand_bias=5)
-    x = input_of(spec, 2, (6, 7), precision)
+    stem = activation and stem_of(spec, 3, activation)
+    x = image_of(2, 3, (12, 13), precision) if stem else input_of(spec, 2, (6, 7), precision)
     infinite = x.clone()
     infinite[1, 0, 3, 3] = float("inf")
     for splits in (1, 2) if spec.hidden_channels > 16 else (1,):
         forced = {"tile_cols": 5, "splits": splits}
         try:
-            y = emulated(kernels, x, weights, spec, precision, **forced)
-            right = spreads(kernels, infinite, weights, spec, precision, **forced)
-        except RuntimeError:
+            y = emulated(kernels, x, weights, spec, precision, stem=stem, **forced)
+            right = spreads(kernels, infinite, weights, spec, precision, stem, **forced)
+            if stem:  # of two images a thread block
+                whole = {"images": 2, "tile_rows": 6, "tile_cols": 7}
+                right = right and check(kernels, x, weights, spec, precision, stem, **whole) is not None
+        except (RuntimeError, AssertionError):
             return True
-        if not (right and verdict(y, x, weights, spec, precision).ok):
+        if not (right and verdict(y, x, weights, spec, precision, stem).ok):
             return True
     return False
 
@@ -797,7 +994,7 @@ def noticed(library, spec, precision):
 def changed_kernel(name, folder):
     """The library of a changed kernel.cuh: of its kernels the one that small plans of the block need."""
     original, replacement = MUTATIONS[name]
-    precision, spec = SHOWN_BY.get(name, ("float32", PADDED))
+    precision, spec, activation = shown_by(name)
     (folder / "cuda").mkdir()
     for source in [CSRC / "block.h", *(CSRC / "cuda").glob("*.h"), *(CSRC / "cuda").glob("*.cuh")]:
         shutil.copy(source, folder / source.relative_to(CSRC))
@@ -805,7 +1002,8 @@ def changed_kernel(name, folder):
     assert len(changed) == 1 and changed[0].read_text().count(original) == 1, original
     changed[0].write_text(changed[0].read_text().replace(original, replacement))
     plan = planned(spec, input_of(spec, 2, (6, 7), precision), precision, tile_cols=5)
-    form = {3: "kThree", 5: "kFive"}[spec.kernel] if spec.beyond_mobilenet_v2 else "kMobileNetV2"
+    general = spec.beyond_mobilenet_v2 or activation not in (None, "relu6")
+    form = {3: "kThree", 5: "kFive"}[spec.kernel] if general else "kMobileNetV2"
     only = form, spec.stride, plan.strip_rows // 2, plan.out_panels
     return loaded(compiled_kernel(folder / "kernel.so", PRECISIONS[precision][0], folder, only))
 
@@ -821,8 +1019,8 @@ def changed_kernels(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(changed_kernels, name):
-    precision, spec = SHOWN_BY.get(name, ("float32", PADDED))
-    assert noticed(changed_kernels[name].result(), spec, precision)
+    precision, spec, activation = shown_by(name)
+    assert noticed(changed_kernels[name].result(), spec, precision, activation)
 
 
 @by_precision
@@ -831,3 +1029,9 @@ def test_a_broken_kernel_is_noticed(changed_kernels, name):
 )
 def test_the_kernel_itself_is_not_broken(kernels, spec, precision):
     assert not noticed(kernels[precision], spec, precision)
+
+
+@by_precision
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+def test_the_kernel_behind_a_stem_is_not_broken(kernels, activation, precision):
+    assert not noticed(kernels[precision], STEMMED, precision, activation)

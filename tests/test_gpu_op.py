@@ -248,13 +248,18 @@ def test_fuse_a_whole_model(backend, how, monkeypatch):
     fused = mnv2_fused.fuse(model, backend=backend, strict=True)
     assert {b.backend for b in mnv2_fused.report(fused).blocks} == {backend}
     assert not mnv2_fused.report(fused).layers
-    calls, original = [], ops.packed_inverted_residual
+    calls, original, in_a_row = [], ops.packed_inverted_residual, ops.sequence
 
     def counted(*args, **options):
         calls.append(options["backend"])
         return original(*args, **options)
 
+    def all_counted(x, weights, geometry, backend):
+        calls.extend([backend] * len([*ops.split_layers(geometry)]))
+        return in_a_row(x, weights, geometry, backend)
+
     monkeypatch.setattr(ops, "packed_inverted_residual", counted)
+    monkeypatch.setattr(ops, "sequence", all_counted)
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.float16, enabled=how == "autocast"):
         y, expected = fused(x), model(x)
     assert calls == [backend] * 17

@@ -7,9 +7,10 @@
 #include <optional>
 #include <vector>
 
+#include "../layers.h"
 #include "../plan_cache.h"
 #include "../tensors.h"
-#include "launch.h"
+#include "sequence.h"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"
@@ -181,47 +182,19 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type, int device, MemoryFor
 }
 
 const void* data(const Tensor* t) { return t ? t->const_data_ptr() : nullptr; }
-const float* floats(const Tensor* t) { return static_cast<const float*>(data(t)); }
-
-Args args_of(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
-             const Weights& w, const Tensor& y, float* partial, float* pooled) {
-  Args a = make_args(shape, plan, precision);
-  a.x = x.const_data_ptr();
-  a.x_image = x.stride(0);
-  a.x_row = x.stride(2);
-  a.x_col = x.stride(3);
-  a.w_expand = data(w.w_expand);
-  a.b_expand = floats(w.b_expand);
-  a.w_depthwise = floats(w.w_depthwise);
-  a.b_depthwise = floats(w.b_depthwise);
-  a.w_project = data(w.w_project);
-  a.b_project = floats(w.b_project);
-  a.y = y.mutable_data_ptr();
-  a.partial = partial;
-  a.pooled = pooled;
-  find_vectors(a, precision);
-  return a;
+Input input_of(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3), x.stride(1)};
 }
-
-void run(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
-         const Weights& w, const Tensor& y, int device) {
-  std::optional<Tensor> partial, squeezed;
-  const auto take = [&](std::optional<Tensor>& memory, const int64_t& bytes) -> float* {
-    if (bytes == 0) return nullptr;
-    memory = empty({&bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
-    return static_cast<float*>(memory->mutable_data_ptr());
-  };
-  float *const sums = take(partial, plan.partial_bytes), *const pooled =
-                                                             take(squeezed, plan.squeeze_bytes);
+void* stream_of(int device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  Args args = args_of(shape, precision, plan, x, w, y, sums, pooled);
-  const SqueezeProducts products = squeeze_products(
-      shape, plan,
-      {floats(w.w_squeeze), floats(w.b_squeeze), floats(w.w_excite), floats(w.b_excite)}, pooled);
-  if (pooled) args.gate = products.excite.out;
+  return stream;
+}
+
+void launch_here(const BlockShape& shape, Precision precision, const Plan& plan, const Call& call,
+                 int device, void* stream) {
   try {
-    launch(precision, shape, plan, args, products, stream);
+    launch(precision, shape, plan, call, stream);
   } catch (const std::runtime_error& error) {
     fail(error.what(), "; plan: tile ", plan.tile_rows, "x", plan.tile_cols, " of ", plan.images,
          " images, strips of ", plan.strip_rows, " rows, group ", plan.group, ", ", plan.splits,
@@ -229,6 +202,25 @@ void run(const BlockShape& shape, Precision precision, const Plan& plan, const T
          plan.shared_bytes, " bytes of shared memory, on cuda:", device,
          " (use backend='eager' to go on without this kernel)");
   }
+}
+
+void run(const BlockShape& shape, Precision precision, const Plan& plan, const Tensor& x,
+         const Weights& w, const Tensor& y, int device) {
+  std::optional<Tensor> partial, squeezed;
+  const auto take = [&](std::optional<Tensor>& memory, const int64_t& bytes) -> void* {
+    if (bytes == 0) return nullptr;
+    memory = empty({&bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
+    return memory->mutable_data_ptr();
+  };
+  void* const sums = take(partial, plan.partial_bytes);
+  void* const pooled = take(squeezed, plan.squeeze_bytes);
+  const WeightPointers pointers{data(w.w_expand),    data(w.b_expand),  data(w.w_depthwise),
+                                data(w.b_depthwise), data(w.w_project), data(w.b_project),
+                                data(w.w_squeeze),   data(w.b_squeeze), data(w.w_excite),
+                                data(w.b_excite)};
+  const Call call =
+      make_call(shape, plan, precision, input_of(x), pointers, y.mutable_data_ptr(), sums, pooled);
+  launch_here(shape, precision, plan, call, device, stream_of(device));
 }
 
 Tensor inverted_residual(const Tensor& x, const Weights& w, int64_t stride, bool residual,
@@ -290,11 +282,67 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
   }
 }
 
+// Blocks in a row, the first of which may have a network's stem in front of it.
+Tensor sequence(const Tensor& x, const Tensor& weights, IntHeaderOnlyArrayRef layers, bool tf32) {
+  const Sizes sizes = sizes_of(x);
+  const ScalarType type = x.scalar_type();
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Precision precision = precision_of(type, tf32, gpu_at(device));
+  if (!weights.is_cuda() || weights.get_device_index() != device ||
+      weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 || !weights.is_contiguous() ||
+      reinterpret_cast<uintptr_t>(weights.const_data_ptr()) % kAlignment != 0)
+    fail("weights must be one contiguous row of bytes on cuda:", device,
+         " that starts at a multiple of 16, as mnv2_fused.sequence.join makes it");
+  std::vector<BlockShape> blocks;
+  Sizes y_sizes = sizes;
+  for (const LayerShape& layer : layer_shapes(layers, sizes)) {
+    if (!layer.is_block())
+      fail("on a GPU layers must be blocks, kinds 0 to 2, got ", layer.kind,
+           "; run others by themselves");
+    check_shape(layer.block, precision, gpu_at(device), sizes);
+    blocks.push_back(layer.block);
+    y_sizes = layer.y;
+  }
+  const IntHeaderOnlyArrayRef y_list(y_sizes.data(), y_sizes.size());
+  const Tensor result = empty(y_list, type, device, MemoryFormat::ChannelsLast);
+  if (sizes[0] == 0) return result;
+  const Sequence sequence(blocks, precision, [&](const BlockShape& shape) {
+    return cached_plan(shape, precision, device);
+  });
+  if (sequence.weights() != weights.numel())
+    fail("these layers take ", sequence.weights(), " bytes of weights for x of this dtype, got ",
+         weights.numel(), "; pack them for it and join them with mnv2_fused.sequence.join");
+  const int64_t bytes = std::max<int64_t>(sequence.memory(), 1);
+  const Tensor memory = empty({&bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
+  const bool stem = blocks[0].expand == Expand::kStem;
+  const Tensor source = stem ? x : with_channels_together(x);
+  void* const stream = stream_of(device);
+  sequence.run(input_of(source), static_cast<const char*>(weights.const_data_ptr()),
+               static_cast<char*>(memory.mutable_data_ptr()), result.mutable_data_ptr(),
+               [&](const BlockLayer& layer, const Call& call) {
+                 launch_here(layer.shape, precision, layer.plan, call, device, stream);
+               });
+  return result;
+}
+
+Tensor sequence_cuda(const Tensor& x,               // [N, C, H, W]
+                     const Tensor& weights,         // [bytes], of all layers
+                     IntHeaderOnlyArrayRef layers,  // as ops.LayerKind says
+                     bool tf32) {
+  try {
+    return sequence(x, weights, layers, tf32);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("mnv2_fused::sequence_cuda: ") + error.what());
+  }
+}
+
 }  // namespace
 }  // namespace mnv2_fused::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
   m.impl("inverted_residual_cuda", TORCH_BOX(&mnv2_fused::cuda::inverted_residual_cuda));
+  m.impl("sequence_cuda", TORCH_BOX(&mnv2_fused::cuda::sequence_cuda));
 }
 
 // Importing it registers the op; it holds what `python -m mnv2_fused info` tells of the build.

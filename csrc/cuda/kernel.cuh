@@ -4,7 +4,7 @@
 //   y = d W_p + b_p (+ x)
 //
 // or what a block has in their place: another activation, 5x5, dilation, padding, an activation of the
-// output, a squeeze-and-excite.
+// output, a squeeze-and-excite, a network's stem in place of the expansion.
 //
 // A thread block owns a tile of outputs. x of the tile and its halo lies in shared memory; a group
 // of e goes there, too; d goes from the depthwise straight into the registers that the second
@@ -50,7 +50,15 @@ struct Numbers {  // float: kTf32 and kFloat32
   }
   static MNV2_DEVICE float widen(Element v) { return v; }
   static MNV2_DEVICE Element narrow(float v) { return v; }
+  static MNV2_DEVICE Quad quad(const Element (&v)[4]) {
+    return {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])};
+  }
 };
+
+// Of elements of two bytes.
+MNV2_DEVICE uint2 quad_of_halves(const uint16_t (&v)[4]) {
+  return {v[0] | uint32_t(v[1]) << 16, v[2] | uint32_t(v[3]) << 16};
+}
 
 template <>
 struct Numbers<Precision::kHalf> {
@@ -67,6 +75,7 @@ struct Numbers<Precision::kHalf> {
   static MNV2_DEVICE float widen(Element v) { return unpack_half(v).x; }
   static MNV2_DEVICE Element narrow(float v) { return Element(pack_half(v, 0)); }
   static MNV2_DEVICE uint32_t pack(float low, float high) { return pack_half(low, high); }
+  static MNV2_DEVICE Quad quad(const Element (&v)[4]) { return quad_of_halves(v); }
   static MNV2_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_half(c, a, b0, b1);
   }
@@ -93,6 +102,7 @@ struct Numbers<Precision::kBFloat16> {
   static MNV2_DEVICE float widen(Element v) { return unpack_bfloat16(v).x; }
   static MNV2_DEVICE Element narrow(float v) { return Element(pack_bfloat16(v, 0)); }
   static MNV2_DEVICE uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
+  static MNV2_DEVICE Quad quad(const Element (&v)[4]) { return quad_of_halves(v); }
   static MNV2_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bfloat16(c, a, b0, b1);
   }
@@ -349,6 +359,40 @@ MNV2_DEVICE void copy_x(const Args& a, const Tile& tile, int first_panel, int pa
   }
 }
 
+// The image under a tile's windows of the stem into shared memory, a quad a pixel, zeros around it; and
+// where in it the windows begin.
+template <Precision kPrecision>
+MNV2_DEVICE void copy_image(const Args& a, const Tile& tile, int threads) {
+  using N = Numbers<kPrecision>;
+  using Element = typename N::Element;
+  constexpr int kQuad = sizeof(typename N::Quad);
+  const int rows = int(stem_rows(tile.image_rows)), cols = int(stem_rows(tile.image_cols));
+  const int pitch = a.shared.x_panel / kQuad;
+  for (int i = threadIdx.x; i < tile.images * rows * cols; i += threads) {
+    const int col = i % cols, line = i / cols, row = line % rows, image = line / rows;
+    const int at_row = tile.in_row * int(kStemStride) - 1 + row;
+    const int at_col = tile.in_col * int(kStemStride) - 1 + col;
+    const bool inside =
+        at_row >= 0 && at_row < a.image_height && at_col >= 0 && at_col < a.image_width;
+    const int64_t at_image = tile.first_image + image;
+    const Element* const from = static_cast<const Element*>(a.x) + at_image * a.x_image +
+                                at_row * a.x_row + at_col * a.x_col;
+    Element v[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      v[k] = inside && k < a.in_channels ? load_global(from + k * a.x_channel) : Element(0);
+    store_shared(((image * a.image_rows + row) * pitch + col) * kQuad, N::quad(v));
+  }
+  for (int i = threadIdx.x; i < tile.pixels; i += threads) {
+    const int col = i % tile.image_cols, line = i / tile.image_cols;
+    const int row = line % tile.image_rows, image = line / tile.image_rows;
+    const int window =
+        (image * a.image_rows + row * int(kStemStride)) * pitch + col * int(kStemStride);
+    store_shared(a.shared.windows + 2 * i, uint16_t(window));
+  }
+  if (threadIdx.x == 0) store_shared(a.shared.zeros, uint4{0, 0, 0, 0});
+}
+
 MNV2_DEVICE void copy_bytes(int to, const void* from, int bytes, int threads) {
   for (int i = threadIdx.x * 16; i < bytes; i += threads * 16)
     copy_16(to + i, static_cast<const char*>(from) + i);
@@ -403,7 +447,7 @@ MNV2_DEVICE typename Numbers<kPrecision>::Quad narrow_activated(float4 v, const 
   if constexpr (kForm == Form::kMobileNetV2)
     return Numbers<kPrecision>::narrow_relu6(v);
   else
-    return Numbers<kPrecision>::narrow(activated(v, a.activation));
+    return Numbers<kPrecision>::narrow(activated(v, a.expand_activation));
 }
 
 // Whether one of the numbers in two registers is infinite or NaN.
@@ -429,22 +473,30 @@ MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, in
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) start_at(c[p][i], b);
   }
-  int row[kTiles][2];
+  int row[kTiles][2], from[kTiles][2];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int lower = 0; lower < 2; ++lower)
+    for (int lower = 0; lower < 2; ++lower) {
       row[i][lower] = (tile + i * apart) * 16 + lower * 8 + lane / 4;
+      const int pixel = smaller(row[i][lower], pixels - 1);
+      from[i][lower] = pixel * kPixel + t * kQuad;
+      if (a.stem)  // three pixels of a row; what comes behind them may be infinite, and is not read
+        from[i][lower] = t == 3 ? a.shared.zeros
+                                : (load_shared<uint16_t>(a.shared.windows + 2 * pixel) + t) * kQuad;
+    }
   }
+  const int to_panel = a.stem && t == 3 ? 0 : a.shared.x_panel;
 #pragma unroll 1
   for (int q = 0; q < a.in_panels; ++q) {
     Quad x[kTiles][2];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int lower = 0; lower < 2; ++lower)
-        x[i][lower] = load_shared<Quad>(q * a.shared.x_panel +
-                                        smaller(row[i][lower], pixels - 1) * kPixel + t * kQuad);
+      for (int lower = 0; lower < 2; ++lower) {
+        x[i][lower] = load_shared<Quad>(from[i][lower]);
+        from[i][lower] += to_panel;
+      }
     }
 #pragma unroll
     for (int p = 0; p < kPanels; ++p)
@@ -766,7 +818,10 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   {
     const Tile tile = tile_of<kForm, kStride>(a);
     pixels = tile.pixels;
-    if (expands) copy_x<kPrecision>(a, tile, 0, a.in_panels, 0, l.x_panel, -1, threads);
+    if (a.stem)
+      copy_image<kPrecision>(a, tile, threads);
+    else if (expands)
+      copy_x<kPrecision>(a, tile, 0, a.in_panels, 0, l.x_panel, -1, threads);
     note_places<kStride>(a, tile, threads);
     const Strip strip = strip_of(a, tile.images, kRows);
     e_at = l.e + (strip.image * a.e_rows + strip.row * kStride) * a.e_cols * kPixel +

@@ -13,12 +13,13 @@ constexpr int64_t kLanes = 32;
 // Of a thread block's outputs, each a column of 2 or 4.
 constexpr int64_t kStripsPerWarp = 8;
 
-// What a kernel takes: MobileNetV2's block alone, or any with a depthwise convolution of 3x3, or 5x5.
+// What a kernel takes: MobileNetV2's block alone, a stem in front of it or not, or any with a depthwise
+// convolution of 3x3, or 5x5.
 enum class Form : int8_t { kMobileNetV2, kThree, kFive };
 inline Form form_of(const BlockShape& s) {
   if (s.kernel == 5) return Form::kFive;
   bool plain = s.dilation == 1 && s.squeeze_channels == 0 && s.activation == Activation::kRelu6 &&
-               s.out_activation == Activation::kIdentity;
+               s.stem_activation == Activation::kRelu6 && s.out_activation == Activation::kIdentity;
   for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
     plain = plain && pad == 1;
   return plain ? Form::kMobileNetV2 : Form::kThree;
@@ -80,6 +81,17 @@ constexpr int64_t in_rows(int64_t out_rows, int64_t stride, int64_t kernel) {
   return (out_rows - 1) * stride + kernel;
 }
 
+// A stem is an expansion, too: of a panel for each row of its windows, in which lie four pixels of four
+// channels. The fourth of both, the image's channels that there are not, are zeros.
+constexpr int64_t kStemKernel = 3, kStemChannels = 4;
+constexpr int64_t stem_rows(int64_t e_rows) { return in_rows(e_rows, kStemStride, kStemKernel); }
+// Panels of what the expansion multiplies, 0 without one.
+inline int64_t expand_panels(const BlockShape& s) {
+  return s.expand == Expand::kNone   ? 0
+         : s.expand == Expand::kStem ? kStemKernel
+                                     : ceil_div(s.in_channels, kPanel);
+}
+
 // Taps of a panel in half precision, words for each of 8 kinds of lanes: of each column 8, or 12 of
 // five taps. 28 and 60 of them put the eight into different banks.
 constexpr int64_t column_words(int64_t kernel) { return kernel == 5 ? 12 : 8; }
@@ -87,13 +99,15 @@ constexpr int64_t tap_words(int64_t kernel) { return kernel == 5 ? 60 : 28; }
 
 // A thread block's shared memory, in bytes from its start.
 struct SharedLayout {
-  int32_t x_panel;  // of all pixels, the 16 channels of a panel
+  int32_t x_panel;  // of all pixels, the 16 channels of a panel; of a stem, a row of the image
   int32_t e, e_panel;
   int32_t weights, stage;  // two stages, one computed with while the other is filled
   // Within a stage.
   int32_t w_project, w_depthwise, b_expand, b_depthwise;
-  int32_t taps;    // of the depthwise, as tensor cores take them
-  int32_t places;  // where in e each pixel of x belongs
+  int32_t taps;     // of the depthwise, as tensor cores take them
+  int32_t places;   // where in e each pixel of x belongs
+  int32_t windows;  // of a stem: where in the image each pixel's begins
+  int32_t zeros;    // of a stem: what stands for a window's fourth column
   int32_t bytes;
 };
 
@@ -101,16 +115,21 @@ struct SharedLayout {
 constexpr SharedLayout shared_layout(int64_t element, int64_t in_panels, int64_t out_panels,
                                      int64_t stride, int64_t strip_rows, int64_t images,
                                      int64_t tile_rows, int64_t tile_cols, int64_t group_panels,
-                                     int64_t height, int64_t width, int64_t kernel) {
+                                     int64_t height, int64_t width, int64_t kernel, bool stem) {
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t rows = in_rows(round_up(tile_rows, strip_rows), stride, kernel);
   const int64_t cols = in_rows(tile_cols, stride, kernel);
-  const int64_t pixels =
-      images * smaller(in_rows(tile_rows, stride, kernel), height) * smaller(cols, width);
+  const int64_t x_rows = smaller(in_rows(tile_rows, stride, kernel), height),
+                x_cols = smaller(cols, width), pixels = images * x_rows * x_cols;
   const int64_t fragment = kPanel * kPanel * element;
   SharedLayout l{};
-  l.x_panel = int32_t(pixels * kPanel * element);
-  l.e = int32_t(in_panels) * l.x_panel;
+  if (stem) {
+    l.x_panel = int32_t(stem_rows(x_cols) * kStemChannels * element);
+    l.e = int32_t(round_up(images * stem_rows(x_rows) * l.x_panel, 16));
+  } else {
+    l.x_panel = int32_t(pixels * kPanel * element);
+    l.e = int32_t(in_panels) * l.x_panel;
+  }
   l.e_panel = int32_t(images * rows * cols * kPanel * element);
   l.weights = l.e + int32_t(group_panels) * l.e_panel;
   l.w_project = int32_t(group_panels * in_panels * fragment);
@@ -120,7 +139,9 @@ constexpr SharedLayout shared_layout(int64_t element, int64_t in_panels, int64_t
   l.stage = l.b_depthwise + int32_t(group_panels * kPanel * 4);
   l.taps = l.weights + 2 * l.stage;
   l.places = l.taps + int32_t(element == 2 ? group_panels * 8 * tap_words(kernel) * 4 : 0);
-  l.bytes = l.places + int32_t(round_up(pixels * 2, 16));
+  l.windows = l.places + int32_t(round_up(pixels * 2, 16));
+  l.zeros = l.windows + (stem ? int32_t(round_up(pixels * 2, 16)) : 0);
+  l.bytes = l.zeros + (stem ? 16 : 0);
   return l;
 }
 
@@ -138,8 +159,9 @@ inline ActivationArgs activation_args(Activation kind) {
 struct Args {
   const void* x;                  // [N, H, W, C_in] by the strides below, channels contiguous
   int64_t x_image, x_row, x_col;  // element strides
+  int64_t x_channel;              // of a stem, whose channels lie anywhere
   // Fragments of kPanel x kPanel weights each, zeros where there is no channel; see fold.py.
-  const void* w_expand;      // [E/16, C_in/16, 256]; null when t = 1
+  const void* w_expand;      // [E/16, C_in/16, 256], of a stem [E/16, 3, 256]; null when t = 1
   const float* b_expand;     // [E/16 * 16]
   const float* w_depthwise;  // [E/16, 9, 16]
   const float* b_depthwise;  // [E/16 * 16]
@@ -150,7 +172,7 @@ struct Args {
   int32_t batch, height, width, out_height, out_width;
   int32_t in_channels, hidden_channels, out_channels;
   int32_t images, tile_rows, tile_cols, group_panels, splits;  // of the plan
-  int32_t in_panels;                                           // 0 when t = 1
+  int32_t in_panels;                                           // 0 when t = 1 without a stem
   int32_t hidden_panels, out_panels;
   int32_t panels_each;     // of hidden channels, for a split
   int32_t e_rows, e_cols;  // under a tile's windows, whole strips of it
@@ -159,9 +181,12 @@ struct Args {
   bool x_vectors, y_vectors;  // whether pixels of x and y come in aligned 16 bytes
   // Of a block beyond MobileNetV2's:
   int32_t pad_top, pad_left, dilation;
-  ActivationArgs activation, out_activation;
+  ActivationArgs activation, expand_activation, out_activation;
   const float* gate;  // [N, E/16 * 16], what d is multiplied by; or null
   float* pooled;  // [tiles of all images, warps, E/16 * 16], d's sums, in the first of two passes
+  bool stem;      // whether x is the image that a stem makes e of
+  int32_t image_height, image_width;
+  int32_t image_rows;  // of it under a tile's windows
 };
 
 // out = f(W mean(in) + b), one of the two products of a squeeze-and-excite.

@@ -3,17 +3,17 @@
 
 namespace mnv2_fused::cuda {
 
-void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Args& args,
-            const SqueezeProducts& products, void* stream) {
+void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Call& call,
+            void* stream) {
   switch (precision) {
     case Precision::kHalf:
-      return launch_as<Precision::kHalf>(shape, plan, args, products, stream);
+      return launch_as<Precision::kHalf>(shape, plan, call, stream);
     case Precision::kBFloat16:
-      return launch_as<Precision::kBFloat16>(shape, plan, args, products, stream);
+      return launch_as<Precision::kBFloat16>(shape, plan, call, stream);
     case Precision::kTf32:
-      return launch_as<Precision::kTf32>(shape, plan, args, products, stream);
+      return launch_as<Precision::kTf32>(shape, plan, call, stream);
     case Precision::kFloat32:
-      return launch_as<Precision::kFloat32>(shape, plan, args, products, stream);
+      return launch_as<Precision::kFloat32>(shape, plan, call, stream);
   }
 }
 

@@ -18,8 +18,7 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <Precision kPrecision>
-void launch_as(const BlockShape& shape, const Plan& plan, const Args& args,
-               const SqueezeProducts& products, void* stream) {
+void launch_as(const BlockShape& shape, const Plan& plan, const Call& call, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   unsigned out_blocks = 1;
   const auto run = [&](Kernel kernel) {
@@ -29,7 +28,7 @@ void launch_as(const BlockShape& shape, const Plan& plan, const Args& args,
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(plan.shared_bytes)),
             "shared memory");
-    kernel<<<grid, unsigned(plan.warps * kLanes), size_t(plan.shared_bytes), on>>>(args);
+    kernel<<<grid, unsigned(plan.warps * kLanes), size_t(plan.shared_bytes), on>>>(call.args);
     check(cudaGetLastError(), "launch");
   };
   const auto pass = [&](Pass which) {
@@ -38,13 +37,13 @@ void launch_as(const BlockShape& shape, const Plan& plan, const Args& args,
   };
   if (shape.squeeze_channels > 0) {
     pass(Pass::kPool);
-    launch_products(shape.batch, products, stream);
+    launch_products(shape.batch, call.products, stream);
   }
   out_blocks = unsigned(plan.out_blocks);
   pass(Pass::kLast);
   if (plan.splits == 1) return;
   const Adding adding = adding_kernel<kPrecision>(shape);
-  adding<<<unsigned(add_blocks(shape)), unsigned(kAddThreads), 0, on>>>(args);
+  adding<<<unsigned(add_blocks(shape)), unsigned(kAddThreads), 0, on>>>(call.args);
   check(cudaGetLastError(), "launch of the sum over splits");
 }
 

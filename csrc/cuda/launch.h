@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 
 #include "kernel.h"
@@ -24,7 +25,7 @@ inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
   a.tile_cols = int32_t(p.tile_cols);
   a.group_panels = int32_t(p.group / kPanel);
   a.splits = int32_t(p.splits);
-  a.in_panels = s.expand == Expand::kNone ? 0 : int32_t(ceil_div(s.in_channels, kPanel));
+  a.in_panels = int32_t(expand_panels(s));
   a.hidden_panels = int32_t(s.hidden_panels());
   a.out_panels = int32_t(ceil_div(s.out_channels, kPanel));
   const int64_t groups = ceil_div(s.hidden_channels, p.group);
@@ -33,12 +34,19 @@ inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
   a.e_cols = int32_t(in_rows(p.tile_cols, s.stride, s.kernel));
   a.shared = shared_layout(element_size(precision), a.in_panels, p.out_panels, s.stride,
                            p.strip_rows, p.images, p.tile_rows, p.tile_cols, a.group_panels,
-                           ceil_div(s.height, s.dilation), ceil_div(s.width, s.dilation), s.kernel);
+                           ceil_div(s.height, s.dilation), ceil_div(s.width, s.dilation), s.kernel,
+                           s.expand == Expand::kStem);
   a.residual = s.residual;
   a.pad_top = int32_t(s.pad_top);
   a.pad_left = int32_t(s.pad_left);
   a.dilation = int32_t(s.dilation);
   a.activation = activation_args(s.activation);
+  a.stem = s.expand == Expand::kStem;
+  a.expand_activation = a.stem ? activation_args(s.stem_activation) : a.activation;
+  a.image_height = int32_t(s.image_height);
+  a.image_width = int32_t(s.image_width);
+  a.image_rows =
+      int32_t(stem_rows(std::min<int64_t>(in_rows(p.tile_rows, s.stride, s.kernel), s.height)));
   a.out_activation = activation_args(s.out_activation);
   return a;
 }
@@ -89,6 +97,66 @@ inline SqueezeProducts squeeze_products(const BlockShape& s, const Plan& p, cons
        int32_t(s.squeeze_channels), int32_t(s.hidden_channels), 1, true, activation, s.gate}};
 }
 
+// Packed weights of a block in the order of fold.PackedWeights; null where there is none.
+constexpr int64_t kWeights = 10;
+using WeightPointers = std::array<const void*, kWeights>;
+// Their bytes, 0 where there is none.
+inline std::array<int64_t, kWeights> weight_bytes(const BlockShape& s, Precision precision) {
+  const int64_t fragment = kPanel * kPanel * element_size(precision), vector = kPanel * 4;
+  const int64_t panels = s.hidden_panels(), in = expand_panels(s);
+  const int64_t squeeze = s.squeeze_panels(), squeezed = s.squeeze_channels > 0 ? panels : 0;
+  return {panels * in * fragment,
+          in > 0 ? panels * vector + s.in_channels * 4 : 0,
+          panels * s.taps() * vector,
+          (s.hidden_channels + kPanel) * 4,
+          panels * ceil_div(s.out_channels, kPanel) * fragment,
+          s.out_channels * 4,
+          squeeze * s.hidden_channels * vector,
+          squeeze * vector,
+          squeezed * s.squeeze_channels * vector,
+          squeezed * vector};
+}
+
+// Activations, by element strides.
+struct Input {
+  const void* data;
+  int64_t image, row, col, channel;
+};
+
+// What the kernels of one block are told.
+struct Call {
+  Args args;
+  SqueezeProducts products;  // of a squeeze-and-excite
+};
+// partial, pooled: memory of the plan's partial_bytes and squeeze_bytes, where it asks for some.
+inline Call make_call(const BlockShape& s, const Plan& p, Precision precision, const Input& x,
+                      const WeightPointers& w, void* y, void* partial, void* pooled) {
+  const auto floats = [&](size_t i) { return static_cast<const float*>(w[i]); };
+  float* const sums = static_cast<float*>(pooled);
+  Call call{make_args(s, p, precision),
+            squeeze_products(s, p, {floats(6), floats(7), floats(8), floats(9)}, sums)};
+  Args& a = call.args;
+  a.x = x.data;
+  a.x_image = x.image;
+  a.x_row = x.row;
+  a.x_col = x.col;
+  a.x_channel = x.channel;
+  a.w_expand = w[0];
+  a.b_expand = floats(1);
+  a.w_depthwise = floats(2);
+  a.b_depthwise = floats(3);
+  a.w_project = w[4];
+  a.b_project = floats(5);
+  a.y = y;
+  if (p.partial_bytes > 0) a.partial = static_cast<float*>(partial);
+  if (s.squeeze_channels > 0) {
+    a.pooled = sums;
+    a.gate = call.products.excite.out;
+  }
+  find_vectors(a, precision);
+  return call;
+}
+
 // Threads of add_splits_kernel, each of four channels of a pixel.
 constexpr int64_t kAddThreads = 256;
 inline int64_t add_blocks(const BlockShape& s) {
@@ -98,14 +166,12 @@ inline int64_t add_blocks(const BlockShape& s) {
 
 // Runs the plan on a stream (a cudaStream_t) of the current device. Throws std::runtime_error that
 // says what CUDA says.
-// products: of a block with a squeeze-and-excite.
-void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Args& args,
-            const SqueezeProducts& products, void* stream);
+void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Call& call,
+            void* stream);
 
 // The same, one translation unit each.
 template <Precision kPrecision>
-void launch_as(const BlockShape& shape, const Plan& plan, const Args& args,
-               const SqueezeProducts& products, void* stream);
+void launch_as(const BlockShape& shape, const Plan& plan, const Call& call, void* stream);
 
 // The products of a squeeze-and-excite, whatever the precision.
 void launch_products(int64_t batch, const SqueezeProducts& products, void* stream);

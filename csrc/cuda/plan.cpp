@@ -71,14 +71,16 @@ int64_t strips(const Choice& c) {
   return c.images * ceil_div(c.tile_rows, 2 * c.variant.tiles) * c.tile_cols;
 }
 
-int64_t in_panels(const BlockShape& s) {
-  return s.expand == Expand::kNone ? 0 : ceil_div(s.in_channels, kPanel);
+// Elements of x under this many pixels of e, about.
+double x_elements(const BlockShape& s, double pixels) {
+  const double each = s.expand == Expand::kStem ? double(kStemStride * kStemStride) : 1;
+  return pixels * each * double(s.in_channels);
 }
 
 int64_t shared_bytes(const BlockShape& s, Precision precision, const Choice& c) {
-  return shared_layout(element_size(precision), in_panels(s), c.variant.out_panels, s.stride,
+  return shared_layout(element_size(precision), expand_panels(s), c.variant.out_panels, s.stride,
                        2 * c.variant.tiles, c.images, c.tile_rows, c.tile_cols, c.group_panels,
-                       apart(s.height, s), apart(s.width, s), s.kernel)
+                       apart(s.height, s), apart(s.width, s), s.kernel, s.expand == Expand::kStem)
       .bytes;
 }
 
@@ -100,7 +102,7 @@ Work work_of(const BlockShape& s, Precision precision, const Choice& c, double p
   const double panels = double(ceil_div(s.hidden_panels(), c.splits));
   const double tiles = pixels / 16, rows = 2.0 * double(v.tiles);
   const double rounds = double(ceil_div(ceil_div(int64_t(pixels), 16), warps));
-  const double in = double(in_panels(s)), kernel = double(s.kernel), taps = double(s.taps());
+  const double in = double(expand_panels(s)), kernel = double(s.kernel), taps = double(s.taps());
   Work w;
   // Products of 16 x 16 x 16: instructions and bytes from shared memory for `tiles` of them that
   // share their weights.
@@ -144,10 +146,14 @@ Work work_of(const BlockShape& s, Precision precision, const Choice& c, double p
   w.issued += panels * copies;
   // First and last: addresses, copies and clearing; bias, residual and stores.
   const double store = 120 + (out > 0 ? rows * out * 14 : panels * 24);
-  const double load = pixels * (in * 2 * element / 4 + 1) / kLanes / double(warps) * 20 + 200;
+  // An image's pixels channel by channel, and the windows; else 16 bytes a copy.
+  const bool stem = s.expand == Expand::kStem;
+  const double image_pixels = pixels * double(kStemStride * kStemStride);
+  const double copied = stem ? image_pixels * 40 + pixels * 30 : pixels * in * 2 * element / 4 * 20;
+  const double load = (copied + pixels * 20) / kLanes / double(warps) + 200;
   w.instructions += store + load;
   w.issued += double(warps) * (store + load);
-  w.shared += pixels * in * 16 * element;
+  w.shared += (stem ? image_pixels * double(kStemChannels) : pixels * in * 16) * element;
   return w;
 }
 
@@ -187,18 +193,18 @@ Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Ch
   const bool squeezed = s.squeeze_channels > 0;
   p.squeeze_bytes = squeezed ? SqueezeMemory(s, tiles, p.warps).total() * 4 : 0;
   const int64_t in_expanded = s.expand == Expand::kNone ? 0 : s.height * s.width;
+  const bool stem = s.expand == Expand::kStem;
+  const double x_bytes = element * double(s.batch * s.in_channels) *
+                         double(stem ? s.image_height * s.image_width : s.height * s.width);
   p.bytes_never_written = s.batch * s.hidden_channels *
                           (in_expanded + s.out_height() * s.out_width()) * element_size(precision);
-  const double w_expand = in_panels(s) ? double(s.in_channels * s.hidden_channels) : 0;
+  const double w_expand = double(s.expand_terms() * s.hidden_channels);
   const double weights = element * (w_expand + double(s.hidden_channels * s.out_channels)) +
                          double(4 * (s.taps() + 2) * s.hidden_channels);
-  p.bytes = int64_t(element * double(s.batch * s.height * s.width * s.in_channels +
-                                     out_pixels * s.out_channels) +
-                    weights) +
+  p.bytes = int64_t(x_bytes + element * double(out_pixels * s.out_channels) + weights) +
             2 * (p.partial_bytes + p.squeeze_bytes);
   if (squeezed)  // x and the weights once more, and those of its products
-    p.bytes += int64_t(element * double(s.batch * s.height * s.width * s.in_channels) + weights) +
-               8 * s.hidden_channels * s.squeeze_channels;
+    p.bytes += int64_t(x_bytes + weights) + 8 * s.hidden_channels * s.squeeze_channels;
   if (tiles == 0) return p;
 
   const Rates rates = rates_of(gpu);
@@ -218,7 +224,7 @@ Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Ch
                   blocks * w.shared / kSharedBytes / kReached});
     cycles += groups * 2 * kBarrierCycles;
     const double from_l2 = weights / double(p.splits) * double(thread_blocks) +
-                           element * all_pixels * double(s.in_channels * p.splits);
+                           element * x_elements(s, all_pixels) * double(p.splits);
     const double processors = double(std::min(gpu.processors, thread_blocks));
     return std::max(double(waves) * cycles / gpu.clock,
                     from_l2 / (kL2Bytes * processors) / gpu.clock);
@@ -325,8 +331,8 @@ std::string unsupported(const BlockShape& s, Precision precision, int64_t capabi
   const int64_t least =
       precision == Precision::kBFloat16 || precision == Precision::kTf32 ? 80 : 75;
   if (const std::string why = mnv2_fused::unsupported(s); !why.empty()) return why;
-  const int64_t size =
-      std::max({s.batch * s.out_height() * s.out_width(), s.batch, s.height, s.width});
+  const int64_t size = std::max({s.batch * s.out_height() * s.out_width(), s.batch, s.height,
+                                 s.width, s.image_height, s.image_width});
   const int64_t channels =
       std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels});
   if (capability < least)
@@ -340,6 +346,12 @@ std::string unsupported(const BlockShape& s, Precision precision, int64_t capabi
   else if (channels > int64_t{1} << 15)
     out << "the CUDA kernel takes at most 2^15 channels, got " << channels
         << "; use backend='eager'";
+  else if (s.expand == Expand::kStem && s.in_channels > kStemChannels)
+    out << "the CUDA kernel takes at most " << kStemChannels << " channels in front of a stem, got "
+        << s.in_channels << "; run the stem by itself";
+  else if (s.expand == Expand::kStem && s.dilation > 1)
+    out << "the CUDA kernel takes no dilation behind a stem, got " << s.dilation
+        << "; run the stem by itself";
   return out.str();
 }
 

@@ -3,8 +3,8 @@
 // which, and the one that pools for it.
 #include <string>
 
-#include "launch.h"
 #include "products.cuh"
+#include "sequence.h"
 #include "variants.cuh"
 
 using namespace mnv2_fused;
@@ -32,7 +32,63 @@ bool with_emulated_kernel(const BlockShape& shape, const Plan& plan, Pass pass, 
 #endif
 }
 
+using Ranges = std::vector<emulation::Range>;
+
+// One block's kernels in turn. given: what each may read. Of what they make they may read only what the
+// one before left.
+void run_block(const BlockShape& shape, const Plan& plan, const Call& call, const Ranges& given,
+               emulation::Range y, uint64_t seed) {
+  const Args& args = call.args;
+  const SqueezeMemory sizes(shape, tiles_of(plan), plan.warps);
+  const auto memory = [&](emulation::Range read, emulation::Range written) {
+    Ranges ranges{read, written};
+    ranges.insert(ranges.end(), given.begin(), given.end());
+    return ranges;
+  };
+  const auto range = [](const void* data, int64_t elements, bool writable) {
+    return emulation::Range{data, elements * 4, writable};
+  };
+  const auto run = [&](dim3 grid, int64_t threads, int64_t shared, const Ranges& ranges,
+                       const std::function<void()>& kernel) {
+    emulation::run(grid, int(threads), int(shared), ranges, kernel, seed);
+  };
+  const auto pass = [&](Pass which, unsigned out_blocks, const Ranges& ranges) {
+    const dim3 grid{unsigned(tiles_of(plan)), unsigned(plan.splits), out_blocks};
+    const bool found = with_emulated_kernel(shape, plan, which, [&](Kernel kernel) {
+      run(grid, plan.warps * kLanes, plan.shared_bytes, ranges, [&] { kernel(args); });
+    });
+    if (!found) throw std::runtime_error("no kernel is compiled for this plan");
+  };
+
+  emulation::Range gate{};
+  if (shape.squeeze_channels > 0) {
+    if (plan.squeeze_bytes != sizes.total() * 4)
+      throw std::runtime_error("the plan's squeeze_bytes are not what is used");
+    emulation::Range read = range(args.pooled, sizes.pooled, false);
+    pass(Pass::kPool, 1, memory({}, range(args.pooled, sizes.pooled, true)));
+    for (const ProductArgs& a : {call.products.squeeze, call.products.excite}) {
+      const int64_t panels = ceil_div(a.out_channels, kPanel), made = shape.batch * panels * kPanel;
+      run({unsigned(shape.batch), unsigned(panels), 1}, kProductThreads, kProductShared,
+          memory(read, range(a.out, made, true)), [&] { product_kernel(a); });
+      read = range(a.out, made, false);
+    }
+    gate = read;
+  }
+  const bool split = plan.splits > 1;
+  pass(Pass::kLast, unsigned(plan.out_blocks),
+       memory(gate, split ? range(args.partial, plan.partial_bytes / 4, true) : y));
+  if (split) {
+    const Adding adding = adding_kernel<kPrecision>(shape);
+    run({unsigned(add_blocks(shape)), 1, 1}, kAddThreads, 0,
+        memory(range(args.partial, plan.partial_bytes / 4, false), y), [&] { adding(args); });
+  }
+}
+
 std::string g_error;
+const char* failed(const std::exception& error) {
+  g_error = error.what();
+  return g_error.c_str();
+}
 
 }  // namespace
 
@@ -45,77 +101,58 @@ struct Buffer {
 
 // Buffers: x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project, w_squeeze, b_squeeze,
 // w_excite, b_excite; then y, partial, and what a squeeze-and-excite keeps, of plan.squeeze_bytes.
-// Returns what is wrong with the kernel, or null.
+// x_strides: of image, row, column and channel. Returns what is wrong with the kernel, or null.
 const char* emulate(const BlockShape* shape, const Plan* plan, const Buffer* buffers,
                     const int64_t* x_strides, uint64_t seed) try {
-  const auto floats = [&](int i) { return static_cast<float*>(buffers[i].data); };
-  Args args = make_args(*shape, *plan, kPrecision);
-  args.x = buffers[0].data;
-  args.x_image = x_strides[0], args.x_row = x_strides[1], args.x_col = x_strides[2];
-  args.w_expand = buffers[1].data;
-  args.b_expand = floats(2);
-  args.w_depthwise = floats(3);
-  args.b_depthwise = floats(4);
-  args.w_project = buffers[5].data;
-  args.b_project = floats(6);
-  args.y = buffers[11].data;
-  args.partial = floats(12);
-  args.pooled = floats(13);
-  find_vectors(args, kPrecision);
-  const SqueezeProducts products =
-      squeeze_products(*shape, *plan, {floats(7), floats(8), floats(9), floats(10)}, floats(13));
-  if (shape->squeeze_channels > 0) args.gate = products.excite.out;
-  const SqueezeMemory sizes(*shape, tiles_of(*plan), plan->warps);
-
-  // Everything that is given, and of what the kernels make only what the one before left.
-  using Ranges = std::vector<emulation::Range>;
-  const auto memory = [&](emulation::Range read, emulation::Range written) {
-    Ranges ranges{read, written};
-    for (int i = 0; i < 11; ++i) ranges.push_back({buffers[i].data, buffers[i].bytes});
-    return ranges;
-  };
-  const auto range = [](const void* data, int64_t elements, bool writable) {
-    return emulation::Range{data, elements * 4, writable};
-  };
-  const auto run = [&](dim3 grid, int64_t threads, int64_t shared, const Ranges& ranges,
-                       const std::function<void()>& kernel) {
-    emulation::run(grid, int(threads), int(shared), ranges, kernel, seed);
-  };
-  const auto pass = [&](Pass which, unsigned out_blocks, const Ranges& ranges) {
-    const dim3 grid{unsigned(tiles_of(*plan)), unsigned(plan->splits), out_blocks};
-    const bool found = with_emulated_kernel(*shape, *plan, which, [&](Kernel kernel) {
-      run(grid, plan->warps * kLanes, plan->shared_bytes, ranges, [&] { kernel(args); });
-    });
-    if (!found) throw std::runtime_error("no kernel is compiled for this plan");
-  };
-
-  emulation::Range gate{};
-  if (shape->squeeze_channels > 0) {
-    if (buffers[13].bytes != sizes.total() * 4)
-      throw std::runtime_error("the plan's squeeze_bytes are not what is used");
-    emulation::Range read = range(args.pooled, sizes.pooled, false);
-    pass(Pass::kPool, 1, memory({}, range(args.pooled, sizes.pooled, true)));
-    for (const ProductArgs& a : {products.squeeze, products.excite}) {
-      const int64_t panels = ceil_div(a.out_channels, kPanel),
-                    made = shape->batch * panels * kPanel;
-      run({unsigned(shape->batch), unsigned(panels), 1}, kProductThreads, kProductShared,
-          memory(read, range(a.out, made, true)), [&] { product_kernel(a); });
-      read = range(a.out, made, false);
-    }
-    gate = read;
+  WeightPointers weights{};
+  Ranges given;
+  for (size_t i = 0; i < 11; ++i) {
+    given.push_back({buffers[i].data, buffers[i].bytes});
+    if (i > 0) weights[i - 1] = buffers[i].data;
   }
-  const bool split = plan->splits > 1;
-  pass(Pass::kLast, unsigned(plan->out_blocks),
-       memory(gate, {buffers[split ? 12 : 11].data, buffers[split ? 12 : 11].bytes, true}));
-  if (split) {
-    const Adding adding = adding_kernel<kPrecision>(*shape);
-    run({unsigned(add_blocks(*shape)), 1, 1}, kAddThreads, 0,
-        memory({buffers[12].data, buffers[12].bytes}, {buffers[11].data, buffers[11].bytes, true}),
-        [&] { adding(args); });
-  }
+  for (size_t i = 0; const int64_t bytes : weight_bytes(*shape, kPrecision))
+    if (buffers[++i].bytes != bytes)
+      throw std::runtime_error("weights are not of weight_bytes: " + std::to_string(i));
+  const Input x{buffers[0].data, x_strides[0], x_strides[1], x_strides[2], x_strides[3]};
+  const Call call = make_call(*shape, *plan, kPrecision, x, weights, buffers[11].data,
+                              buffers[12].data, buffers[13].data);
+  run_block(*shape, *plan, call, given, {buffers[11].data, buffers[11].bytes, true}, seed);
   return nullptr;
 } catch (const std::exception& error) {
-  g_error = error.what();
-  return g_error.c_str();
+  return failed(error);
+}
+
+// Bytes of memory that a sequence of blocks needs beside x, weights and y.
+int64_t sequence_memory(const BlockShape* shapes, const Plan* plans, int64_t count) {
+  size_t i = 0;
+  return Sequence({shapes, shapes + count}, kPrecision, [&](const auto&) { return plans[i++]; })
+      .memory();
+}
+
+// Buffers: x, weights, memory, y.
+const char* emulate_sequence(const BlockShape* shapes, const Plan* plans, int64_t count,
+                             const Buffer* buffers, const int64_t* x_strides, uint64_t seed) try {
+  size_t i = 0;
+  const Sequence sequence({shapes, shapes + count}, kPrecision,
+                          [&](const auto&) { return plans[i++]; });
+  if (sequence.weights() != buffers[1].bytes)
+    throw std::runtime_error("weights() is not what is joined: " +
+                             std::to_string(sequence.weights()));
+  const auto range = [&](int at, bool writable) {
+    return emulation::Range{buffers[at].data, buffers[at].bytes, writable};
+  };
+  const Input x{buffers[0].data, x_strides[0], x_strides[1], x_strides[2], x_strides[3]};
+  Ranges given{range(0, false), range(1, false)};
+  sequence.run(x, static_cast<const char*>(buffers[1].data), static_cast<char*>(buffers[2].data),
+               buffers[3].data, [&](const BlockLayer& layer, const Call& call) {
+                 const int64_t bytes = layer.shape.out_elements() * element_size(kPrecision);
+                 const emulation::Range y{call.args.y, bytes, true};
+                 run_block(layer.shape, layer.plan, call, given, y, seed);
+                 given.resize(2);
+                 given.push_back({call.args.y, bytes});  // what the next one reads
+               });
+  return nullptr;
+} catch (const std::exception& error) {
+  return failed(error);
 }
 }

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mnv2_fused import BlockSpec, CudaPlan, PackedWeights
+from mnv2_fused.block import ACTIVATIONS
+from mnv2_fused.cuda_plan import stem_size
 from mnv2_fused.plan import shape_of
 
 HERE = Path(__file__).parent
@@ -86,6 +89,25 @@ def _buffer(t: Tensor | None) -> _Buffer:
     return _Buffer(t.data_ptr(), (last + 1) * t.itemsize)
 
 
+def _shape(spec: BlockSpec, x: Tensor, stem: str | None) -> _Shape:
+    n, channels, height, width = x.shape
+    if stem is None:
+        values = shape_of(spec, n, height, width)
+        return _Shape(*values[:9], 0, 0, *values[9:16], 0, *values[16:])
+    values = shape_of(spec, n, stem_size(height), stem_size(width))
+    front = (*values[:3], channels, *values[4:7], 2, values[8])  # 2: what is in front is a stem
+    return _Shape(*front, height, width, *values[9:16], ACTIVATIONS.index(stem), *values[16:])
+
+
+def _strides(x: Tensor) -> ctypes.Array:
+    return (ctypes.c_int64 * 4)(x.stride(0), x.stride(2), x.stride(3), x.stride(1))
+
+
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
 def emulated_inverted_residual(
     library: ctypes.CDLL,  # of one precision
     x: Tensor,  # [N, C_in, H, W]
@@ -93,32 +115,58 @@ def emulated_inverted_residual(
     spec: BlockSpec,
     plan: CudaPlan,
     seed: int = 0,
+    stem: str | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
     """The block as the CUDA kernel computes it.
 
     Raises RuntimeError where a thread does what a GPU must not be asked to do. ``seed`` decides the threads' order.
+    ``stem``: the activation of a stem in front of it, whose weights are the packed ``w_expand`` and ``b_expand``.
     """
-    if x.stride(1) != 1 and x.shape[1] != 1:
+    if stem is None and x.stride(1) != 1 and x.shape[1] != 1:
         x = x.contiguous(memory_format=torch.channels_last)
-    n, _, height, width = x.shape
+    shape = _shape(spec, x, stem)
     nan = float("nan")
-    y = torch.full((n, *spec.out_size(height, width), spec.out_channels), nan, dtype=x.dtype)
+    y = torch.full((x.shape[0], *spec.out_size(shape.height, shape.width), spec.out_channels), nan, dtype=x.dtype)
     partial = torch.full((plan.splits, *y.shape), nan) if plan.splits > 1 else None
     squeezed = torch.full((plan.squeeze_bytes // 4,), nan) if plan.squeeze_bytes else None
-    values = shape_of(spec, n, height, width)
-    shape = _Shape(*values[:9], 0, 0, *values[9:16], 0, *values[16:])
     tensors = (x, *packed, y, partial, squeezed)
     buffers = (_Buffer * len(tensors))(*map(_buffer, tensors))
-    strides = (ctypes.c_int64 * 3)(x.stride(0), x.stride(2), x.stride(3))
 
     library.emulate.restype = ctypes.c_char_p
-    error = library.emulate(
-        ctypes.byref(shape),
-        ctypes.byref(_Plan(*astuple(plan))),
-        buffers,
-        strides,
-        ctypes.c_uint64(seed),
+    plan = ctypes.byref(_Plan(*astuple(plan)))
+    _check(library.emulate(ctypes.byref(shape), plan, buffers, _strides(x), ctypes.c_uint64(seed)))
+    return y.permute(0, 3, 1, 2)
+
+
+def emulated_sequence(
+    library: ctypes.CDLL,  # of one precision
+    x: Tensor,  # [N, C, H, W]
+    weights: Tensor,  # [bytes], joined
+    specs: Sequence[BlockSpec],
+    plans: Sequence[CudaPlan],
+    stem: str | None = None,
+    seed: int = 0,
+) -> Tensor:  # [N, C_out, H', W']
+    """Blocks in a row, the first of which may have a stem in front of it."""
+    if stem is None and x.stride(1) != 1 and x.shape[1] != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    n = x.shape[0]
+    shapes, size = [], x
+    for i, spec in enumerate(specs):
+        shapes.append(_shape(spec, size, stem if i == 0 else None))
+        out = spec.out_size(shapes[-1].height, shapes[-1].width)
+        size = torch.empty(n, spec.out_channels, *out, device="meta")
+    nan = float("nan")
+    y = torch.full((n, *size.shape[2:], size.shape[1]), nan, dtype=x.dtype)
+    arguments = (
+        (_Shape * len(shapes))(*shapes),
+        (_Plan * len(plans))(*(_Plan(*astuple(plan)) for plan in plans)),
+        ctypes.c_int64(len(shapes)),
     )
-    if error is not None:
-        raise RuntimeError(error.decode())
+    library.sequence_memory.restype = ctypes.c_int64
+    memory = torch.full((-(-library.sequence_memory(*arguments) // 4),), nan)
+    tensors = (x, weights, memory, y)
+    buffers = (_Buffer * len(tensors))(*map(_buffer, tensors))
+    library.emulate_sequence.restype = ctypes.c_char_p
+    _check(library.emulate_sequence(*arguments, buffers, _strides(x), ctypes.c_uint64(seed)))
     return y.permute(0, 3, 1, 2)

@@ -1,0 +1,72 @@
+// Blocks in a row as one call: where the weights of each lie among all, and what is between two. No
+// torch, no CUDA.
+#pragma once
+
+#include <vector>
+
+#include "launch.h"
+
+namespace mnv2_fused::cuda {
+
+struct BlockLayer {
+  BlockShape shape;
+  Plan plan;
+  int64_t weights[kWeights];  // bytes from the start of all, in their order; -1 where there is none
+};
+
+class Sequence {
+ public:
+  // plan_of(shape): its plan in this precision.
+  template <class F>
+  Sequence(const std::vector<BlockShape>& shapes, Precision precision, F plan_of)
+      : precision_(precision) {
+    for (const BlockShape& s : shapes) {
+      BlockLayer& l = layers_.emplace_back(BlockLayer{s, plan_of(s), {}});
+      const auto sizes = weight_bytes(s, precision);
+      for (size_t i = 0; i < sizes.size(); ++i) {
+        l.weights[i] = sizes[i] > 0 ? weights_ : -1;
+        weights_ += round_up(sizes[i], kJoined);
+      }
+      scratch_ = std::max(scratch_, round_up(l.plan.partial_bytes, kJoined) + l.plan.squeeze_bytes);
+    }
+    for (size_t i = 0; i + 1 < layers_.size(); ++i)
+      between_ = std::max(between_, y_bytes(i) + (i > 0 ? y_bytes(i - 1) : 0));
+  }
+
+  // Bytes of all weights, and of the memory that a call needs beside its result.
+  int64_t weights() const { return weights_; }
+  int64_t memory() const { return between_ + scratch_; }
+
+  // launch(layer, call) for each in turn. What comes and goes between them starts at the two ends of one
+  // part of `memory`, in turn.
+  template <class F>
+  void run(Input x, const char* weights, char* memory, void* y, F launch) const {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const BlockLayer& l = layers_[i];
+      WeightPointers w{};
+      for (int64_t k = 0; k < kWeights; ++k)
+        if (l.weights[k] >= 0) w[size_t(k)] = weights + l.weights[k];
+      void* out = i % 2 ? memory + between_ - y_bytes(i) : memory;
+      if (i + 1 == layers_.size()) out = y;
+      char* const scratch = memory + between_;
+      launch(l, make_call(l.shape, l.plan, precision_, x, w, out, scratch,
+                          scratch + round_up(l.plan.partial_bytes, kJoined)));
+      const BlockShape& s = l.shape;
+      const int64_t row = s.out_width() * s.out_channels;
+      x = {out, s.out_height() * row, row, s.out_channels, 1};
+    }
+  }
+
+ private:
+  static constexpr int64_t kJoined = 64;  // bytes, as sequence.join aligns them
+
+  int64_t y_bytes(size_t i) const {
+    return round_up(layers_[i].shape.out_elements() * element_size(precision_), 256);
+  }
+
+  Precision precision_;
+  std::vector<BlockLayer> layers_;
+  int64_t weights_ = 0, between_ = 0, scratch_ = 0;
+};
+
+}  // namespace mnv2_fused::cuda

@@ -1,0 +1,324 @@
+"""Networks in one call of the CUDA kernel: on a GPU by it, elsewhere by the reference on the same joined weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_gpu_op import DEVICE, NO_CUDA, STANDS_IN, cuda, cuda_itself, gpu, stand_in  # noqa: F401
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mnv2_fused
+from mnv2_fused import BlockSpec, FusedInvertedResidual, fold, ops
+from mnv2_fused import inverted_residual_reference as reference
+from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
+from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
+from mnv2_fused.sequence import join
+from mnv2_fused.testing import agreement, perturb_batch_norm
+
+pytestmark = cuda
+op = torch.ops.mnv2_fused.sequence_cuda
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
+
+
+class _Reader:
+    """Hands out tensors from joined weights, written once more from the layout that fold.py tells."""
+
+    def __init__(self, weights):
+        self.weights, self.at = weights, 0
+
+    def take(self, dtype, *shape):
+        count = math.prod(shape) * dtype.itemsize
+        found = self.weights[self.at : self.at + count].view(dtype).view(shape)
+        self.at += -(-count // 64) * 64
+        return found
+
+
+def _reference_sequence(x, weights, layers, tf32=False):
+    """What the op computes, in torch's own layers."""
+    reader, dtype = _Reader(weights), x.dtype
+    for (kind, c_in, hidden, c_out, stride, residual), further in ops.split_layers(layers):
+        kernel, dilation, *padding, act, out, squeeze, squeeze_act, gate, stem_act = further or (
+            *(3, 1, 1, 1, 1, 1, 0, 2, 0, 1, 0),
+            0,
+        )
+        panels, outs, squeezes = (-(-n // PANEL) for n in (hidden, c_out, squeeze))
+        w_expand = b_expand = None
+        if kind == ops.LayerKind.STEM_AND_BLOCK:
+            rows = fold._of_fragments(reader.take(dtype, panels, 3, FRAGMENT))[:hidden]
+            bias = reader.take(torch.float32, panels * PANEL + c_in)[:hidden].to(dtype)
+            rows = rows.view(hidden, 3, 4, 4)
+            assert not rows[:, :, 3].any() and not rows[..., c_in:].any()
+            x = F.conv2d(x, rows[:, :, :3, :c_in].permute(0, 3, 1, 2), bias, 2, 1)
+            x, c_in = TORCH_ACTIVATIONS[ACTIVATIONS[stem_act]](x), hidden
+        elif kind == ops.LayerKind.BLOCK:
+            w_expand = reader.take(dtype, panels, -(-c_in // PANEL), FRAGMENT)
+            b_expand = reader.take(torch.float32, panels * PANEL + c_in)
+        packed = [
+            reader.take(torch.float32, panels, kernel * kernel, PANEL),
+            reader.take(torch.float32, hidden + PANEL),
+            reader.take(dtype, panels, outs, FRAGMENT),
+            reader.take(torch.float32, c_out),
+        ]
+        if squeeze:
+            packed += [
+                reader.take(torch.float32, squeezes, hidden, PANEL),
+                reader.take(torch.float32, squeezes * PANEL),
+                reader.take(torch.float32, panels, squeeze, PANEL),
+                reader.take(torch.float32, panels * PANEL),
+            ]
+        spec = BlockSpec(
+            *(c_in, hidden, c_out, stride, kind == ops.LayerKind.BLOCK, bool(residual), kernel, dilation),
+            padding="same" if padding[0] == -1 else tuple(padding),
+            activation=ACTIVATIONS[act],
+            out_activation=ACTIVATIONS[out],
+            squeeze_channels=squeeze,
+            squeeze_activation=ACTIVATIONS[squeeze_act],
+            gate=GATES[gate],
+        )
+        x = reference(x, PackedWeights(w_expand, b_expand, *packed), **spec.geometry)
+    assert reader.at == weights.numel()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    """The layers of each call of the op; where no GPU is, by the reference."""
+    calls = []
+    library = None
+    if STANDS_IN:
+        monkeypatch.setenv("MNV2_FUSED_BACKEND", "cuda")
+        library = torch.library.Library("mnv2_fused", "IMPL")
+        library.impl("sequence_cuda", _reference_sequence, "CPU")
+    original = ops.sequence
+
+    def counting(x, weights, geometry, backend="cpu"):
+        calls.append((backend, [values[0] for values, _ in ops.split_layers(geometry)]))
+        return original(x, weights, geometry, backend)
+
+    monkeypatch.setattr(ops, "sequence", counting)
+    yield calls
+    if library is not None:
+        library._destroy()
+
+
+def images(*shape, dtype=torch.float32, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x.to(DEVICE, dtype)
+
+
+def verified(fused, model, x):
+    """Runs ``fused`` without gradients and holds it to the rule."""
+    with torch.no_grad():
+        y, expected = fused(x), model(x)
+        wide = copy.deepcopy(model).double()(x.double())
+    found = agreement(y, expected, wide)
+    assert found.ok, found
+    return y
+
+
+def network(**options):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v2(width_mult=0.5, num_classes=10, **options)
+    return perturb_batch_norm(model).eval().to(DEVICE)
+
+
+BLOCK, UNEXPANDED, STEM = ops.LayerKind.BLOCK, ops.LayerKind.BLOCK_WITHOUT_EXPAND, ops.LayerKind.STEM_AND_BLOCK
+
+
+@by_dtype
+@pytest.mark.parametrize("size", [(32, 32), (37, 50)], ids=str)
+def test_mobilenet_v2_is_one_call_from_stem_to_head(counted, size, dtype):
+    model = network().to(dtype)
+    fused = mnv2_fused.fuse(model)
+    for x in (images(2, 3, *size, dtype=dtype), images(1, 3, *size, dtype=dtype).to(memory_format=torch.channels_last)):
+        verified(fused, model, x)
+    assert counted == [("cuda", [STEM, *[BLOCK] * 16])] * 2
+
+
+@by_dtype
+def test_squeeze_and_excite_networks(counted, dtype):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v3_small(num_classes=10)
+    model = perturb_batch_norm(model).eval().to(DEVICE, dtype)
+    verified(mnv2_fused.fuse(model), model, images(2, 3, 48, 40, dtype=dtype))
+    assert counted == [("cuda", [STEM, *[BLOCK] * 10])]
+
+
+def blocks(*specs, stem=None):
+    """A sequence of MobileNetV2's blocks, [inp, oup, stride, expand_ratio] each."""
+    front = []
+    if stem is not None:
+        channels, out = stem
+        front = [
+            nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU6(inplace=True))
+        ]
+    torch.manual_seed(0)
+    model = nn.Sequential(*front, *(FusedInvertedResidual(*spec) for spec in specs))
+    return perturb_batch_norm(model).eval().to(DEVICE)
+
+
+def runs_fused(model):
+    """The same weights in the sequence that fuse() makes, and in plain modules."""
+    plain = mnv2_fused.unfuse(mnv2_fused.fuse(model))
+    return mnv2_fused.fuse(model), plain
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_a_stem_of_more_than_four_channels_runs_by_itself(counted, channels):
+    fused, plain = runs_fused(blocks((8, 6, 1, 1), (6, 7, 2, 6), stem=(channels, 8)))
+    verified(fused, plain, images(2, channels, 17, 12))
+    assert counted == [("cuda", [STEM, BLOCK] if channels <= 4 else [UNEXPANDED, BLOCK])]
+
+
+def test_changed_weights_are_noticed(counted):
+    fused, plain = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
+    x, last = images(1, 3, 14, 14), None
+    changes = [lambda m: None, lambda m: m[0][0].weight.mul_(1.5), lambda m: m[2].conv[1][1].bias.add_(1)]
+    for change in changes:
+        with torch.no_grad():
+            change(fused)
+            change(plain)
+        y = verified(fused, plain, x)
+        assert last is None or not torch.equal(y, last)
+        last = y
+    assert len(counted) == 3
+
+
+def test_where_gradients_or_autocast_are_on_blocks_run_one_by_one(counted):
+    fused, plain = runs_fused(blocks((8, 6, 2, 6), (6, 6, 1, 6)))
+    x = images(1, 8, 9, 9)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-2, atol=1e-2)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert fused(x).dtype == torch.bfloat16
+    assert not counted
+    with torch.no_grad():
+        fused(x)
+        fused.train()
+        fused(x)
+        fused.eval().double()
+        if DEVICE == "cpu":
+            return  # the stand-in for the block's op takes float64, too
+        with pytest.raises(RuntimeError, match="float64"):
+            fused(x.double())
+    assert len(counted) == 1
+
+
+def test_another_backend_or_a_hook_stays_outside(counted):
+    fused, plain = runs_fused(blocks((8, 6, 2, 6), (6, 6, 1, 6), (6, 6, 1, 6)))
+    seen, x = [], images(1, 8, 9, 9)
+    fused[1].register_forward_hook(lambda *_: seen.append(1))
+    verified(fused, plain, x)
+    assert counted == [("cuda", [BLOCK])] * 2 and seen
+    fused[0].backend = "eager"
+    counted.clear()
+    verified(fused, plain, x)
+    assert counted == [("cuda", [BLOCK])]
+
+
+def test_fake_strides_are_the_real_ones():
+    fused, _ = runs_fused(blocks((8, 6, 1, 1), (6, 7, 2, 6), stem=(3, 8)))
+    with torch.no_grad():
+        fused(images(1, 3, 9, 9))
+    run = fused._prepared.steps[0]
+    for n, h, w in [(2, 9, 12), (1, 1, 1), (0, 5, 5)]:
+        x = images(n, 3, h, w)
+        with torch.inference_mode():
+            real = op(x, run.weights, run.geometry)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = op(mode.from_tensor(x), run.weights, run.geometry)
+        described = [(t.shape, t.stride(), t.dtype, t.device) for t in (real, fake)]
+        assert described[0] == described[1]
+
+
+@cuda_itself
+def test_one_call_gives_what_blocks_give_one_by_one():
+    """To the bit: the kernels and their plans are the same."""
+    for dtype in DTYPES:
+        fused, _ = runs_fused(blocks((16, 16, 1, 6), (16, 24, 2, 6), (24, 24, 1, 1)).to(dtype))
+        x = images(3, 16, 15, 13, dtype=dtype).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            y, by_blocks = fused(x), x
+            for block in fused:
+                by_blocks = block(by_blocks)
+        assert torch.equal(y, by_blocks)
+
+
+@cuda_itself
+def test_bad_input():
+    fused, _ = runs_fused(blocks((8, 6, 1, 1), (6, 7, 2, 6), stem=(3, 8)))
+    x = images(1, 3, 9, 9)
+    with torch.no_grad():
+        fused(x)
+        weights, geometry = fused._prepared.steps[0].weights, fused._prepared.steps[0].geometry
+
+        def fails(match, *arguments):
+            with pytest.raises(RuntimeError, match=f"sequence_cuda: .*{match}"):
+                op(*arguments)
+
+        fails(r"\d+ bytes of weights for x of this dtype, got", x, weights[:-64], geometry)
+        fails(r"\d+ bytes of weights for x of this dtype, got", x.half(), weights, geometry)
+        fails("one contiguous row of bytes on cuda", x, weights.cpu(), geometry)
+        fails("one contiguous row of bytes on cuda", x, weights[1:], geometry)
+        fails("x must have 3 channels, got 4", images(1, 4, 9, 9), weights, geometry)
+        fails("at least one layer", x, weights, [])
+        fails("they end within layer 0", x, weights, geometry[:3])
+        fails("must be blocks, kinds 0 to 2, got 3", x, weights, [3, 3, 0, 8, 1, 0, 0])
+        fails("at most 4 channels in front of a stem, got 5", images(1, 5, 9, 9), weights, [2, 5, 8, 8, 1, 0, 0])
+        fails("float64", x.double(), weights, geometry)
+
+
+@gpu
+@cuda_itself
+def test_gpu_graph_of_a_network_replays():
+    model = network().half()
+    fused, x = mnv2_fused.fuse(model), images(2, 3, 64, 64, dtype=torch.float16)
+    with torch.inference_mode():
+        fused(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fused(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, fused(x))
+
+
+@gpu
+@cuda_itself
+def test_gpu_runs_on_the_current_stream():
+    fused, _ = runs_fused(blocks((16, 16, 1, 6), (16, 24, 2, 6)).half())
+    with torch.no_grad():
+        expected = fused(torch.full((2, 16, 9, 9), 0.5, device="cuda", dtype=torch.float16))
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # what runs beside this stream would read x too early
+            x = torch.full((2, 16, 9, 9), 0.5, device="cuda", dtype=torch.float16)
+            y = fused(x)
+        stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@gpu
+@cuda_itself
+def test_gpu_a_network_moves_between_devices():
+    model = network()
+    fused, x = mnv2_fused.fuse(model), images(1, 3, 32, 32)
+    with torch.no_grad():
+        on_gpu = fused(x)
+        on_cpu = fused.cpu()(x.cpu())
+        again = fused.cuda()(x)
+    assert torch.equal(on_gpu, again)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
+
+
+def test_joined_weights_are_aligned():
+    rows = [torch.ones(n, dtype=torch.uint8, device=DEVICE) for n in (1, 64, 65)]
+    joined = join(rows)
+    assert joined.numel() == 64 + 64 + 128
+    assert joined.sum() == 130 and joined[0] == joined[64] == joined[128] == joined[192] == 1
