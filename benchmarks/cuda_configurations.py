@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 RESULTS = Path(__file__).parent / "results" / "cuda-configurations.md"
 # Of what setup.py builds for: 8.6 and 8.9 get the code of 8.0 but for up to six registers more in float32; 9.0 as 9.0a.
 ARCHITECTURES = ("75", "80", "90a", "100", "120")
-FORMS = ("MobileNetV2's", "3x3", "5x5")
+FORMS = ("MobileNetV2's", "3x3", "5x5", "stem and MobileNetV2's first")
 PRECISIONS = ("half", "bfloat16", "tf32", "float32")
 # bfloat16 and TF32 products came with 8.0; for 7.5 nothing of them is ever launched.
 PAIRS = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if a != "75" or p in ("half", "float32")]
@@ -127,8 +127,9 @@ def table() -> str:
         "# The CUDA kernels, compiled",
         "",
         "Made by `python benchmarks/cuda_configurations.py` with no GPU: what `ptxas` and the disassembly say of each",
-        "kernel. Block: MobileNetV2's own, or any with a depthwise kernel of 3x3 or 5x5. Strip rows, outputs: what a",
-        "warp's sums have room for; none in the first pass of a squeeze-and-excite. Cells: registers a lane /",
+        "kernel. Block: MobileNetV2's own, or any with a depthwise kernel of 3x3 or 5x5, or MobileNetV2's first with the",
+        "stem. Strip rows, outputs: what a warp's sums have room for; none in the first pass of a squeeze-and-excite.",
+        "Cells: registers a lane /",
         "tensor-core instructions / 16-byte loads from and stores to global memory. No kernel spills a register or",
         f"uses local memory. Not a measurement of speed. {compiler()}.",
         "",

@@ -24,7 +24,7 @@ from .models import FusedMobileNet, MobileNet
 from .module import FusedBlock, FusedInPlace, FusedInvertedResidual, fuse_in_place, kernel_for
 from .ops import LayerKind
 from .plan import plan
-from .sequence import FusedSequential, Layer, RunsFused
+from .sequence import FusedSequential, Layer, RunsFused, sequence_backend
 
 
 class Match(NamedTuple):
@@ -125,6 +125,7 @@ class LayerReport:
 
     name: str  # of its first module
     what: str
+    backend: str  # "cpu" or "cuda"
     bytes_never_written: int | None  # tensors per image that only the ordinary modules write
 
 
@@ -157,7 +158,7 @@ class Report:
             spec = "-" if b.spec is None else str(b.spec)
             rows.append((b.name or "(model)", spec, b.backend or "-", _mib(b.bytes_never_written), b.reason or ""))
         for layer in self.layers:
-            rows.append((layer.name, layer.what, "cpu", _mib(layer.bytes_never_written), ""))
+            rows.append((layer.name, layer.what, layer.backend, _mib(layer.bytes_never_written), ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         total = f"{len(self.fused)} fused, {len(self.skipped)} not fused"
@@ -194,15 +195,16 @@ _LAYERS = {
 def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Iterator[LayerReport]:
     """What runs in one call with fused blocks now: nothing in train(), or where something is hooked."""
     try:
-        if ops.resolve_backend("auto", next(model.parameters()).device) != "cpu":
-            return
-    except (RuntimeError, ValueError, StopIteration):
+        backend = sequence_backend(next(model.parameters()).device)
+    except (ValueError, StopIteration):
         return  # every block's row says why
+    if backend is None:
+        return
     names = {module: name for name, module in model.named_modules()}
     seen: set[nn.Module] = set()
     # A whole model before its parts: it runs more in one call than they do.
     for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
-        for layer in sequence.layers_now():
+        for layer in sequence.layers_now(backend):
             first, last = layer.modules[0], layer.modules[-1]
             module = layer.linear or first
             if layer.kind not in _LAYERS or module in seen:
@@ -212,7 +214,7 @@ def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Ite
             count = None
             if block is not None and (found := shapes.get(names.get(block, ""))):
                 count = _never_written(layer, block.spec, found[0])
-            yield LayerReport(names[module], _LAYERS[layer.kind], count)
+            yield LayerReport(names[module], _LAYERS[layer.kind], backend, count)
 
 
 def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:

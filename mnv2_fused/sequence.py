@@ -265,7 +265,7 @@ class _Prepared:
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
 
 
-def _sequence_backend(device: torch.device) -> str | None:
+def sequence_backend(device: torch.device) -> str | None:
     """Whose kernels run layers in a row on ``device``: "cpu"'s or "cuda"'s, or None."""
     try:
         backend = ops.resolve_backend("auto", device)
@@ -325,13 +325,17 @@ class RunsFused:
         blocks = (m for m in children if isinstance(m, FusedBlock))
         return torch.is_grad_enabled() and any(t.requires_grad for block in blocks for t in block.parameters())
 
-    def layers_now(self) -> list[Layer]:
-        """What a call in this state runs on the kernels, beside modules that run by themselves; none in train()."""
+    def layers_now(self, backend: str = "cpu") -> list[Layer]:
+        """What a call in this state runs on the kernels of ``backend``, beside modules that run by themselves; none in
+        train().
+        """
+        if ops._C is None or self.training:
+            return []
         children, _ = self.fusable_children()
-        found = list(layers_of(children)) if ops._C is not None and not self.training else []
-        on_kernels = [layer for layer in found if isinstance(layer, Layer)]
+        on_kernels = [layer for layer in layers_of(children, backend) if isinstance(layer, Layer)]
         blocks = [m for layer in on_kernels for m in layer.modules if isinstance(m, FusedBlock)]
-        return on_kernels if blocks and all(t.is_cpu for block in blocks for t in block.parameters()) else []
+        devices = {t.device for block in blocks for t in block.parameters()}
+        return on_kernels if blocks and all(sequence_backend(device) == backend for device in devices) else []
 
     def _prepare(self, x: Tensor) -> _Prepared | None:
         self._prepared = None  # the watch counts attributes, this one too
@@ -340,7 +344,7 @@ class RunsFused:
             return None
         if torch_module._has_any_global_hook():  # which would miss the modules inside
             return None
-        if (backend := _sequence_backend(x.device)) is None:
+        if (backend := sequence_backend(x.device)) is None:
             return None
         try:
             prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu)

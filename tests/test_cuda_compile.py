@@ -29,7 +29,7 @@ assert CASES and set(CASES) <= set(PAIRS), f"MNV2_FUSED_COMPILE must name some o
 @pytest.mark.parametrize(("architecture", "precision"), CASES, ids=[f"sm_{a}-{p}" for a, p in CASES])
 def test_kernels(architecture, precision):
     kernels = compiled(tuple(CASES))[architecture, precision]
-    assert len(kernels) == (18 if precision == "float32" else 28)  # exact products have no registers for more
+    assert len(kernels) == (19 if precision == "float32" else 30)  # exact products have no registers for more
     for kernel in kernels:
         assert kernel.stack == kernel.spilled == kernel.local == 0, kernel
         assert (kernel.products > 0) == (precision != "float32"), kernel

@@ -924,8 +924,8 @@ MUTATIONS = {
     "channels there are not in an image": ("inside && k < a.in_channels", "inside && k < 4"),
     "windows": ("row * int(kStemStride)) * pitch", "row) * pitch"),
     "images' windows": ("(image * a.image_rows + row * int(kStemStride))", "(row * int(kStemStride))"),
-    "rows of a window": ("a.stem && t == 3 ? 0 : a.shared.x_panel", "0"),
-    "a window's fourth column": ("t == 3 ? a.shared.zeros", "false ? a.shared.zeros"),
+    "rows of a window": ("window[i][lower] + q * to_row", "window[i][lower]"),
+    "a window's fourth column": ("window[i][lower] = t < 3 ?", "window[i][lower] = true ?"),
     "zeros of a stem": ("store_shared(a.shared.zeros, uint4{0, 0, 0, 0})", ""),
     "stem's activation": ("activated(v, a.expand_activation)", "activated(v, a.activation)"),
 }  # fmt: skip
@@ -1003,7 +1003,7 @@ def changed_kernel(name, folder):
     changed[0].write_text(changed[0].read_text().replace(original, replacement))
     plan = planned(spec, input_of(spec, 2, (6, 7), precision), precision, tile_cols=5)
     general = spec.beyond_mobilenet_v2 or activation not in (None, "relu6")
-    form = {3: "kThree", 5: "kFive"}[spec.kernel] if general else "kMobileNetV2"
+    form = {3: "kThree", 5: "kFive"}[spec.kernel] if general else "kStem" if activation else "kMobileNetV2"
     only = form, spec.stride, plan.strip_rows // 2, plan.out_panels
     return loaded(compiled_kernel(folder / "kernel.so", PRECISIONS[precision][0], folder, only))
 

@@ -138,6 +138,9 @@ def test_mobilenet_v2_is_one_call_from_stem_to_head(counted, size, dtype):
     for x in (images(2, 3, *size, dtype=dtype), images(1, 3, *size, dtype=dtype).to(memory_format=torch.channels_last)):
         verified(fused, model, x)
     assert counted == [("cuda", [STEM, *[BLOCK] * 16])] * 2
+    told = mnv2_fused.report(fused, (2, 3, *size)).layers
+    stem = 16 * -(-size[0] // 2) * -(-size[1] // 2) * dtype.itemsize
+    assert [(row.name, row.backend, row.bytes_never_written) for row in told] == [("features.0", "cuda", stem)]
 
 
 @by_dtype

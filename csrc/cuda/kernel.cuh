@@ -273,8 +273,7 @@ MNV2_DEVICE Tile dilated_tile_of(const Args& a) {
 
 template <Form kForm, int kStride>
 MNV2_DEVICE Tile tile_of(const Args& a) {
-  if constexpr (kForm != Form::kMobileNetV2)
-    return dilated_tile_of<int(kernel_of(kForm)), kStride>(a);
+  if constexpr (is_general(kForm)) return dilated_tile_of<int(kernel_of(kForm)), kStride>(a);
   constexpr int stride = kStride;
   const int index = block_index();
   const int across = int(ceil_div(a.out_width, a.tile_cols));
@@ -444,7 +443,7 @@ MNV2_DEVICE float4 activated(float4 v, const ActivationArgs& f) {
 
 template <Precision kPrecision, Form kForm>
 MNV2_DEVICE typename Numbers<kPrecision>::Quad narrow_activated(float4 v, const Args& a) {
-  if constexpr (kForm == Form::kMobileNetV2)
+  if constexpr (!is_general(kForm))
     return Numbers<kPrecision>::narrow_relu6(v);
   else
     return Numbers<kPrecision>::narrow(activated(v, a.expand_activation));
@@ -459,7 +458,7 @@ MNV2_DEVICE bool is_infinite(uint32_t two) {
 
 // e of kTiles tiles of 16 pixels, `apart` tiles from each other, and of kPanels panels. Returns, of a
 // form whose activations allow it, whether any of it is infinite.
-template <Precision kPrecision, Form kForm, int kTiles, int kPanels>
+template <Precision kPrecision, Form kForm, bool kStem, int kTiles, int kPanels>
 MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, int w, int bias,
                               int e, int lane) {
   using N = Numbers<kPrecision>;
@@ -473,20 +472,19 @@ MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, in
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) start_at(c[p][i], b);
   }
-  int row[kTiles][2], from[kTiles][2];
+  int row[kTiles][2], window[kTiles][2];
+  const int to_row = kStem && t < 3 ? a.shared.x_panel : 0;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       row[i][lower] = (tile + i * apart) * 16 + lower * 8 + lane / 4;
-      const int pixel = smaller(row[i][lower], pixels - 1);
-      from[i][lower] = pixel * kPixel + t * kQuad;
-      if (a.stem)  // three pixels of a row; what comes behind them may be infinite, and is not read
-        from[i][lower] = t == 3 ? a.shared.zeros
-                                : (load_shared<uint16_t>(a.shared.windows + 2 * pixel) + t) * kQuad;
+      if (!kStem || !(kForm == Form::kStem || a.stem)) continue;
+      // Three pixels of a row; what comes behind them may be infinite, and is not read.
+      const int at = a.shared.windows + 2 * smaller(row[i][lower], pixels - 1);
+      window[i][lower] = t < 3 ? (load_shared<uint16_t>(at) + t) * kQuad : a.shared.zeros;
     }
   }
-  const int to_panel = a.stem && t == 3 ? 0 : a.shared.x_panel;
 #pragma unroll 1
   for (int q = 0; q < a.in_panels; ++q) {
     Quad x[kTiles][2];
@@ -494,8 +492,11 @@ MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, in
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
-        x[i][lower] = load_shared<Quad>(from[i][lower]);
-        from[i][lower] += to_panel;
+        const bool stem = kStem && (kForm == Form::kStem || a.stem);
+        const int at =
+            stem ? window[i][lower] + q * to_row
+                 : q * a.shared.x_panel + smaller(row[i][lower], pixels - 1) * kPixel + t * kQuad;
+        x[i][lower] = load_shared<Quad>(at);
       }
     }
 #pragma unroll
@@ -512,7 +513,7 @@ MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, in
 #pragma unroll
       for (int p = 0; p < kPanels; ++p) {
         const Quad q = narrow_activated<kPrecision, kForm>(quad_of(c[p][i], lower), a);
-        if constexpr (kForm != Form::kMobileNetV2 && kQuad == 8)
+        if constexpr (is_general(kForm) && kQuad == 8)
           infinite = infinite || is_infinite<kPrecision>(q.x) || is_infinite<kPrecision>(q.y);
         store_shared(e + p * a.shared.e_panel + place * kPixel + t * kQuad, q);
       }
@@ -523,7 +524,7 @@ MNV2_DEVICE bool expand_tiles(const Args& a, int pixels, int tile, int apart, in
 
 // A group of e at each pixel in the image; the rest of e is zero already. A step computes kTiles
 // tiles of 16 pixels and kPanels panels. Returns what its tiles return.
-template <Precision kPrecision, Form kForm, int kTiles, int kPanels>
+template <Precision kPrecision, Form kForm, bool kStem, int kTiles, int kPanels>
 MNV2_DEVICE bool expand(const Args& a, int pixels, int panel, int panels, int stage, int warps,
                         int lane) {
   using Quad = typename Numbers<kPrecision>::Quad;
@@ -540,14 +541,16 @@ MNV2_DEVICE bool expand(const Args& a, int pixels, int panel, int panels, int st
       const bool two = kTiles == 2 && i + warps < tiles;
       bool found;
       if (two && all)
-        found =
-            expand_tiles<kPrecision, kForm, kTiles, kPanels>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, kStem, kTiles, kPanels>(a, pixels, i, warps, w,
+                                                                        bias, e, lane);
       else if (two)
-        found = expand_tiles<kPrecision, kForm, kTiles, 1>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, kStem, kTiles, 1>(a, pixels, i, warps, w, bias, e,
+                                                                  lane);
       else if (all)
-        found = expand_tiles<kPrecision, kForm, 1, kPanels>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, kStem, 1, kPanels>(a, pixels, i, warps, w, bias, e,
+                                                                   lane);
       else
-        found = expand_tiles<kPrecision, kForm, 1, 1>(a, pixels, i, warps, w, bias, e, lane);
+        found = expand_tiles<kPrecision, kForm, kStem, 1, 1>(a, pixels, i, warps, w, bias, e, lane);
       infinite = infinite || found;
     }
   }
@@ -793,10 +796,11 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   constexpr int kRows = 2 * kTiles, kQuad = sizeof(Quad), kPixel = 4 * kQuad;
   constexpr int kFragment = 64 * kQuad;
   constexpr bool kProducts = sizeof(Element) == 2;
-  constexpr bool kGeneral = kForm != Form::kMobileNetV2, kPool = kOutPanels == 0;
+  constexpr bool kGeneral = is_general(kForm), kPool = kOutPanels == 0;
   constexpr int kKernel = int(kernel_of(kForm)), kTaps = kKernel * kKernel;
   constexpr Variant kVariant = variant_of(kTiles, kOutPanels, kPrecision, kForm);
   constexpr int kExpandPanels = kFewRegisters ? 1 : int(kVariant.expand_panels);
+  constexpr bool kStem = takes_stem(kForm, kVariant);
   const int threads = blockDim.x, warps = threads / 32;
   const int lane = threadIdx.x % 32, t = lane % 4;
   const bool expands = a.in_panels > 0;
@@ -818,7 +822,7 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   {
     const Tile tile = tile_of<kForm, kStride>(a);
     pixels = tile.pixels;
-    if (a.stem)
+    if (kStem && (kForm == Form::kStem || a.stem))
       copy_image<kPrecision>(a, tile, threads);
     else if (expands)
       copy_x<kPrecision>(a, tile, 0, a.in_panels, 0, l.x_panel, -1, threads);
@@ -845,7 +849,7 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
     bool infinite = false;
     if constexpr (kProducts) make_taps<kPrecision, kKernel>(l, stage, panels, threads);
     if (expands) {
-      const bool found = expand<kPrecision, kForm, kVariant.expand_tiles, kExpandPanels>(
+      const bool found = expand<kPrecision, kForm, kStem, kVariant.expand_tiles, kExpandPanels>(
           a, pixels, panel, panels, stage, warps, lane);
       if constexpr (kGeneral && kProducts)
         infinite = barrier_any(found);  // e is there

@@ -13,17 +13,20 @@ constexpr int64_t kLanes = 32;
 // Of a thread block's outputs, each a column of 2 or 4.
 constexpr int64_t kStripsPerWarp = 8;
 
-// What a kernel takes: MobileNetV2's block alone, a stem in front of it or not, or any with a depthwise
-// convolution of 3x3, or 5x5.
-enum class Form : int8_t { kMobileNetV2, kThree, kFive };
+// What a kernel takes: MobileNetV2's block alone, or any with a depthwise convolution of 3x3, or 5x5; or
+// MobileNetV2's stem and first block.
+enum class Form : int8_t { kMobileNetV2, kThree, kFive, kStem };
 inline Form form_of(const BlockShape& s) {
   if (s.kernel == 5) return Form::kFive;
   bool plain = s.dilation == 1 && s.squeeze_channels == 0 && s.activation == Activation::kRelu6 &&
                s.stem_activation == Activation::kRelu6 && s.out_activation == Activation::kIdentity;
   for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
     plain = plain && pad == 1;
-  return plain ? Form::kMobileNetV2 : Form::kThree;
+  if (!plain) return Form::kThree;
+  if (s.expand != Expand::kStem) return Form::kMobileNetV2;
+  return s.stride == 1 && s.out_channels <= 2 * kPanel ? Form::kStem : Form::kThree;
 }
+constexpr bool is_general(Form form) { return form == Form::kThree || form == Form::kFive; }
 constexpr int64_t kernel_of(Form form) { return form == Form::kFive ? 5 : 3; }
 
 // A kernel that is compiled. Its limit is a processor's 65536 registers: a lane's sums alone are
@@ -46,6 +49,11 @@ constexpr Variant kGeneralVariants[] = {
     {1, 10, 6, 2, 2, 1},
     {1, 0, 6, 2, 2, 1},
 };
+constexpr Variant kStemVariants[] = {{2, 2, 7, 2, 2, 2}, {1, 2, 7, 2, 2, 2}};
+// A stem takes registers, which a lane with many sums does not have.
+constexpr bool takes_stem(Form form, const Variant& v) {
+  return form == Form::kStem || (is_general(form) && v.out_panels <= 4);
+}
 // Exact float32 multiplies with twice the registers, so that two tiles or 20 panels are too many.
 constexpr bool compiled(const Variant& v, Precision p) {
   return p != Precision::kFloat32 || (v.tiles == 1 && v.out_panels <= 10);
@@ -54,26 +62,40 @@ template <Form kForm>
 constexpr auto& variants_of() {
   if constexpr (kForm == Form::kMobileNetV2)
     return kVariants;
+  else if constexpr (kForm == Form::kStem)
+    return kStemVariants;
   else
     return kGeneralVariants;
 }
+// f(each of these).
+template <class F>
+constexpr void for_variants_of(Form form, F f) {
+  const auto all = [&](const auto& variants) {
+    for (const Variant& v : variants) f(v);
+  };
+  if (form == Form::kMobileNetV2)
+    all(kVariants);
+  else if (form == Form::kStem)
+    all(kStemVariants);
+  else
+    all(kGeneralVariants);
+}
 constexpr Variant variant_of(int64_t tiles, int64_t out_panels, Precision p,
                              Form form = Form::kMobileNetV2) {
-  const bool plain = form == Form::kMobileNetV2;
-  const int64_t count = plain ? std::size(kVariants) : std::size(kGeneralVariants);
-  for (int64_t i = 0; i < count; ++i) {
-    Variant v = plain ? kVariants[i] : kGeneralVariants[i];
-    if (v.tiles != tiles || v.out_panels != out_panels) continue;
+  Variant found{};
+  for_variants_of(form, [&](Variant v) {
+    if (v.tiles != tiles || v.out_panels != out_panels) return;
     if (p == Precision::kFloat32) v.expand_tiles = 1;
-    if (v.out_panels == 10 && (p == Precision::kFloat32 || (p == Precision::kTf32 && !plain)))
+    if (v.out_panels == 10 &&
+        (p == Precision::kFloat32 || (p == Precision::kTf32 && is_general(form))))
       v.most_warps = 4;
     if (element_size(p) == 4) {
       v.expand_panels = 1;
       if (v.resident == 2 && v.most_warps > 6) v.most_warps = 6;
     }
-    return v;
-  }
-  return {};
+    found = v;
+  });
+  return found;
 }
 
 // Rows and columns under the depthwise windows of a tile.

@@ -255,28 +255,25 @@ std::vector<int64_t> parts(int64_t n, int64_t multiple, int64_t most) {
   return found;
 }
 
-// f(variant) for each that is compiled and has outputs.
+// f(variant) for each that is compiled for such a block and has outputs.
 template <class F>
-void for_variants(Form form, Precision precision, F f) {
-  const auto call = [&](const Variant& v) {
+void for_variants(const BlockShape& s, Precision precision, F f) {
+  const Form form = form_of(s);
+  for_variants_of(form, [&](const Variant& v) {
+    if (s.expand == Expand::kStem && !takes_stem(form, v)) return;
     if (v.out_panels > 0 && compiled(v, precision))
       f(variant_of(v.tiles, v.out_panels, precision, form));
-  };
-  if (form == Form::kMobileNetV2)
-    std::for_each(std::begin(kVariants), std::end(kVariants), call);
-  else
-    std::for_each(std::begin(kGeneralVariants), std::end(kGeneralVariants), call);
+  });
 }
 
 // The variants whose registers fit these outputs best: of each number of tiles the narrowest that
 // holds all, or the widest.
 std::vector<Variant> variants(const BlockShape& s, Precision precision) {
   const int64_t needed = ceil_div(s.out_channels, kPanel);
-  const Form form = form_of(s);
   std::vector<Variant> found;
   for (const int64_t tiles : {2, 1}) {
     std::optional<Variant> best;
-    for_variants(form, precision, [&](const Variant& v) {
+    for_variants(s, precision, [&](const Variant& v) {
       if (v.tiles != tiles) return;
       const bool better = !best || (best->out_panels >= needed
                                         ? v.out_panels >= needed && v.out_panels < best->out_panels
@@ -292,7 +289,7 @@ std::vector<Variant> variants(const BlockShape& s, Precision precision) {
 // What takes least shared memory, for where no tile fits with those.
 Variant narrowest(const BlockShape& s, Precision precision) {
   std::optional<Variant> found;
-  for_variants(form_of(s), precision, [&](const Variant& v) {
+  for_variants(s, precision, [&](const Variant& v) {
     if (v.tiles == 1 && (!found || v.out_panels < found->out_panels)) found = v;
   });
   return *found;

@@ -21,9 +21,11 @@ bool with_kernel_of(int64_t stride, int64_t strip_rows, int64_t out_panels, F f)
       return false;
     } else {
       if (strip_rows != 2 * v.tiles || out_panels != v.out_panels) return false;
-      f(stride == 1
-            ? Kernel(inverted_residual_kernel<kPrecision, kForm, 1, v.tiles, v.out_panels>)
-            : Kernel(inverted_residual_kernel<kPrecision, kForm, 2, v.tiles, v.out_panels>));
+      if (stride == 1) {
+        f(inverted_residual_kernel<kPrecision, kForm, 1, v.tiles, v.out_panels>);
+      } else if constexpr (kForm != Form::kStem) {
+        f(inverted_residual_kernel<kPrecision, kForm, 2, v.tiles, v.out_panels>);
+      }
       return true;
     }
   };
@@ -43,6 +45,8 @@ bool with_kernel(const BlockShape& s, const Plan& plan, Pass pass, F f) {
       return with_kernel_of<kPrecision, Form::kThree>(s.stride, plan.strip_rows, out_panels, f);
     case Form::kFive:
       return with_kernel_of<kPrecision, Form::kFive>(s.stride, plan.strip_rows, out_panels, f);
+    case Form::kStem:
+      return with_kernel_of<kPrecision, Form::kStem>(s.stride, plan.strip_rows, out_panels, f);
   }
   return false;
 }

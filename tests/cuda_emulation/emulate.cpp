@@ -24,7 +24,7 @@ bool with_emulated_kernel(const BlockShape& shape, const Plan& plan, Pass pass, 
   if (pass == Pass::kLast)
     f(inverted_residual_kernel<kPrecision, kForm, EMULATED_STRIDE, EMULATED_TILES,
                                EMULATED_OUT_PANELS>);
-  else if constexpr (kForm != Form::kMobileNetV2)
+  else if constexpr (is_general(kForm))
     f(inverted_residual_kernel<kPrecision, kForm, EMULATED_STRIDE, EMULATED_TILES, 0>);
   return true;
 #else
