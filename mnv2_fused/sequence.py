@@ -263,6 +263,8 @@ class _Prepared:
         for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
             entries = list(group)
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).synchronize()  # the next call may be on another stream
 
 
 def sequence_backend(device: torch.device) -> str | None:
