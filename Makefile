@@ -67,7 +67,8 @@ gpu-profile:
 gpu-sanitize:
 	for tool in memcheck racecheck synccheck; do \
 	  PYTHONPATH=. MNV2_FUSED_FUZZ=10 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -x \
-	    -p no:cacheprovider tests/test_cuda_op.py -k "mobilenet or any_shape or channels or sizes" || exit 1; \
+	    -p no:cacheprovider tests/test_cuda_op.py tests/test_gpu_sequence.py \
+	    -k "mobilenet or any_shape or channels or sizes" || exit 1; \
 	done
 
 chain: build/kernel_chain

@@ -194,12 +194,10 @@ _LAYERS = {
 
 def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Iterator[LayerReport]:
     """What runs in one call with fused blocks now: nothing in train(), or where something is hooked."""
-    try:
-        backend = sequence_backend(next(model.parameters()).device)
-    except (ValueError, StopIteration):
-        return  # every block's row says why
+    parameter = next(model.parameters(), None)
+    backend = None if parameter is None else sequence_backend(parameter.device)
     if backend is None:
-        return
+        return  # every block's row says why
     names = {module: name for name, module in model.named_modules()}
     seen: set[nn.Module] = set()
     # A whole model before its parts: it runs more in one call than they do.

@@ -335,7 +335,8 @@ class FusedBlock(nn.Module):
         ready = _Ready(self, sources, next_hook, backend)
         dtype = self._compute_dtype(x, sources, backend)
         ready.packed = self._cache.get(sources, eps, dtype, backend)
-        if ready.lasting and x.dtype == ready.dtype == dtype:  # else autocast allows it, for now
+        # Else autocast allows it, for now; or a CUDA graph is being captured.
+        if ready.lasting and x.dtype == ready.dtype == dtype and self._cache.keeps(ready.packed):
             self._ready = ready
         return ready
 

@@ -229,7 +229,7 @@ def sequence(x: Tensor, weights: Tensor, geometry: list[int], backend: str = "cp
 
 
 class LayerKind(enum.IntEnum):
-    """What a layer of the op's ``layers`` is; csrc/ops.cpp has its twin.
+    """What a layer of the op's ``layers`` is; csrc/layers.h has its twin.
 
     Seven values tell of each layer: kind, C_in, E (of a block), C_out, stride, residual, and how many further ones
     follow. None do for what MobileNetV2 has. Else a block's are kernel, dilation, padding left, right, top and bottom
@@ -277,8 +277,8 @@ def _sequence_fake(x, weights, layers, tf32=False):
 
 def _sequence_backward(ctx, grad):
     raise RuntimeError(
-        "mnv2_fused::sequence has no derivative, it is for calls where nothing records gradients: use torch.no_grad(), "
-        "or run the modules one by one"
+        "mnv2_fused::sequence has no derivative, nor has sequence_cuda: they are for calls where nothing records "
+        "gradients: use torch.no_grad(), or run the modules one by one"
     )
 
 

@@ -18,7 +18,7 @@ from .block import ACTIVATIONS, GATES, BlockSpec
 from .fold import fold_conv_bn, pack_conv, pack_stem
 from .module import FusedBlock
 from .ops import LayerKind
-from .watch import Watch, lasting, parameters_of
+from .watch import Watch, kept_for_later, lasting, parameters_of
 
 
 class _ChangedMeanwhile(Exception):
@@ -239,6 +239,11 @@ class _Run:
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def _one_kind(kinds: set[tuple[torch.dtype, torch.device]], backend: str) -> bool:
+    """Whether these dtypes and devices of weights are what one call of the op takes."""
+    return len(kinds) == 1 and (backend == "cpu" or next(iter(kinds))[0] in _CUDA_DTYPES)
+
+
 class _Prepared:
     """Children cut into runs of ``backend`` and single modules, valid while ``watch`` holds."""
 
@@ -254,24 +259,21 @@ class _Prepared:
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
-        self.runs = has_blocks and len(kinds) == 1 and (device.type == "cpu") is is_cpu
-        if backend == "cuda" and self.dtype not in _CUDA_DTYPES:
-            self.runs = False
+        self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and _one_kind(kinds, backend)
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
             return
         for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
             entries = list(group)
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(device).synchronize()  # the next call may be on another stream
+        self.lasts = kept_for_later(device)
 
 
 def sequence_backend(device: torch.device) -> str | None:
     """Whose kernels run layers in a row on ``device``: "cpu"'s or "cuda"'s, or None."""
     try:
         backend = ops.resolve_backend("auto", device)
-    except RuntimeError:  # which blocks say, where one is asked for a kernel
+    except (RuntimeError, ValueError):  # which blocks say, where one is asked for a kernel
         return None
     return backend if backend in ("cpu", "cuda") else None
 
@@ -336,8 +338,9 @@ class RunsFused:
         children, _ = self.fusable_children()
         on_kernels = [layer for layer in layers_of(children, backend) if isinstance(layer, Layer)]
         blocks = [m for layer in on_kernels for m in layer.modules if isinstance(m, FusedBlock)]
-        devices = {t.device for block in blocks for t in block.parameters()}
-        return on_kernels if blocks and all(sequence_backend(device) == backend for device in devices) else []
+        kinds = {(t.dtype, t.device) for block in blocks for t in block.parameters()}
+        runs = _one_kind(kinds, backend) and all(sequence_backend(device) == backend for _, device in kinds)
+        return on_kernels if runs else []
 
     def _prepare(self, x: Tensor) -> _Prepared | None:
         self._prepared = None  # the watch counts attributes, this one too
@@ -352,12 +355,18 @@ class RunsFused:
             prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu)
         except _ChangedMeanwhile:
             return None
-        self._prepared = prepared
+        if not prepared.runs or prepared.lasts:
+            self._prepared = prepared
         return prepared  # another thread may have dropped it from self again
 
     def train(self, mode: bool = True) -> nn.Module:
         self.__dict__.pop("_prepared", None)
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_prepared", None)  # of the original's weights
+        return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.__dict__.pop("_prepared", None)

@@ -53,9 +53,24 @@ def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> list[Tensor | None
 def lasting(tensors: Iterable[Tensor]) -> bool:
     """Whether changes of these tensors can be seen at all.
 
-    Inference tensors count no versions; other processes change shared ones without counting here.
+    Inference tensors count no versions; other processes change shared ones without counting here. (Of every CUDA tensor
+    ``is_shared`` is True.)
     """
-    return not any(t.is_inference() or t.is_shared() for t in tensors)
+    return not any(t.is_inference() or (t.device.type == "cpu" and t.is_shared()) for t in tensors)
+
+
+def kept_for_later(device: torch.device) -> bool:
+    """Whether what was just made on ``device`` may be kept for later calls. Waits until it is there.
+
+    A call on another stream would not wait; and what a CUDA graph under capture makes, is there once it is replayed.
+    """
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        torch.cuda.current_stream().synchronize()
+    return True
 
 
 class PackedCache:
@@ -84,8 +99,15 @@ class PackedCache:
             with torch.no_grad():
                 packed = fold_and_pack(sources, eps, dtype, backend)
             # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-            self._entry = entry = stamp, [t.detach() for t in tensors], packed
+            entry = stamp, [t.detach() for t in tensors], packed
+            if kept_for_later(tensors[0].device):
+                self._entry = entry
         return entry[2]
+
+    def keeps(self, packed: PackedWeights) -> bool:
+        """Whether they are what it keeps now."""
+        entry = self._entry
+        return entry is not None and entry[2] is packed
 
 
 class Watch:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
 from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
 from mnv2_fused.sequence import join
 from mnv2_fused.testing import agreement, perturb_batch_norm
+from mnv2_fused.watch import kept_for_later, lasting
 
 pytestmark = cuda
 op = torch.ops.mnv2_fused.sequence_cuda
@@ -266,8 +269,8 @@ def test_bad_input():
 
         fails(r"\d+ bytes of weights for x of this dtype, got", x, weights[:-64], geometry)
         fails(r"\d+ bytes of weights for x of this dtype, got", x.half(), weights, geometry)
-        fails("one contiguous row of bytes on cuda", x, weights.cpu(), geometry)
-        fails("one contiguous row of bytes on cuda", x, weights[1:], geometry)
+        fails(r"weights are not; move one with \.to", x, weights.cpu(), geometry)
+        fails("one contiguous row of bytes that starts", x, weights[1:], geometry)
         fails("x must have 3 channels, got 4", images(1, 4, 9, 9), weights, geometry)
         fails("at least one layer", x, weights, [])
         fails("they end within layer 0", x, weights, geometry[:3])
@@ -289,6 +292,50 @@ def test_gpu_graph_of_a_network_replays():
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, fused(x))
+
+
+@gpu
+@cuda_itself
+def test_gpu_what_a_capture_folds_is_not_kept():
+    """Captured without a call before: a graph that is not yet replayed has folded nothing."""
+    model = network().half()
+    x = images(2, 3, 64, 64, dtype=torch.float16)
+    between = images(2, 8, 32, 32, dtype=torch.float16).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model(x)  # cuDNN's own first call
+    for fused, given in ((mnv2_fused.fuse(model), x), (mnv2_fused.fuse(model).features[2], between)):
+        with torch.inference_mode():
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = fused(given)
+            expected = fused(given)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, expected)
+
+
+@gpu
+@cuda_itself
+def test_gpu_folds_once(monkeypatch):
+    """Weights on a GPU are always in memory that may be shared, and yet watched."""
+    from mnv2_fused import module, watch
+
+    folds, original = [], watch.fold_and_pack
+
+    def counted(*arguments):
+        folds.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(watch, "fold_and_pack", counted)
+    monkeypatch.setattr(module, "fold_and_pack", counted)
+    fused = mnv2_fused.fuse(network())
+    block, x = fused.features[3], images(1, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(3):
+            fused(x)
+            block(images(1, block.spec.in_channels, 8, 8))
+    assert len(folds) == 18
 
 
 @gpu
@@ -318,6 +365,53 @@ def test_gpu_a_network_moves_between_devices():
         again = fused.cuda()(x)
     assert torch.equal(on_gpu, again)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
+
+
+def test_weights_on_a_gpu_last():
+    def tensor(device, shared, inference=False):
+        return SimpleNamespace(device=torch.device(device), is_shared=lambda: shared, is_inference=lambda: inference)
+
+    assert lasting([tensor("cuda", True), tensor("cpu", False)])
+    assert not lasting([tensor("cpu", True)])
+    assert not lasting([tensor("cuda", True, True)])
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_is_made_on_a_gpu_is_kept_once_it_is_there(capturing, monkeypatch):
+    """On the CPU at once; on a GPU after waiting for the stream, but not under the capture of a graph."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: waited.append(1)))
+    assert kept_for_later(torch.device("cpu")) and not waited
+    assert kept_for_later(torch.device("cuda")) is not capturing
+    assert len(waited) == (not capturing)
+
+
+def test_what_may_not_be_kept_is_made_again(counted, monkeypatch):
+    """As under the capture of a CUDA graph."""
+    for module in ("watch", "sequence"):
+        monkeypatch.setattr(f"mnv2_fused.{module}.kept_for_later", lambda device: False)
+    fused, plain = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
+    x = images(1, 3, 14, 14)
+    for _ in range(2):
+        verified(fused, plain, x)
+        assert fused._prepared is None
+    with torch.no_grad():
+        fused[1](images(1, 8, 7, 7))
+    assert fused[1]._ready is None and fused[1]._cache._entry is None
+    assert len(counted) == 2
+
+
+def test_replicas_do_not_run_what_was_prepared_of_the_original(counted):
+    """As nn.DataParallel makes them."""
+    fused, _ = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
+    with torch.no_grad():
+        fused(images(1, 3, 14, 14))
+    with pytest.warns(UserWarning, match="replicas run inverted residuals unfused"):
+        replica = fused[1]._replicate_for_data_parallel()
+    whole = fused._replicate_for_data_parallel()
+    assert fused._prepared is not None and whole._prepared is None and replica.backend == "eager"
 
 
 def test_joined_weights_are_aligned():

@@ -289,11 +289,13 @@ Tensor sequence(const Tensor& x, const Tensor& weights, IntHeaderOnlyArrayRef la
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Precision precision = precision_of(type, tf32, gpu_at(device));
-  if (!weights.is_cuda() || weights.get_device_index() != device ||
-      weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 || !weights.is_contiguous() ||
+  if (!weights.is_cuda() || weights.get_device_index() != device)
+    fail("x is on cuda:", device, " but the packed weights are not; move one with .to()");
+  if (weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 || !weights.is_contiguous() ||
       reinterpret_cast<uintptr_t>(weights.const_data_ptr()) % kAlignment != 0)
-    fail("weights must be one contiguous row of bytes on cuda:", device,
-         " that starts at a multiple of 16, as mnv2_fused.sequence.join makes it");
+    fail(
+        "weights must be one contiguous row of bytes that starts at a multiple of 16, as "
+        "mnv2_fused.sequence.join makes it");
   std::vector<BlockShape> blocks;
   Sizes y_sizes = sizes;
   for (const LayerShape& layer : layer_shapes(layers, sizes)) {
