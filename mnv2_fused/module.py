@@ -128,6 +128,21 @@ _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDiction
 
 
 @torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Of the trace that is going on; dynamo itself takes ``is_exporting()`` for True in every trace."""
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def _fold_ahead(token: int, dtype: torch.dtype, backend: str) -> None:
+    """Folds while a graph is traced. Its first run may own the memory of all that it makes, and may be a capture."""
+    block = _blocks[token]
+    sources, eps = block._sources()
+    if all(t is None or type(t) in (Tensor, nn.Parameter) for t in sources):
+        block._cache.get(sources, eps, dtype, backend)
+
+
+@torch.compiler.assume_constant_result
 def _why_modules(token: int) -> str | None:
     """Asked once per graph: dynamo cannot trace the look at hooks and types."""
     return _blocks[token].why_modules()
@@ -402,11 +417,12 @@ class FusedBlock(nn.Module):
         dtype = self._compute_dtype(x, sources, backend)
         check_input(x, spec.in_channels, spec)
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
-        if recording or torch.compiler.is_exporting():
+        if recording or _exporting():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
             packed = fold_and_pack(sources, eps, dtype, backend)
             options = spec.options(*x.shape[2:]) if self._rest else ()
             return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, backend=backend, options=options)
+        _fold_ahead(self._token, dtype, backend)
         return torch.ops.mnv2_fused.cached_inverted_residual(
             x, sources, eps, spec.stride, spec.residual, self._token, backend, self._rest
         )

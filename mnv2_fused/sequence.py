@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from .block import ACTIVATIONS, GATES, BlockSpec
 from .fold import fold_conv_bn, pack_conv, pack_stem
 from .module import FusedBlock
 from .ops import LayerKind
-from .watch import Watch, kept_for_later, lasting, parameters_of
+from .watch import Watch, capturing, kept_in_place, lasting, parameters_of
 
 
 class _ChangedMeanwhile(Exception):
@@ -248,8 +249,15 @@ class _Prepared:
     """Children cut into runs of ``backend`` and single modules, valid while ``watch`` holds."""
 
     def __init__(
-        self, children: list[nn.Module | None], parents: list[nn.Module], next_hook: int, backend: str, is_cpu: bool
+        self,
+        children: list[nn.Module | None],
+        parents: list[nn.Module],
+        next_hook: int,
+        backend: str,
+        is_cpu: bool,
+        before: list[Tensor],
     ) -> None:
+        """``before``: the joined weights on a GPU that were made last; those made now take their place."""
         self.is_cpu = is_cpu
         found = list(layers_of(children, backend))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
@@ -266,7 +274,12 @@ class _Prepared:
         for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
             entries = list(group)
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
-        self.lasts = kept_for_later(device)
+        self.lasts = not capturing(device)
+        if backend == "cuda" and self.lasts:
+            runs = [step for step in self.steps if isinstance(step, _Run)]
+            before[:] = kept_in_place([run.weights for run in runs], before)
+            for run, weights in zip(runs, before, strict=True):
+                run.weights = weights
 
 
 def sequence_backend(device: torch.device) -> str | None:
@@ -276,6 +289,10 @@ def sequence_backend(device: torch.device) -> str | None:
     except (RuntimeError, ValueError):  # which blocks say, where one is asked for a kernel
         return None
     return backend if backend in ("cpu", "cuda") else None
+
+
+# Joined weights of each sequence, which stay where they are for CUDA graphs that read them.
+_on_gpu: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
 
 
 class RunsFused:
@@ -352,7 +369,10 @@ class RunsFused:
         if (backend := sequence_backend(x.device)) is None:
             return None
         try:
-            prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu)
+            # Ordinary tensors, that can be written outside of inference mode, too.
+            with torch.inference_mode(False), torch.no_grad():
+                before = _on_gpu.setdefault(self, [])
+                prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu, before)
         except _ChangedMeanwhile:
             return None
         if not prepared.runs or prepared.lasts:
@@ -369,6 +389,7 @@ class RunsFused:
         return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        _on_gpu.pop(self, None)
         self.__dict__.pop("_prepared", None)
         return super()._apply(*args, **kwargs)
 

@@ -59,18 +59,34 @@ def lasting(tensors: Iterable[Tensor]) -> bool:
     return not any(t.is_inference() or (t.device.type == "cpu" and t.is_shared()) for t in tensors)
 
 
-def kept_for_later(device: torch.device) -> bool:
-    """Whether what was just made on ``device`` may be kept for later calls. Waits until it is there.
-
-    A call on another stream would not wait; and what a CUDA graph under capture makes, is there once it is replayed.
-    """
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what is made now, is there once that is replayed."""
     if device.type != "cuda":
-        return True
+        return False
     with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        torch.cuda.current_stream().synchronize()
-    return True
+        return torch.cuda.is_current_stream_capturing()
+
+
+def kept_in_place(made: list[Tensor | None], before: list[Tensor | None]) -> list[Tensor | None]:
+    """Packed weights that a GPU's later calls may read: ``before``, with the values of ``made``, if those fit.
+
+    A captured CUDA graph reads them where they were then, so that it follows. Waits until the values are there: a call
+    on another stream would not.
+    """
+
+    def kinds(tensors: list[Tensor | None]) -> list[Any]:
+        return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+
+    kept = made
+    if kinds(made) == kinds(before):
+        kept = before
+        for old, new in zip(before, made, strict=True):
+            if old is not None:
+                old.copy_(new)
+    device = next(t.device for t in kept if t is not None)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return kept
 
 
 class PackedCache:
@@ -79,8 +95,10 @@ class PackedCache:
     def __init__(self) -> None:
         # (stamp, aliases, packed): one value, so that threads see it whole.
         self._entry: tuple[list[Any], list[Tensor], PackedWeights] | None = None
+        self._on_gpu: list[Tensor | None] = []
 
     def clear(self) -> None:
+        """Folds anew next time. What is on a GPU stays there, for CUDA graphs that read it."""
         self._entry = None
 
     def get(
@@ -96,12 +114,16 @@ class PackedCache:
         stamp += [t.shape for t in tensors if t.dim() == 4]
         entry = self._entry
         if entry is None or stamp != entry[0]:
-            with torch.no_grad():
+            # Ordinary tensors, that a later call's derivative may keep.
+            with torch.inference_mode(False), torch.no_grad():
                 packed = fold_and_pack(sources, eps, dtype, backend)
+                if capturing(tensors[0].device):
+                    return packed
+                if backend in ("cuda", "triton"):
+                    self._on_gpu = kept_in_place(list(packed), self._on_gpu)
+                    packed = PackedWeights(*self._on_gpu)
             # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-            entry = stamp, [t.detach() for t in tensors], packed
-            if kept_for_later(tensors[0].device):
-                self._entry = entry
+            self._entry = entry = stamp, [t.detach() for t in tensors], packed
         return entry[2]
 
     def keeps(self, packed: PackedWeights) -> bool:

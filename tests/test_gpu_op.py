@@ -22,6 +22,7 @@ from mnv2_fused import (
     ops,
     pack,
     triton_plan,
+    watch,
 )
 from mnv2_fused import inverted_residual_reference as reference
 from mnv2_fused.fold import PackedWeights
@@ -227,6 +228,31 @@ def test_compile(backend, grad):
 
 
 @by_backend
+@pytest.mark.usefixtures("fresh_graphs")
+def test_a_compiled_graph_folds_while_it_is_traced(backend, monkeypatch):
+    """Its first run may own the memory of all that it makes, as reduce-overhead's does."""
+    folds, original = [], watch.fold_and_pack
+
+    def counted(*arguments):
+        folds.append(torch.compiler.is_compiling())
+        return original(*arguments)
+
+    monkeypatch.setattr(watch, "fold_and_pack", counted)
+    block, x = make_block(backend), make_x(2, 8, 5, 4)
+    seen = []
+
+    def traced(module, inputs):
+        seen.append(len(folds))
+        return module
+
+    compiled = torch.compile(block, fullgraph=True, backend=traced)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), block._forward_modules(x))
+    assert seen == [1] and len(folds) == 1
+
+
+@by_backend
 def test_export_round_trip(backend):
     block, x = make_block(backend), make_x(2, 8, 5, 4)
     program = torch.export.export(block, (x,))
@@ -367,6 +393,9 @@ def test_gpu_reduce_overhead(backend):
     with torch.no_grad():
         for _ in range(4):
             assert torch.equal(compiled(x).clone(), model(x))
+        model[0].conv[0][0].weight.mul_(2)
+        expected = model(x)  # an ordinary call, which graphs follow
+        assert torch.equal(compiled(x).clone(), expected)
 
 
 @gpu

@@ -13,13 +13,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mnv2_fused
-from mnv2_fused import BlockSpec, FusedInvertedResidual, fold, ops
+from mnv2_fused import BlockSpec, FusedInvertedResidual, fold, ops, watch
 from mnv2_fused import inverted_residual_reference as reference
 from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
 from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
 from mnv2_fused.sequence import join
 from mnv2_fused.testing import agreement, perturb_batch_norm
-from mnv2_fused.watch import kept_for_later, lasting
+from mnv2_fused.watch import lasting
 
 pytestmark = cuda
 op = torch.ops.mnv2_fused.sequence_cuda
@@ -319,16 +319,14 @@ def test_gpu_what_a_capture_folds_is_not_kept():
 @cuda_itself
 def test_gpu_folds_once(monkeypatch):
     """Weights on a GPU are always in memory that may be shared, and yet watched."""
-    from mnv2_fused import module, watch
-
     folds, original = [], watch.fold_and_pack
 
     def counted(*arguments):
         folds.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(watch, "fold_and_pack", counted)
-    monkeypatch.setattr(module, "fold_and_pack", counted)
+    for name in ("watch", "module"):
+        monkeypatch.setattr(f"mnv2_fused.{name}.fold_and_pack", counted)
     fused = mnv2_fused.fuse(network())
     block, x = fused.features[3], images(1, 3, 32, 32)
     with torch.no_grad():
@@ -336,6 +334,24 @@ def test_gpu_folds_once(monkeypatch):
             fused(x)
             block(images(1, block.spec.in_channels, 8, 8))
     assert len(folds) == 18
+
+
+@gpu
+@cuda_itself
+def test_gpu_a_graph_follows_the_next_ordinary_call():
+    fused, x = mnv2_fused.fuse(network().half()), images(2, 3, 64, 64, dtype=torch.float16)
+    with torch.inference_mode():
+        fused(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fused(x)
+        for _ in range(2):
+            fused.features[4].conv[0][0].weight.mul_(1.5)
+            fused.train()
+            fused.eval()
+            expected = fused(x)
+            graph.replay()
+            assert torch.equal(y, expected)
 
 
 @gpu
@@ -376,22 +392,17 @@ def test_weights_on_a_gpu_last():
     assert not lasting([tensor("cuda", True, True)])
 
 
-@pytest.mark.parametrize("capturing", [False, True])
-def test_what_is_made_on_a_gpu_is_kept_once_it_is_there(capturing, monkeypatch):
-    """On the CPU at once; on a GPU after waiting for the stream, but not under the capture of a graph."""
-    waited = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: waited.append(1)))
-    assert kept_for_later(torch.device("cpu")) and not waited
-    assert kept_for_later(torch.device("cuda")) is not capturing
-    assert len(waited) == (not capturing)
+def test_a_capture_is_asked_of_the_tensors_own_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not watch.capturing(torch.device("cpu")) and not asked
+    assert watch.capturing(torch.device("cuda:1")) and asked == [torch.device("cuda:1")]
 
 
-def test_what_may_not_be_kept_is_made_again(counted, monkeypatch):
-    """As under the capture of a CUDA graph."""
-    for module in ("watch", "sequence"):
-        monkeypatch.setattr(f"mnv2_fused.{module}.kept_for_later", lambda device: False)
+def test_what_a_capture_folds_is_not_kept(counted, monkeypatch):
+    for name in ("watch", "sequence"):
+        monkeypatch.setattr(f"mnv2_fused.{name}.capturing", lambda device: True)
     fused, plain = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
     x = images(1, 3, 14, 14)
     for _ in range(2):
@@ -401,6 +412,32 @@ def test_what_may_not_be_kept_is_made_again(counted, monkeypatch):
         fused[1](images(1, 8, 7, 7))
     assert fused[1]._ready is None and fused[1]._cache._entry is None
     assert len(counted) == 2
+
+
+def test_folded_weights_stay_where_a_graph_reads_them():
+    """With the values of the weights now; also through train() and inference mode, but not in another dtype."""
+    fused, _ = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
+    x, block = images(1, 3, 14, 14), fused[2]
+
+    def weights():
+        with torch.inference_mode():
+            fused(x.to(block.conv[-1].weight.dtype))
+            block(images(1, 6, 7, 7, dtype=block.conv[-1].weight.dtype))
+        packed = [t for t in block._ready.packed if t is not None]
+        return [fused._prepared.steps[0].weights, *packed]
+
+    first = weights()
+    values = [t.clone() for t in first]
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.mul_(2)
+    fused.train()
+    fused.eval()
+    second = weights()
+    assert [t.data_ptr() for t in second] == [t.data_ptr() for t in first]
+    assert all(not torch.equal(t, value) for t, value in zip(second, values, strict=True))
+    fused.half()
+    assert [t.data_ptr() for t in weights()] != [t.data_ptr() for t in first]
 
 
 def test_replicas_do_not_run_what_was_prepared_of_the_original(counted):

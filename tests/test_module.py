@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from mnv2_fused import FusedInvertedResidual
+from mnv2_fused import FusedInvertedResidual, watch
 from mnv2_fused.testing import agreement, perturb_batch_norm, threads
 
 GEOMETRIES = [(8, 8, 1, 6), (8, 12, 2, 6), (8, 5, 1, 1), (8, 8, 1, 1)]
@@ -424,6 +424,43 @@ def test_removed_hook_and_removed_pruning_fuse_again(ran):
     with torch.no_grad():
         close(ours(x), eager(ours, x))
     assert len(ran) == 1
+
+
+def test_gradients_after_a_call_in_inference_mode():
+    """What is folded in inference mode serves a derivative, too."""
+    _, block = blocks(8, 8, 1, 6)
+    block.requires_grad_(False)
+    x = make_x().requires_grad_()
+    with torch.inference_mode():
+        block(x)
+    folded = block._ready.packed
+    found = torch.autograd.grad(block(x).square().sum(), x)
+    assert block._ready.packed is folded
+    torch.testing.assert_close(found, torch.autograd.grad(eager(block, x).square().sum(), x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_graphs")
+def test_a_compiled_graph_calls_the_op_that_keeps_what_it_folds(monkeypatch):
+    """Folded while it is traced; a graph for export, or for training, has the folding inside."""
+    folds, original = [], watch.fold_and_pack
+    monkeypatch.setattr(watch, "fold_and_pack", lambda *arguments: folds.append(1) or original(*arguments))
+    _, block = blocks(8, 8, 1, 6)
+    graphs = []
+
+    def traced(module, inputs):
+        graphs.append((str(module.graph), len(folds)))
+        return module
+
+    compiled, x = torch.compile(block, fullgraph=True, backend=traced), make_x()
+    with torch.no_grad():
+        for _ in range(2):
+            close(compiled(x), eager(block, x))
+        ((graph, folded),) = graphs
+        assert "cached_inverted_residual" in graph and folded == len(folds) == 1
+        exported = str(torch.export.export(block, (x,), strict=True).graph)
+    compiled(x)
+    for graph in exported, graphs[-1][0]:
+        assert "cached_inverted_residual" not in graph and "mnv2_fused.inverted_residual" in graph
 
 
 def test_inference_mode_parameters():
