@@ -128,6 +128,12 @@ _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDiction
 
 
 @torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Of what is being traced; dynamo guards a graph by it."""
+    return ops.transformed()
+
+
+@torch.compiler.assume_constant_result
 def _exporting() -> bool:
     """Of the trace that is going on; dynamo itself takes ``is_exporting()`` for True in every trace."""
     return torch.compiler.is_exporting()
@@ -273,6 +279,8 @@ class FusedBlock(nn.Module):
             ready = self._prepare(x)
             if ready is None:
                 return self._forward_modules(x)
+        if not ready.is_cpu:
+            self._cache.hold_if_captured(ready.packed)
         options = ready.options
         try:
             if options is None:
@@ -404,7 +412,7 @@ class FusedBlock(nn.Module):
         return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if ops.resolve_backend(self.backend, x.device) == "eager":
+        if ops.resolve_backend(self.backend, x.device) == "eager" or _transformed():
             return self._forward_modules(x)
         # First, since it looks inside again.
         if _why_modules(self._token) is not None or self._trains() or layers.drops_now(self._beside):
@@ -582,7 +590,7 @@ _library.define(
 
 def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
     found = _caches.get(cache) or PackedCache()
-    packed = found.get(sources, eps, x.dtype, backend)
+    packed = found.get(sources, eps, x.dtype, backend, in_graph=True)
     options = _spec_of(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
     return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, options=options)
 

@@ -19,7 +19,7 @@ from .block import ACTIVATIONS, GATES, BlockSpec
 from .fold import fold_conv_bn, pack_conv, pack_stem
 from .module import FusedBlock
 from .ops import LayerKind
-from .watch import Watch, capturing, kept_in_place, lasting, parameters_of
+from .watch import Watch, capturing, lasting, may_be_kept, parameters_of
 
 
 class _ChangedMeanwhile(Exception):
@@ -255,9 +255,7 @@ class _Prepared:
         next_hook: int,
         backend: str,
         is_cpu: bool,
-        before: list[Tensor],
     ) -> None:
-        """``before``: the joined weights on a GPU that were made last; those made now take their place."""
         self.is_cpu = is_cpu
         found = list(layers_of(children, backend))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
@@ -274,12 +272,11 @@ class _Prepared:
         for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
             entries = list(group)
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
-        self.lasts = not capturing(device)
-        if backend == "cuda" and self.lasts:
-            runs = [step for step in self.steps if isinstance(step, _Run)]
-            before[:] = kept_in_place([run.weights for run in runs], before)
-            for run, weights in zip(runs, before, strict=True):
-                run.weights = weights
+        self.lasts = all(may_be_kept(run.weights) for run in self.runs_of())
+
+    def runs_of(self) -> Iterator[_Run]:
+        """Those among the steps."""
+        return (step for step in self.steps if isinstance(step, _Run))
 
 
 def sequence_backend(device: torch.device) -> str | None:
@@ -291,8 +288,8 @@ def sequence_backend(device: torch.device) -> str | None:
     return backend if backend in ("cpu", "cuda") else None
 
 
-# Joined weights of each sequence, which stay where they are for CUDA graphs that read them.
-_on_gpu: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
+# Of each sequence what CUDA graphs were captured with, which read its weights where they are.
+_captured: weakref.WeakKeyDictionary[nn.Module, list[_Prepared]] = weakref.WeakKeyDictionary()
 
 
 class RunsFused:
@@ -337,6 +334,9 @@ class RunsFused:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
             return None
+        if not prepared.is_cpu and capturing(x.device):
+            held = _captured.setdefault(self, [])
+            held += [prepared] if prepared not in held else []
         for step in prepared.steps:
             x = step(x)
         return x
@@ -369,10 +369,7 @@ class RunsFused:
         if (backend := sequence_backend(x.device)) is None:
             return None
         try:
-            # Ordinary tensors, that can be written outside of inference mode, too.
-            with torch.inference_mode(False), torch.no_grad():
-                before = _on_gpu.setdefault(self, [])
-                prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu, before)
+            prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu)
         except _ChangedMeanwhile:
             return None
         if not prepared.runs or prepared.lasts:
@@ -389,7 +386,6 @@ class RunsFused:
         return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        _on_gpu.pop(self, None)
         self.__dict__.pop("_prepared", None)
         return super()._apply(*args, **kwargs)
 

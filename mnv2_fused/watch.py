@@ -61,32 +61,32 @@ def lasting(tensors: Iterable[Tensor]) -> bool:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured: what is made now, is there once that is replayed."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def kept_in_place(made: list[Tensor | None], before: list[Tensor | None]) -> list[Tensor | None]:
-    """Packed weights that a GPU's later calls may read: ``before``, with the values of ``made``, if those fit.
-
-    A captured CUDA graph reads them where they were then, so that it follows. Waits until the values are there: a call
-    on another stream would not.
+def _in_a_graphs_pool(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor on a GPU belongs to a pool, as what CUDA graphs of torch.compile use, on trial
+    runs too: all in there has to be known to them.
     """
+    address = tensor.data_ptr()
+    for segment in torch.cuda.memory_snapshot():
+        if segment["address"] <= address < segment["address"] + segment["total_size"]:
+            return tuple(segment["segment_pool_id"]) != (0, 0)
+    return False
 
-    def kinds(tensors: list[Tensor | None]) -> list[Any]:
-        return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
 
-    kept = made
-    if kinds(made) == kinds(before):
-        kept = before
-        for old, new in zip(before, made, strict=True):
-            if old is not None:
-                old.copy_(new)
-    device = next(t.device for t in kept if t is not None)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return kept
+def may_be_kept(made: Tensor, in_graph: bool = False) -> bool:
+    """Whether folded weights may be kept for later calls: not what a CUDA graph makes, under capture or on trial.
+
+    Waits until they are there, since a call on another stream would not.
+    """
+    if capturing(made.device):
+        return False
+    if made.device.type == "cuda":
+        if in_graph and _in_a_graphs_pool(made):
+            return False
+        torch.cuda.current_stream(made.device).synchronize()
+    return True
 
 
 class PackedCache:
@@ -95,16 +95,29 @@ class PackedCache:
     def __init__(self) -> None:
         # (stamp, aliases, packed): one value, so that threads see it whole.
         self._entry: tuple[list[Any], list[Tensor], PackedWeights] | None = None
-        self._on_gpu: list[Tensor | None] = []
+        self._captured: list[PackedWeights] = []
 
     def clear(self) -> None:
-        """Folds anew next time. What is on a GPU stays there, for CUDA graphs that read it."""
         self._entry = None
 
+    def hold_if_captured(self, packed: PackedWeights) -> PackedWeights:
+        """Keeps weights on a GPU alive for good that a CUDA graph is now being captured with: it reads them there."""
+        if capturing(packed.b_project.device) and not any(held is packed for held in self._captured):
+            self._captured.append(packed)
+        return packed
+
     def get(
-        self, sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
+        self,
+        sources: list[Tensor | None],
+        eps: list[float],
+        dtype: torch.dtype,
+        backend: str = "auto",
+        in_graph: bool = False,
     ) -> PackedWeights:
-        """Arguments as those of :func:`fold_and_pack`, which runs when any of them changed."""
+        """Arguments as those of :func:`fold_and_pack`, which runs when any of them changed.
+
+        ``in_graph``: called by a compiled graph, whose memory may be its own.
+        """
         tensors = [t for t in sources if t is not None]
         if not lasting(tensors):
             return fold_and_pack(sources, eps, dtype, backend)
@@ -117,14 +130,11 @@ class PackedCache:
             # Ordinary tensors, that a later call's derivative may keep.
             with torch.inference_mode(False), torch.no_grad():
                 packed = fold_and_pack(sources, eps, dtype, backend)
-                if capturing(tensors[0].device):
-                    return packed
-                if backend in ("cuda", "triton"):
-                    self._on_gpu = kept_in_place(list(packed), self._on_gpu)
-                    packed = PackedWeights(*self._on_gpu)
+            if not may_be_kept(packed.b_project, in_graph):
+                return packed
             # Aliases keep the storages alive, so that no other tensor can appear at the same address.
             self._entry = entry = stamp, [t.detach() for t in tensors], packed
-        return entry[2]
+        return self.hold_if_captured(entry[2])
 
     def keeps(self, packed: PackedWeights) -> bool:
         """Whether they are what it keeps now."""

@@ -463,6 +463,26 @@ def test_a_compiled_graph_calls_the_op_that_keeps_what_it_folds(monkeypatch):
         assert "cached_inverted_residual" not in graph and "mnv2_fused.inverted_residual" in graph
 
 
+@pytest.mark.usefixtures("fresh_graphs")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_transforms_run_the_modules(frozen):
+    _, block = blocks(8, 8, 1, 6)
+    block.requires_grad_(not frozen)
+    x = make_x()
+    transforms = {
+        "vmap": lambda f: torch.func.vmap(f)(x[None])[0],
+        "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
+    }
+    for transform in transforms.values():
+        compiled = torch.compile(lambda transform=transform: transform(block), backend="eager")
+        torch.testing.assert_close(compiled(), transform(block._forward_modules), rtol=1e-3, atol=1e-3)
+    compiled = torch.compile(block, backend="eager")
+    with torch.no_grad():
+        close(compiled(x), eager(block, x))
+    found = torch.func.grad(lambda x: compiled(x).square().sum())(x)
+    torch.testing.assert_close(found, transforms["grad"](block._forward_modules), rtol=1e-3, atol=1e-3)
+
+
 def test_inference_mode_parameters():
     with torch.inference_mode():
         block = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6)).eval()
