@@ -377,6 +377,7 @@ def other_tests(monkeypatch, tmp_path):
     """Puts two files of tests in place of the kernels'; returns a function that runs them."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_cuda_op.py").write_text("")
+    (tmp_path / "tests/test_gpu_sequence.py").write_text("")
     (tmp_path / "pyproject.toml").write_text((BENCHMARKS.parent / "pyproject.toml").read_text())
 
     def run(first, second, seconds=60):

@@ -377,7 +377,8 @@ def test_gpu_runs_on_the_current_stream():
 
 @gpu
 @cuda_itself
-def test_gpu_a_network_moves_between_devices():
+def test_gpu_a_network_moves_between_devices(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = network()
     fused, x = mnv2_fused.fuse(model), images(1, 3, 32, 32)
     with torch.no_grad():
@@ -385,7 +386,7 @@ def test_gpu_a_network_moves_between_devices():
         on_cpu = fused.cpu()(x.cpu())
         again = fused.cuda()(x)
     assert torch.equal(on_gpu, again)
-    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
 
 
 def test_weights_on_a_gpu_last():
