@@ -1,6 +1,7 @@
 #include "layers.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "plan.h"
 

@@ -1,6 +1,8 @@
 // The layers that a sequence op names, checked; the same on every device.
 #pragma once
 
+#include <vector>
+
 #include "tensors.h"
 
 namespace mnv2_fused {

@@ -336,7 +336,8 @@ class RunsFused:
             return None
         if not prepared.is_cpu and capturing(x.device):
             held = _captured.setdefault(self, [])
-            held += [prepared] if prepared not in held else []
+            if prepared not in held:
+                held.append(prepared)
         for step in prepared.steps:
             x = step(x)
         return x
