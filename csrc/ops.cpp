@@ -132,7 +132,7 @@ struct Layer : LayerShape {
   }
 };
 
-// Hands out a layer's weights from the bytes of all of them; see sequence.join.
+// Hands out a layer's weights from the bytes of all of them; see runs.join.
 class Weights {
  public:
   explicit Weights(const char* first) : first_(first) {}
@@ -203,7 +203,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
         !weights.is_contiguous())
       fail(
-          "weights must be one contiguous row of bytes on the CPU, as mnv2_fused.sequence.join "
+          "weights must be one contiguous row of bytes on the CPU, as mnv2_fused.runs.join "
           "makes it");
     const Machine machine = current_machine<S>();
     const std::vector<LayerShape> shapes = layer_shapes(layers, sizes_of(x));
@@ -220,7 +220,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     const Sizes sizes = all.back().y;
     if (packed.size() != weights.numel())
       fail("these layers take ", packed.size(), " bytes of weights for x of this dtype, got ",
-           weights.numel(), "; pack them for it and join them with mnv2_fused.sequence.join");
+           weights.numel(), "; pack them for it and join them with mnv2_fused.runs.join");
     if (x.size(0) == 0) return empty(sizes, type, true);
 
     // What comes and goes between layers starts at the two ends of one buffer, in turn.

@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .convert import Report, computed_tensors, fuse, report, unfuse
 from .demo import aligned
 from .plan import plan
-from .sequence import Layer, RunsFused, layers_of
+from .runs import Layer, layers_of
+from .sequence import RunsFused
 from .testing import peak_activation_bytes
 
 

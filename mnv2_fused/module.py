@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import warnings
 import weakref
@@ -121,20 +120,18 @@ class _Ready:
         self.packed: PackedWeights | None = None
 
 
-# Caches by number, for the op that a compiled graph calls: a graph can hold a number but not an object.
-_caches: weakref.WeakValueDictionary[int, PackedCache] = weakref.WeakValueDictionary()
-_tokens = itertools.count()
+# By the tokens of their caches, for what is asked while a graph is traced.
 _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDictionary()
 
 
 @torch.compiler.assume_constant_result
-def _transformed() -> bool:
+def tracing_transform() -> bool:
     """Of what is being traced; dynamo guards a graph by it."""
     return ops.transformed()
 
 
 @torch.compiler.assume_constant_result
-def _exporting() -> bool:
+def tracing_export() -> bool:
     """Of the trace that is going on; dynamo itself takes ``is_exporting()`` for True in every trace."""
     return torch.compiler.is_exporting()
 
@@ -215,8 +212,7 @@ class FusedBlock(nn.Module):
     def _reset_cache(self) -> None:
         self._ready: _Ready | None = None
         self._cache = PackedCache()
-        self._token = next(_tokens)
-        _caches[self._token] = self._cache
+        self._token = self._cache.token
         _blocks[self._token] = self
 
     # What it knows of its modules, and all that a fused block has beside what its original had.
@@ -375,14 +371,6 @@ class FusedBlock(nn.Module):
         alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
         return alike and lasting(t for t in sources if t is not None)
 
-    def packed_for_sequence(self, backend: str) -> PackedWeights | None:
-        """Weights for a sequence that runs this block on ``backend`` and keeps them; None if it may not."""
-        if not self.fits_sequence():
-            return None
-        sources, eps = self._sources()
-        with torch.no_grad():
-            return fold_and_pack(sources, eps, sources[0].dtype, backend)
-
     def _trains(self) -> bool:
         """Whether something inside needs the whole tensor now: statistics of the batch, or dropout."""
         if any(norm is not None and norm.training and norm._parameters for _, norm in self._pairs):
@@ -412,7 +400,7 @@ class FusedBlock(nn.Module):
         return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if ops.resolve_backend(self.backend, x.device) == "eager" or _transformed():
+        if ops.resolve_backend(self.backend, x.device) == "eager" or tracing_transform():
             return self._forward_modules(x)
         # First, since it looks inside again.
         if _why_modules(self._token) is not None or self._trains() or layers.drops_now(self._beside):
@@ -425,7 +413,7 @@ class FusedBlock(nn.Module):
         dtype = self._compute_dtype(x, sources, backend)
         check_input(x, spec.in_channels, spec)
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
-        if recording or _exporting():
+        if recording or tracing_export():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
             packed = fold_and_pack(sources, eps, dtype, backend)
             options = spec.options(*x.shape[2:]) if self._rest else ()
@@ -589,7 +577,7 @@ _library.define(
 
 
 def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
-    found = _caches.get(cache) or PackedCache()
+    found = PackedCache.of(cache) or PackedCache()
     packed = found.get(sources, eps, x.dtype, backend, in_graph=True)
     options = _spec_of(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
     return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, options=options)

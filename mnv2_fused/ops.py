@@ -254,7 +254,8 @@ def split_layers(layers: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequenc
         first = end
 
 
-def _sequence_fake(x, weights, layers, tf32=False):
+def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool = False) -> Tensor:
+    """An uninitialised result, as the kernels give it: channels_last."""
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
     if weights.device != x.device:
         raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
@@ -412,7 +413,7 @@ if _C is not None:
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
     for _name in ("sequence", "sequence_cuda"):
-        torch.library.register_fake(f"mnv2_fused::{_name}", _sequence_fake)
+        torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")

@@ -4,211 +4,23 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
-from .block import ACTIVATIONS, GATES, BlockSpec
-from .fold import fold_conv_bn, pack_conv, pack_stem
-from .module import FusedBlock
+from .module import FusedBlock, tracing_export, tracing_transform
 from .ops import LayerKind
-from .watch import Watch, capturing, lasting, may_be_kept, parameters_of
+from .runs import Layer, fold_layers, layers_of, sources_of
+from .watch import PackedCache, Watch, capturing, may_be_kept
 
 
 class _ChangedMeanwhile(Exception):
     """Another thread changed a block while it was being prepared."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What runs as one kernel: neighbouring children of a sequence."""
-
-    kind: LayerKind
-    modules: list[nn.Module]
-    before: nn.Module | None = None  # the child in front of them
-
-    @property
-    def linear(self) -> nn.Linear | None:
-        return next((m for m in self.modules if isinstance(m, nn.Linear)), None)
-
-    @property
-    def geometry(self) -> list[int]:
-        """This layer's part of the op's ``layers``; see :class:`mnv2_fused.ops.LayerKind`."""
-        first, last = self.modules[0], self.modules[-1]
-        if isinstance(last, FusedBlock):
-            spec, stem = last.spec, None if first is last else first
-            values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
-            further = _further(spec, "relu6" if stem is None else layers.activation_of(stem[2]))
-            in_channels = spec.in_channels if stem is None else stem[0].in_channels
-            return [self.kind, in_channels, *values, len(further), *further]
-        if (linear := self.linear) is not None:
-            c_out, c_in = linear.weight.shape
-            activation = "identity" if last is linear else layers.activation_of(last)
-            usual = activation == "identity"
-        else:
-            c_in, c_out, activation = first[0].in_channels, first[0].out_channels, layers.activation_of(first[2])
-            usual = activation == "relu6"
-        further = [] if usual else [ACTIVATIONS.index(activation)]
-        return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
-
-    def packed(self, dtype: torch.dtype, backend: str = "cpu") -> Iterator[Tensor]:
-        """The weights in the order in which the op takes them, for the kernels of ``backend``, "cpu" or "cuda"."""
-        with torch.no_grad():
-            for module in self.modules:
-                if isinstance(module, FusedBlock):
-                    packed = module.packed_for_sequence(backend)
-                    if packed is None:
-                        raise _ChangedMeanwhile
-                    yield from (t for t in packed if t is not None)
-                elif isinstance(module, nn.Linear):
-                    weight = module.weight
-                    bias = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias
-                    yield from pack_conv(weight[:, :, None, None], bias, dtype)
-                elif isinstance(module, nn.Sequential):
-                    conv, norm, _ = module
-                    folded = fold_conv_bn(*parameters_of(conv, norm), norm.eps)
-                    yield from pack_stem(*folded, dtype) if backend == "cuda" else pack_conv(*folded, dtype)
-
-
-def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
-    """A block's further values in the op's ``layers``: none where all is as in MobileNetV2."""
-    if not spec.beyond_mobilenet_v2 and stem_activation == "relu6":
-        return []
-    padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(1, 1)
-    activation, out, squeezed, stem = map(
-        ACTIVATIONS.index, (spec.activation, spec.out_activation, spec.squeeze_activation, stem_activation)
-    )
-    gate = GATES.index(spec.gate)
-    return [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
-
-
-STEM_CHANNELS = 4  # of an image, at most, whose stem the CUDA kernel runs with the block behind it
-_ALIGNMENT = 64  # bytes, of every tensor among those joined: a cache line
-_HUGE_PAGE = 2**21
-
-
-def join(packed: Sequence[Tensor]) -> Tensor:
-    """Packed tensors of several layers one after the other, as ``mnv2_fused::sequence`` takes them: [bytes].
-
-    One tensor where a network has a hundred, so that a call has one to look at, on the CPU in huge pages where the
-    system has them: weights are read once a call, and more pages than the processor's address caches hold would be
-    looked up anew each time.
-    """
-    rows = [t.detach().contiguous().flatten().view(torch.uint8) for t in packed]
-    ends = list(itertools.accumulate(-(-row.numel() // _ALIGNMENT) * _ALIGNMENT for row in rows))
-    if not rows[0].is_cpu:
-        return torch.cat([F.pad(row, (0, -row.numel() % _ALIGNMENT)) for row in rows])
-    room = torch.empty(ends[-1] + _HUGE_PAGE, dtype=torch.uint8)
-    joined = room[-room.data_ptr() % _HUGE_PAGE :][: ends[-1]]
-    if ops._C is not None:
-        ops._C.advise_huge_pages(joined.data_ptr(), joined.numel())
-    for row, begin, end in zip(rows, [0, *ends[:-1]], ends, strict=True):
-        joined[begin : begin + row.numel()] = row
-        joined[begin + row.numel() : end] = 0
-    return joined
-
-
-def layers_of(children: list[nn.Module | None], backend: str = "cpu") -> Iterator[Layer | nn.Module | None]:
-    """``children`` in order: a :class:`Layer` where a kernel of ``backend`` takes them, else the child itself."""
-    layer_at = {"cpu": _layer_at, "cuda": _block_at}[backend]
-    previous = None
-    i = 0
-    while i < len(children):
-        kind, count = layer_at(children[i : i + 4], previous)
-        previous = kind
-        if kind is None:
-            yield children[i]
-        else:
-            yield Layer(kind, children[i : i + count], children[i - 1] if i > 0 else None)
-        i += count
-
-
-def _block_at(
-    ahead: list[nn.Module | None], previous: LayerKind | None = None, backend: str = "cuda"
-) -> tuple[LayerKind | None, int]:
-    """The kind of the block that the next modules begin with, or None, and how many of them it takes."""
-    first, second, *_ = [*ahead, None]
-    if isinstance(first, FusedBlock):
-        if _block_can_run(first, backend):
-            return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
-    elif isinstance(second, FusedBlock) and _is_conv(first, "stem") and _block_can_run(second, backend):
-        spec, conv = second.spec, first[0]
-        fits = backend == "cpu" or (conv.in_channels <= STEM_CHANNELS and spec.dilation == 1)
-        if fits and not spec.expand and not spec.residual and spec.in_channels == conv.out_channels:
-            return LayerKind.STEM_AND_BLOCK, 2
-    return None, 1
-
-
-def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tuple[LayerKind | None, int]:
-    """The kind of the layer that the next modules begin with, or None, and how many of them it takes."""
-    kind, count = _block_at(ahead, previous, "cpu")
-    if kind is not None:
-        return kind, count
-    first, *rest = ahead
-    second = rest[0] if rest else None
-    if _is_conv(first, "head"):
-        if _is_plain(second, nn.AdaptiveAvgPool2d) and second.output_size in (1, (1, 1)):
-            return LayerKind.POOLED, 2
-        return LayerKind.POINTWISE, 1
-    elif previous is LayerKind.POOLED and _is_plain(first, nn.Flatten) and (first.start_dim, first.end_dim) == (1, -1):
-        if count := _linear_at(rest):
-            return LayerKind.LINEAR, 1 + count
-    elif previous is LayerKind.LINEAR and (count := _linear_at(ahead)):
-        return LayerKind.LINEAR, count
-    return None, 1
-
-
-def _linear_at(ahead: list[nn.Module | None]) -> int:
-    """How many of the next modules are [dropout,] linear layer [, activation]; 0 where they are something else."""
-    dropouts = 1 if ahead and _is_plain(ahead[0], nn.Dropout) and not ahead[0].training else 0
-    linear, activation, *_ = [*ahead[dropouts:], None, None]
-    if not (_is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear)):
-        return 0
-    if activation is None or "forward" in vars(activation) or layers.has_hooks(activation):
-        return dropouts + 1
-    try:
-        layers.activation_of(activation)
-    except layers.Unfusable:
-        return dropouts + 1
-    return dropouts + 2
-
-
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether it is just that: no subclass, nothing hooked, no weight that is computed from others."""
-    if type(module) is not kind or "forward" in vars(module) or layers.has_hooks(module):
-        return False
-    return kind is not nn.Linear or ("weight" in module._parameters and not layers.is_compiled(module))
-
-
-def _is_lasting(*tensors: Tensor | None) -> bool:
-    """Whether they are ordinary tensors of one kind whose changes can be seen."""
-    found = [t for t in tensors if t is not None]
-    ordinary = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in found)
-    return ordinary and lasting(found) and len({(t.dtype, t.device) for t in found}) == 1
-
-
-def _bias_fits(linear: nn.Linear) -> bool:
-    return linear.bias is None or linear.bias.shape == linear.weight.shape[:1]  # another shape is broadcast
-
-
-def _is_conv(module: nn.Module, name: str) -> bool:
-    if not isinstance(module, nn.Sequential) or next(layers.conv_objections(module, name), None) is not None:
-        return False
-    conv, norm, _ = module
-    return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
-
-
-def _block_can_run(block: FusedBlock, backend: str) -> bool:
-    if block.backend not in ("auto", backend) or "forward" in vars(block) or layers.has_hooks(block):
-        return False
-    return block.fits_sequence()
 
 
 class _Run:
@@ -218,8 +30,11 @@ class _Run:
         self.dtype = dtype
         self.backend = backend
         self.modules = [module for layer in found for module in layer.modules]
-        self.geometry = [value for layer in found for value in layer.geometry]
-        self.weights = join([tensor for layer in found for tensor in layer.packed(dtype, backend)])
+        self.geometry = _geometry_of(found)
+        sources, eps = sources_of(self.modules)
+        if any(isinstance(m, FusedBlock) and not m.fits_sequence() for m in self.modules):
+            raise _ChangedMeanwhile
+        self.weights = fold_layers(self.geometry, sources, eps, dtype, backend)
         self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
 
@@ -235,6 +50,16 @@ class _Run:
             return x
         y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
+
+
+def _in_runs(found: Iterable[Layer | nn.Module | None]) -> Iterator[tuple[bool, list[Any]]]:
+    """Neighbours of a kind together: layers, each group of which is a run, or single modules."""
+    for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
+        yield is_run, list(group)
+
+
+def _geometry_of(run: list[Layer]) -> list[int]:
+    return [value for layer in run for value in layer.geometry]
 
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -269,8 +94,7 @@ class _Prepared:
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
             return
-        for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
-            entries = list(group)
+        for is_run, entries in _in_runs(found):
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
         self.lasts = all(may_be_kept(run.weights) for run in self.runs_of())
 
@@ -287,6 +111,22 @@ def sequence_backend(device: torch.device) -> str | None:
         return None
     return backend if backend in ("cpu", "cuda") else None
 
+
+def _is_training(module: nn.Module) -> bool:
+    """Whether a module of a run does something else than in eval."""
+    if isinstance(module, FusedBlock):
+        return module.training or module._trains() or layers.drops_now(module._beside)
+    if isinstance(module, nn.Sequential):  # convolution, norm and activation
+        return module[1].training
+    return isinstance(module, nn.Dropout) and module.training
+
+
+def _cache_of(geometry: Sequence[int]) -> PackedCache:
+    return PackedCache(lambda *arguments: (fold_layers(geometry, *arguments),))
+
+
+# Of each sequence the weights of the runs in compiled graphs.
+_traced: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref.WeakKeyDictionary()
 
 # Of each sequence what CUDA graphs were captured with, which read its weights where they are.
 _captured: weakref.WeakKeyDictionary[nn.Module, list[_Prepared]] = weakref.WeakKeyDictionary()
@@ -321,7 +161,9 @@ class RunsFused:
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
         # Every call runs this with cold caches, so what the watch would notice is looked at in _prepare alone.
-        if torch.compiler.is_compiling() or self.training or type(x) is not Tensor:
+        if torch.compiler.is_compiling():
+            return self._run_traced(x)
+        if self.training or type(x) is not Tensor:
             return None
         prepared = self._prepared
         if prepared is None or prepared.is_cpu is not x.is_cpu or not prepared.watch.holds():
@@ -341,6 +183,60 @@ class RunsFused:
         for step in prepared.steps:
             x = step(x)
         return x
+
+    def _run_traced(self, x: Tensor) -> Tensor | None:
+        """What run_fused does while a graph is traced: each run becomes one op of that graph."""
+        if self.training or type(x) is not Tensor or tracing_export() or tracing_transform():
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        _ = id(self)  # the graph is guarded by it: what was found here holds for no other sequence
+        dtype = x.dtype
+        steps = self._steps_when_traced(dtype, x.device)
+        for names, geometry, token, backend, flat in steps:
+            modules = [_NAMELESS[name] if name in _NAMELESS else self.get_submodule(name) for name in names]
+            if not geometry:
+                x = modules[0](x)
+                continue
+            sources, eps = sources_of(modules)
+            # Asked here and not where the steps were found: the graph is guarded by what this reads.
+            if any(_is_training(module) for module in modules) or x.dtype != dtype:
+                return None
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources)):
+                return None
+            x = torch.ops.mnv2_fused.cached_sequence(x, sources, eps, geometry, token, backend)
+            x = x.flatten(1) if flat else x
+        return x if steps else None
+
+    @torch.compiler.assume_constant_result
+    def _steps_when_traced(self, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Any, ...], ...]:
+        """Of each step its modules' names, and of a run geometry, token of its weights, backend, and whether it ends in
+        a classifier. None at all where the modules have to run.
+        """
+        if ops._C is None or torch_module._has_any_global_hook() or (backend := sequence_backend(device)) is None:
+            return ()
+        children, _ = self.fusable_children()
+        found = list(layers_of(children, backend))
+        if None in found or not any(isinstance(m, FusedBlock) for m in children):
+            return ()
+        name_of = {module: name for name, module in (*self.named_modules(), *_NAMELESS.items())}
+        steps: list[tuple[Any, ...]] = []
+        caches = _traced.setdefault(self, {})
+        for is_run, entries in _in_runs(found):
+            if not is_run:
+                steps += [((name_of[module],), (), 0, backend, False) for module in entries]
+                continue
+            geometry = tuple(_geometry_of(entries))
+            modules = [module for layer in entries for module in layer.modules]
+            sources, eps = sources_of(modules)
+            kinds = {(t.dtype, t.device) for t in sources if t is not None and t.is_floating_point()}
+            if kinds != {(dtype, device)} or not _one_kind(kinds, backend):
+                return ()
+            cache = caches.setdefault((backend, len(steps), geometry), _cache_of(geometry))
+            cache.get(sources, eps, dtype, backend)  # now: a graph's first run may own the memory of all that it makes
+            names = tuple(name_of[module] for module in modules)
+            steps.append((names, geometry, cache.token, backend, entries[-1].kind is LayerKind.LINEAR))
+        return tuple(steps)
 
     def _blocks_record(self) -> bool:
         children, _ = self.fusable_children()
@@ -406,6 +302,7 @@ class FusedSequential(RunsFused, nn.Sequential):
 
 # What a network may do by functions between its two modules, as modules.
 _POOL, _FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
+_NAMELESS: dict[str, nn.Module] = {"mean over pixels": _POOL, "flatten": _FLATTEN}  # as a graph knows them
 
 
 class RunsWhole(RunsFused):
@@ -425,3 +322,25 @@ class RunsWhole(RunsFused):
             features, (_, *inner) = self.features.fusable_children()
         pool = self._modules.get("avgpool", _POOL)
         return [*features, pool, _FLATTEN, *self.classifier._modules.values()], [*parents, *inner]
+
+
+# What a compiled graph calls; see cached_inverted_residual. No autograd: gradients are the blocks' own.
+_library = torch.library.Library("mnv2_fused", "FRAGMENT")
+_library.define(
+    "cached_sequence(Tensor x, Tensor?[] sources, float[] eps, int[] layers, int cache, str backend) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+
+
+def _cached_sequence(x, sources, eps, layers, cache, backend):
+    found = PackedCache.of(cache) or _cache_of(layers)
+    (weights,) = found.get(sources, eps, x.dtype, backend, in_graph=True)
+    return ops.sequence(x, weights, layers, backend)
+
+
+_library.impl("cached_sequence", _cached_sequence, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mnv2_fused::cached_sequence")
+def _(x, sources, eps, layers, cache, backend):
+    return ops.sequence_fake(x, sources[0], layers)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Any
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,20 +91,48 @@ def may_be_kept(made: Tensor, in_graph: bool = False) -> bool:
     return True
 
 
-class PackedCache:
-    """Packed weights of one module, valid while the tensors they came from stay what they were."""
+_Packed = Sequence[Tensor | None]
 
-    def __init__(self) -> None:
-        # (stamp, aliases, packed): one value, so that threads see it whole.
-        self._entry: tuple[list[Any], list[Tensor], PackedWeights] | None = None
-        self._captured: list[PackedWeights] = []
+
+class _Kept(NamedTuple):
+    """Packed weights, and of what and how they were made."""
+
+    made_as: list[Any]
+    stamp: list[Any]
+    tensors: list[Tensor]
+    states: Any  # a native watch of those tensors
+    aliases: list[Tensor]  # keep the storages alive, so that no other tensor can appear at the same address
+    packed: _Packed
+
+
+class PackedCache:
+    """Packed weights of one module, valid while the tensors they came from stay what they were.
+
+    By its ``token`` an op of a compiled graph finds it, since a graph can hold a number but not an object.
+    """
+
+    _by_token: ClassVar[weakref.WeakValueDictionary[int, PackedCache]] = weakref.WeakValueDictionary()
+    _tokens: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self, fold: Callable[..., _Packed] | None = None) -> None:
+        """``fold``: what makes them, instead of :func:`fold_and_pack`, of the same arguments."""
+        self._fold = fold
+        self._kept: _Kept | None = None  # one value, so that threads see it whole
+        self._captured: list[_Packed] = []
+        self.token = next(self._tokens)
+        self._by_token[self.token] = self
+
+    @classmethod
+    def of(cls, token: int) -> PackedCache | None:
+        """That of this token; None once its module is gone."""
+        return cls._by_token.get(token)
 
     def clear(self) -> None:
-        self._entry = None
+        self._kept = None
 
-    def hold_if_captured(self, packed: PackedWeights) -> PackedWeights:
+    def hold_if_captured(self, packed: _Packed) -> _Packed:
         """Keeps weights on a GPU alive for good that a CUDA graph is now being captured with: it reads them there."""
-        if capturing(packed.b_project.device) and not any(held is packed for held in self._captured):
+        if capturing(_one_of(packed).device) and not any(held is packed for held in self._captured):
             self._captured.append(packed)
         return packed
 
@@ -113,33 +143,42 @@ class PackedCache:
         dtype: torch.dtype,
         backend: str = "auto",
         in_graph: bool = False,
-    ) -> PackedWeights:
+    ) -> _Packed:
         """Arguments as those of :func:`fold_and_pack`, which runs when any of them changed.
 
         ``in_graph``: called by a compiled graph, whose memory may be its own.
         """
         tensors = [t for t in sources if t is not None]
+        fold = self._fold or fold_and_pack
+        made_as, kept = [dtype, backend, *eps], self._kept
+        if kept is not None and made_as == kept.made_as:
+            same = len(tensors) == len(kept.tensors) and all(map(operator.is_, tensors, kept.tensors))
+            if same and kept.states.holds():
+                return self.hold_if_captured(kept.packed)
         if not lasting(tensors):
-            return fold_and_pack(sources, eps, dtype, backend)
-        stamp = [dtype, backend, *eps, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
+            return fold(sources, eps, dtype, backend)
         # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-        stamp += [t.stride() for t in tensors if t.dim() == 4]
-        stamp += [t.shape for t in tensors if t.dim() == 4]
-        entry = self._entry
-        if entry is None or stamp != entry[0]:
+        shaped = [t for t in tensors if t.dim() > 1]
+        stamp = [[(t._version, t.data_ptr()) for t in tensors], [(t.stride(), t.shape) for t in shaped]]
+        if kept is None or made_as != kept.made_as or stamp != kept.stamp:
+            states = ops._C.Watch([], [], [], tensors, shaped)
             # Ordinary tensors, that a later call's derivative may keep.
             with torch.inference_mode(False), torch.no_grad():
-                packed = fold_and_pack(sources, eps, dtype, backend)
-            if not may_be_kept(packed.b_project, in_graph):
+                packed = fold(sources, eps, dtype, backend)
+            if not may_be_kept(_one_of(packed), in_graph):
                 return packed
-            # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-            self._entry = entry = stamp, [t.detach() for t in tensors], packed
-        return self.hold_if_captured(entry[2])
+            self._kept = kept = _Kept(made_as, stamp, tensors, states, [t.detach() for t in tensors], packed)
+        return self.hold_if_captured(kept.packed)
 
-    def keeps(self, packed: PackedWeights) -> bool:
+    def keeps(self, packed: _Packed) -> bool:
         """Whether they are what it keeps now."""
-        entry = self._entry
-        return entry is not None and entry[2] is packed
+        kept = self._kept
+        return kept is not None and kept.packed is packed
+
+
+def _one_of(packed: _Packed) -> Tensor:
+    """They were made together, on one device."""
+    return next(t for t in packed if t is not None)
 
 
 class Watch:

@@ -32,7 +32,7 @@ from test_triton_variants import every_pair, spec_of
 from mnv2_fused import BlockSpec, cuda_plan, fold, inverted_residual_reference, pack
 from mnv2_fused.block import ACTIVATIONS, TORCH_ACTIVATIONS
 from mnv2_fused.cuda_plan import stem_size
-from mnv2_fused.sequence import join
+from mnv2_fused.runs import join
 from mnv2_fused.testing import agreement, mobilenet_v2_blocks, random_weights, threads
 
 pytestmark = pytest.mark.usefixtures("poison")

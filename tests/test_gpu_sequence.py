@@ -16,7 +16,7 @@ from mnv2_fused import BlockSpec, FusedInvertedResidual, fold, ops, watch
 from mnv2_fused import inverted_residual_reference as reference
 from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
 from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
-from mnv2_fused.sequence import join
+from mnv2_fused.runs import join
 from mnv2_fused.testing import agreement, perturb_batch_norm
 from mnv2_fused.watch import lasting
 
@@ -324,7 +324,7 @@ def test_gpu_folds_once(monkeypatch):
         folds.append(1)
         return original(*arguments)
 
-    for name in ("watch", "module"):
+    for name in ("watch", "runs", "module"):
         monkeypatch.setattr(f"mnv2_fused.{name}.fold_and_pack", counted)
     fused = mnv2_fused.fuse(network())
     block, x = fused.features[3], images(1, 3, 32, 32)
@@ -408,7 +408,7 @@ def test_what_a_capture_folds_is_not_kept(counted, monkeypatch):
         assert fused._prepared is None
     with torch.no_grad():
         fused[1](images(1, 8, 7, 7))
-    assert fused[1]._ready is None and fused[1]._cache._entry is None
+    assert fused[1]._ready is None and fused[1]._cache._kept is None
     assert len(counted) == 2
 
 
@@ -428,7 +428,7 @@ def test_what_a_graph_was_captured_with_stays(monkeypatch):
         assert [held is first for held in cache._captured] == [True]
         source.mul_(2)
         in_graph = packed()
-        assert in_graph is not packed() and cache._entry[2] is first  # folded by every replay
+        assert in_graph is not packed() and cache._kept.packed is first  # folded by every replay
     cache.clear()
     assert packed() is packed() is not first
     assert cache._captured == [first]

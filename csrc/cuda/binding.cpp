@@ -295,7 +295,7 @@ Tensor sequence(const Tensor& x, const Tensor& weights, IntHeaderOnlyArrayRef la
       reinterpret_cast<uintptr_t>(weights.const_data_ptr()) % kAlignment != 0)
     fail(
         "weights must be one contiguous row of bytes that starts at a multiple of 16, as "
-        "mnv2_fused.sequence.join makes it");
+        "mnv2_fused.runs.join makes it");
   std::vector<BlockShape> blocks;
   Sizes y_sizes = sizes;
   for (const LayerShape& layer : layer_shapes(layers, sizes)) {
@@ -314,7 +314,7 @@ Tensor sequence(const Tensor& x, const Tensor& weights, IntHeaderOnlyArrayRef la
   });
   if (sequence.weights() != weights.numel())
     fail("these layers take ", sequence.weights(), " bytes of weights for x of this dtype, got ",
-         weights.numel(), "; pack them for it and join them with mnv2_fused.sequence.join");
+         weights.numel(), "; pack them for it and join them with mnv2_fused.runs.join");
   const int64_t bytes = std::max<int64_t>(sequence.memory(), 1);
   const Tensor memory = empty({&bytes, 1}, ScalarType::Byte, device, MemoryFormat::Contiguous);
   const bool stem = blocks[0].expand == Expand::kStem;

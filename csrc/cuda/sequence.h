@@ -58,7 +58,7 @@ class Sequence {
   }
 
  private:
-  static constexpr int64_t kJoined = 64;  // bytes, as sequence.join aligns them
+  static constexpr int64_t kJoined = 64;  // bytes, as runs.join aligns them
 
   int64_t y_bytes(size_t i) const {
     return round_up(layers_[i].shape.out_elements() * element_size(precision_), 256);

@@ -1,0 +1,236 @@
+"""Which neighbouring modules of a network one kernel computes, and their weights as a row of layers takes them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import layers, ops
+from .block import ACTIVATIONS, GATES, BlockSpec
+from .fold import fold_conv_bn, pack_conv, pack_stem
+from .module import FusedBlock
+from .ops import LayerKind
+from .watch import fold_and_pack, lasting, parameters_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What runs as one kernel: neighbouring children of a sequence."""
+
+    kind: LayerKind
+    modules: list[nn.Module]
+    before: nn.Module | None = None  # the child in front of them
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        return next((m for m in self.modules if isinstance(m, nn.Linear)), None)
+
+    @property
+    def geometry(self) -> list[int]:
+        """This layer's part of the op's ``layers``; see :class:`mnv2_fused.ops.LayerKind`."""
+        first, last = self.modules[0], self.modules[-1]
+        if isinstance(last, FusedBlock):
+            spec, stem = last.spec, None if first is last else first
+            values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
+            further = _further(spec, "relu6" if stem is None else layers.activation_of(stem[2]))
+            in_channels = spec.in_channels if stem is None else stem[0].in_channels
+            return [self.kind, in_channels, *values, len(further), *further]
+        if (linear := self.linear) is not None:
+            c_out, c_in = linear.weight.shape
+            activation = "identity" if last is linear else layers.activation_of(last)
+            usual = activation == "identity"
+        else:
+            c_in, c_out, activation = first[0].in_channels, first[0].out_channels, layers.activation_of(first[2])
+            usual = activation == "relu6"
+        further = [] if usual else [ACTIVATIONS.index(activation)]
+        return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
+
+
+def sources_of(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[float]]:
+    """What the weights of layers in a row are made of, as :func:`fold_layers` takes them, and the norms' eps.
+
+    Pooling, dropout and the like have none.
+    """
+    tensors: list[Tensor | None] = []
+    eps: list[float] = []
+    for module in modules:
+        if isinstance(module, FusedBlock):
+            of_block, of_norms = module._sources()
+            tensors += of_block
+            eps += of_norms
+        elif isinstance(module, nn.Linear):
+            tensors += [module.weight, module.bias]
+        elif isinstance(module, nn.Sequential):
+            conv, norm, _ = module
+            tensors += parameters_of(conv, norm)
+            eps.append(norm.eps)
+    return tensors, eps
+
+
+def fold_layers(
+    geometry: Sequence[int], sources: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, backend: str
+) -> Tensor:
+    """The weights of ``geometry``, the op's ``layers``, for the kernels of ``backend``, "cpu" or "cuda": [bytes]."""
+    tensors, epsilons = iter(sources), iter(eps)
+    packed: list[Tensor | None] = []
+
+    def conv_and_norm() -> tuple[Tensor, Tensor]:
+        return fold_conv_bn(*itertools.islice(tensors, 6), next(epsilons))
+
+    with torch.no_grad():
+        for (kind, *_), further in ops.split_layers(geometry):
+            if kind == LayerKind.STEM_AND_BLOCK:
+                packed += (pack_stem if backend == "cuda" else pack_conv)(*conv_and_norm(), dtype)
+            if kind <= LayerKind.STEM_AND_BLOCK:
+                stages = 3 if kind == LayerKind.BLOCK else 2
+                squeezed = 4 if further and further[_SQUEEZE_CHANNELS] else 0
+                of_block = list(itertools.islice(tensors, 6 * stages + squeezed))
+                packed += fold_and_pack(of_block, list(itertools.islice(epsilons, stages)), dtype, backend)
+            elif kind == LayerKind.LINEAR:
+                weight, bias = itertools.islice(tensors, 2)
+                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+                packed += pack_conv(weight[:, :, None, None], bias, dtype)
+            else:
+                packed += pack_conv(*conv_and_norm(), dtype)
+        return join([t for t in packed if t is not None])
+
+
+def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
+    """A block's further values in the op's ``layers``: none where all is as in MobileNetV2."""
+    if not spec.beyond_mobilenet_v2 and stem_activation == "relu6":
+        return []
+    padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(1, 1)
+    activation, out, squeezed, stem = map(
+        ACTIVATIONS.index, (spec.activation, spec.out_activation, spec.squeeze_activation, stem_activation)
+    )
+    gate = GATES.index(spec.gate)
+    return [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
+
+
+_SQUEEZE_CHANNELS = 8  # their place among those
+
+STEM_CHANNELS = 4  # of an image, at most, whose stem the CUDA kernel runs with the block behind it
+_ALIGNMENT = 64  # bytes, of every tensor among those joined: a cache line
+_HUGE_PAGE = 2**21
+
+
+def join(packed: Sequence[Tensor]) -> Tensor:
+    """Packed tensors of several layers one after the other, as ``mnv2_fused::sequence`` takes them: [bytes].
+
+    One tensor where a network has a hundred, so that a call has one to look at, on the CPU in huge pages where the
+    system has them: weights are read once a call, and more pages than the processor's address caches hold would be
+    looked up anew each time.
+    """
+    rows = [t.detach().contiguous().flatten().view(torch.uint8) for t in packed]
+    ends = list(itertools.accumulate(-(-row.numel() // _ALIGNMENT) * _ALIGNMENT for row in rows))
+    if not rows[0].is_cpu:
+        return torch.cat([F.pad(row, (0, -row.numel() % _ALIGNMENT)) for row in rows])
+    room = torch.empty(ends[-1] + _HUGE_PAGE, dtype=torch.uint8)
+    joined = room[-room.data_ptr() % _HUGE_PAGE :][: ends[-1]]
+    if ops._C is not None:
+        ops._C.advise_huge_pages(joined.data_ptr(), joined.numel())
+    for row, begin, end in zip(rows, [0, *ends[:-1]], ends, strict=True):
+        joined[begin : begin + row.numel()] = row
+        joined[begin + row.numel() : end] = 0
+    return joined
+
+
+def layers_of(children: list[nn.Module | None], backend: str = "cpu") -> Iterator[Layer | nn.Module | None]:
+    """``children`` in order: a :class:`Layer` where a kernel of ``backend`` takes them, else the child itself."""
+    layer_at = {"cpu": _layer_at, "cuda": _block_at}[backend]
+    previous = None
+    i = 0
+    while i < len(children):
+        kind, count = layer_at(children[i : i + 4], previous)
+        previous = kind
+        if kind is None:
+            yield children[i]
+        else:
+            yield Layer(kind, children[i : i + count], children[i - 1] if i > 0 else None)
+        i += count
+
+
+def _block_at(
+    ahead: list[nn.Module | None], previous: LayerKind | None = None, backend: str = "cuda"
+) -> tuple[LayerKind | None, int]:
+    """The kind of the block that the next modules begin with, or None, and how many of them it takes."""
+    first, second, *_ = [*ahead, None]
+    if isinstance(first, FusedBlock):
+        if _block_can_run(first, backend):
+            return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
+    elif isinstance(second, FusedBlock) and _is_conv(first, "stem") and _block_can_run(second, backend):
+        spec, conv = second.spec, first[0]
+        fits = backend == "cpu" or (conv.in_channels <= STEM_CHANNELS and spec.dilation == 1)
+        if fits and not spec.expand and not spec.residual and spec.in_channels == conv.out_channels:
+            return LayerKind.STEM_AND_BLOCK, 2
+    return None, 1
+
+
+def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tuple[LayerKind | None, int]:
+    """The kind of the layer that the next modules begin with, or None, and how many of them it takes."""
+    kind, count = _block_at(ahead, previous, "cpu")
+    if kind is not None:
+        return kind, count
+    first, *rest = ahead
+    second = rest[0] if rest else None
+    if _is_conv(first, "head"):
+        if _is_plain(second, nn.AdaptiveAvgPool2d) and second.output_size in (1, (1, 1)):
+            return LayerKind.POOLED, 2
+        return LayerKind.POINTWISE, 1
+    elif previous is LayerKind.POOLED and _is_plain(first, nn.Flatten) and (first.start_dim, first.end_dim) == (1, -1):
+        if count := _linear_at(rest):
+            return LayerKind.LINEAR, 1 + count
+    elif previous is LayerKind.LINEAR and (count := _linear_at(ahead)):
+        return LayerKind.LINEAR, count
+    return None, 1
+
+
+def _linear_at(ahead: list[nn.Module | None]) -> int:
+    """How many of the next modules are [dropout,] linear layer [, activation]; 0 where they are something else."""
+    dropouts = 1 if ahead and _is_plain(ahead[0], nn.Dropout) and not ahead[0].training else 0
+    linear, activation, *_ = [*ahead[dropouts:], None, None]
+    if not (_is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear)):
+        return 0
+    if activation is None or "forward" in vars(activation) or layers.has_hooks(activation):
+        return dropouts + 1
+    try:
+        layers.activation_of(activation)
+    except layers.Unfusable:
+        return dropouts + 1
+    return dropouts + 2
+
+
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether it is just that: no subclass, nothing hooked, no weight that is computed from others."""
+    if type(module) is not kind or "forward" in vars(module) or layers.has_hooks(module):
+        return False
+    return kind is not nn.Linear or ("weight" in module._parameters and not layers.is_compiled(module))
+
+
+def _is_lasting(*tensors: Tensor | None) -> bool:
+    """Whether they are ordinary tensors of one kind whose changes can be seen."""
+    found = [t for t in tensors if t is not None]
+    ordinary = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in found)
+    return ordinary and lasting(found) and len({(t.dtype, t.device) for t in found}) == 1
+
+
+def _bias_fits(linear: nn.Linear) -> bool:
+    return linear.bias is None or linear.bias.shape == linear.weight.shape[:1]  # another shape is broadcast
+
+
+def _is_conv(module: nn.Module, name: str) -> bool:
+    if not isinstance(module, nn.Sequential) or next(layers.conv_objections(module, name), None) is not None:
+        return False
+    conv, norm, _ = module
+    return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
+
+
+def _block_can_run(block: FusedBlock, backend: str) -> bool:
+    if block.backend not in ("auto", backend) or "forward" in vars(block) or layers.has_hooks(block):
+        return False
+    return block.fits_sequence()

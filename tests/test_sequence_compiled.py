@@ -1,0 +1,309 @@
+"""Sequences and whole models in compiled graphs: one op a run, which notices what a call of the model itself would."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+from whole_models import HEAD, LINEAR, MAP_ONLY, POOLED, STEM, WHOLE, B, fitted, fused_model, make_x, near, other_state
+
+from mnv2_fused import runs as runs_module
+from mnv2_fused import unfuse
+from mnv2_fused.sequence import RunsFused, _traced
+from mnv2_fused.testing import agreement
+from mnv2_fused.watch import PackedCache
+
+pytestmark = pytest.mark.usefixtures("nothing_records", "fresh_graphs")
+
+
+def compiled(model, backend="aot_eager", **options):
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """One entry for each time that a row of layers is folded."""
+    found, original = [], runs_module.fold_layers
+
+    def counted(*arguments):
+        found.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr("mnv2_fused.sequence.fold_layers", counted)
+    return found
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_whole_model_is_one_op(backend, called, ran, folds):
+    model, x = fused_model(), make_x()
+    expected = model(x)
+    if not called:
+        model = fused_model()
+    ran.clear()
+    folds.clear()
+    graph = compiled(model, backend)
+    for _ in range(3):
+        assert torch.equal(graph(x), expected)
+    assert ran == [WHOLE] * 3 and len(folds) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_precisions(dtype, ran):
+    model, x = fused_model().to(dtype), make_x(dtype=dtype)
+    y = compiled(model)(x)
+    assert ran == [WHOLE] and torch.equal(y, model(x))
+
+
+def test_features_give_the_whole_map(ran):
+    features, x = fused_model().features, make_x()
+    y, expected = compiled(features)(x), features(x)
+    assert ran == MAP_ONLY * 2
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+
+
+def test_changed_weights_are_noticed(ran):
+    model, x = fused_model(), make_x()
+    graph = compiled(model)
+    changes = {
+        "in place": lambda: model.features[0][0].weight.mul_(1.5),
+        "of the head": lambda: model.features[-1][1].running_var.mul_(2),
+        "of the classifier": lambda: model.classifier[1].bias.add_(1),
+        "by .data": lambda: setattr(model.features[2].conv[0][0].weight, "data", torch.randn(24, 8, 1, 1)),
+        "replaced": lambda: setattr(model.classifier[1], "weight", nn.Parameter(torch.randn(10, 1280) / 30)),
+        "loaded": lambda: model.load_state_dict(other_state()),
+        "eps": lambda: setattr(model.features[2].conv[3], "eps", 0.5),
+        "eps of the stem": lambda: setattr(model.features[0][1], "eps", 0.5),
+        "assigned": lambda: model.load_state_dict(fitted().state_dict(), assign=True),
+    }
+    last = graph(x)
+    for name, change in changes.items():
+        change()
+        y = graph(x)
+        assert near(y, unfuse(model)(x)), name
+        assert not torch.allclose(y, last), name
+        last = y
+    assert ran == [WHOLE] * (len(changes) + 1)
+
+
+def test_its_weights_are_folded_while_it_is_traced_and_when_they_change(folds):
+    model, x = fused_model(), make_x()
+    before_running = []
+    graph = compiled(model, lambda module, _: before_running.append(len(folds)) or module)
+    for _ in range(3):
+        graph(x)
+    assert before_running == [1] and len(folds) == 1
+    model.features[0][0].weight.mul_(1.5)
+    for _ in range(3):
+        graph(x)
+    assert before_running == [1] and len(folds) == 2
+
+
+IN_TRAINING = {
+    "a norm of the stem": lambda model: model.features[0][1],
+    "a norm of a block": lambda model: model.features[2].conv[3],
+    "a norm of the head": lambda model: model.features[-1][1],
+    "a block": lambda model: model.features[2],
+    "the dropout": lambda model: model.classifier[0],
+}
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_a_module_put_into_training_afterwards_is_noticed(name, ran):
+    model, x = fused_model(), make_x()
+    model.classifier[0].p = 1e-9  # so that nothing is left to chance
+    graph = compiled(model)
+    graph(x)
+    ran.clear()
+    IN_TRAINING[name](model).train()
+    y = graph(x)
+    assert WHOLE not in ran
+    assert near(y, unfuse(copy.deepcopy(model))(x))
+    IN_TRAINING[name](model).eval()
+    graph(x)
+    assert ran[-1] == WHOLE
+
+
+def test_train_runs_the_modules(ran):
+    model, plain, x = fused_model(), copy.deepcopy(fitted()), make_x(4)
+    graph = compiled(model)
+    graph(x)
+    ran.clear()
+    for one in (model, plain):
+        one.train()
+        one.classifier[0].p = 0.0
+    torch.testing.assert_close(graph(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert not ran
+    torch.testing.assert_close(model.features[2].conv[3].running_mean, plain.features[2].conv[3].running_mean)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients(frozen, ran):
+    model, plain, x = fused_model(), copy.deepcopy(fitted()), make_x()
+    if frozen:
+        model.requires_grad_(False)
+        plain.requires_grad_(False)
+    graph, leaves, gradients = compiled(model), [], []
+    with torch.enable_grad():
+        if frozen:
+            assert torch.equal(graph(x), model(x)) and ran == [WHOLE] * 2
+            ran.clear()
+        for one in (graph, plain):
+            leaf = x.clone().requires_grad_()
+            one(leaf).square().sum().backward()
+            leaves.append(leaf.grad)
+            gradients.append([p.grad for p in (model if one is graph else plain).parameters()])
+    assert not ran
+    torch.testing.assert_close(*leaves, rtol=1e-3, atol=1e-3 * leaves[1].abs().max().item())
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None) == frozen
+        if not frozen:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_a_trainable_module_between_frozen_ones(ran):
+    """What comes after it records: by the modules, all of them."""
+    model = fused_model().requires_grad_(False)
+    model.features.insert(2, nn.Conv2d(8, 8, 1))
+    x, graph = make_x(), compiled(model)
+    assert torch.equal(graph(x), model(x))
+    assert ran == [[STEM], [B, B, B, POOLED, LINEAR]] * 2
+    ran.clear()
+    with torch.enable_grad():
+        graph(x).square().sum().backward()
+        found, model.features[2].weight.grad = model.features[2].weight.grad, None
+        unfuse(model)(x).square().sum().backward()
+    assert not ran
+    plain = unfuse(model)
+    with torch.enable_grad():
+        plain(x).square().sum().backward()
+    torch.testing.assert_close(found, plain.features[2].weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_two_models_of_one_kind_keep_to_their_own_graphs(ran):
+    """Their classes' code is the same, and so is its cache of graphs."""
+    first, second = fused_model(), fused_model()
+    second.load_state_dict(other_state())
+    x = make_x()
+    graphs = [compiled(first), compiled(second)]
+    for _ in range(2):
+        for graph, model in zip(graphs, (first, second), strict=True):
+            assert torch.equal(graph(x), model(x))
+    third = copy.deepcopy(first)
+    third.features[2].conv[1].register_forward_hook(lambda module, inputs, y: y * 2)
+    ran.clear()
+    y = torch.compile(third, backend="aot_eager")(x)
+    assert WHOLE not in ran and near(y, unfuse(third)(x))
+
+
+def test_copies_have_weights_of_their_own():
+    model, x = fused_model(), make_x()
+    graph = compiled(model)
+    graph(x)
+    other = copy.deepcopy(model)
+    other.load_state_dict(other_state())
+    assert torch.equal(compiled(other)(x), other(x))
+    assert torch.equal(graph(x), model(x))
+
+
+def test_folded_weights_go_with_the_model():
+    model = fused_model()
+    compiled(model, "eager")(make_x())
+    (cache,) = _traced[model].values()
+    token = cache.token
+    assert PackedCache.of(token) is cache
+    torch.compiler.reset()
+    del model, cache
+    gc.collect()
+    assert PackedCache.of(token) is None
+
+
+def test_dynamic_shapes_are_one_graph(ran):
+    model, graphs = fused_model(), []
+    graph = compiled(model, lambda module, _: graphs.append(module) or module, dynamic=True)
+    for n, h, w in [(2, 33, 40), (3, 64, 48), (5, 57, 31)]:
+        x = torch.randn(n, 3, h, w)
+        assert torch.equal(graph(x), model(x))
+    assert len(graphs) == 1
+    assert ran == [WHOLE] * 6
+
+
+def test_autocast_runs_block_by_block(ran):
+    model, x = fused_model(), make_x()
+    graph = compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = graph(x)
+        found = agreement(y, fitted()(x), copy.deepcopy(fitted()).double()(x.double()))
+    assert not ran and y.dtype == torch.bfloat16 and found.ok, found
+    assert torch.equal(graph(x), model(x)) and ran == [WHOLE] * 2
+
+
+def test_an_input_of_another_dtype_raises_as_always():
+    model, x = fused_model(), make_x()
+    with pytest.raises(Exception, match=r"float64|double"):
+        compiled(model)(x.double())
+
+
+@pytest.mark.parametrize("name", ["hooked", "replaced"])
+def test_what_may_not_run_is_found_while_tracing(name, ran):
+    model, x = fused_model(), make_x()
+    if name == "hooked":
+        model.features[2].conv[0].register_forward_hook(lambda module, inputs, y: y * 2)
+    else:
+        model.features[2].conv[0][2] = nn.GELU()
+    with pytest.warns(UserWarning, match="unfused"):
+        expected = model(x)
+    ran.clear()
+    assert near(torch.compile(model, backend="aot_eager")(x), expected)
+    assert ran and WHOLE not in ran
+
+
+def test_inductors_layers_around_a_sequence(ran):
+    """The graph's own layers, and their layouts, between ops."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(1280, 4, 1)
+            self.features = fused_model().features
+
+        def forward(self, x):
+            return self.after(self.features(torch.relu(self.before(x)) * 2)).sigmoid()
+
+    model, x = Around().eval(), make_x()
+    torch.testing.assert_close(compiled(model, "inductor")(x), model(x), rtol=1e-4, atol=1e-5)
+    assert ran == [[STEM, B, B, B, HEAD]] * 2
+
+
+def test_transforms_run_the_modules(ran):
+    model, x = fused_model().requires_grad_(False), make_x()
+    found = torch.compile(lambda x: torch.func.vmap(model)(x[None])[0], backend="eager")(x)
+    assert near(found, fitted()(x)) and not ran
+
+
+def test_parameters_given_from_outside(ran):
+    """torch.func.functional_call inside a graph: the op gets the weights that are given."""
+    model, x = fused_model(), make_x()
+    given = {name: t.clone() for name, t in other_state().items()}
+    other = fused_model()
+    other.load_state_dict(given)
+    graph = torch.compile(lambda given, x: torch.func.functional_call(model, given, (x,)), backend="aot_eager")
+    assert near(graph(given, x), unfuse(other)(x))
+    assert near(compiled(model)(x), unfuse(model)(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_hold_their_weights(strict):
+    model, x = fused_model(), make_x()
+    program = torch.export.export(model, (x,), strict=strict)
+    assert near(program.module()(x), model(x))
+    assert "cached_sequence" not in str(program.graph)
+
+
+def test_is_a_sequence_of_its_own():
+    """Slices of a fused Sequential run and compile, too."""
+    part = fused_model().features[1:4]
+    assert isinstance(part, RunsFused)
+    x = torch.randn(2, part[0].spec.in_channels, 17, 20)
+    assert torch.equal(compiled(part)(x), part(x))
