@@ -7,9 +7,11 @@ weights there, and no dirty lines to evict either. Warm: calls back to back. Not
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_block import eager_block
@@ -120,6 +122,15 @@ class Graphed:
         return self.y
 
 
+APART = ", launches apart"
+
+
+def graphed_apart(call: Call) -> Graphed:
+    """``call`` as a graph, none of whose kernels starts before the one in front of it has ended."""
+    with mock.patch.dict(os.environ, MNV2_FUSED_PDL="0"):
+        return Graphed(call)
+
+
 def compiled(model: nn.Module, x: Tensor, mode: str) -> Call:
     """``torch.compile`` of the channels_last model; its CUDA graph reads ``x`` in place, as the others do."""
     module = torch.compile(copy.deepcopy(model).to(memory_format=torch.channels_last), mode=mode)
@@ -150,6 +161,8 @@ def network_builders(model: nn.Module, v1: nn.Module, x: Tensor, modes: Sequence
         builders[f"{FUSED} {backend}{GRAPHED}"] = lambda call=call: Graphed(call())
         if not modes:
             builders[f"{FUSED} {backend}"] = call
+        if not modes and backend == "cuda":
+            builders[f"{FUSED} {backend}{GRAPHED}{APART}"] = lambda call=call: graphed_apart(call())
     channels_last = lambda of=model: engines.eager_channels_last(of, x, dtype, 1)  # noqa: E731
     builders[CHANNELS_LAST] = channels_last
     builders[CHANNELS_LAST + GRAPHED] = lambda: Graphed(channels_last())

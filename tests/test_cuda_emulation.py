@@ -211,6 +211,11 @@ WRONG = {
     "read of an unfinished copy": "reads shared byte .* is still copying to",
     "copy finished by its thread only": "which thread .*(wrote|read) since the last barrier|is still copying to",
     "copy over what others read": "which thread .*(wrote|read) since the last barrier|is still copying to",
+    "read before the last kernel's end": r"reads before previous_finishes\(\)",
+    "copy before the last kernel's end": r"reads before previous_finishes\(\)",
+    "store before the last kernel's end": r"writes before previous_finishes\(\)",
+    "read of the last kernel's results as of constants": "reads as a constant what the kernel before may have written",
+    "start of the next kernel before the last one's end": "lets the next kernel start beside the one before this",
 }
 
 
@@ -833,6 +838,7 @@ STEMMED = BlockSpec(20, 20, 24, expand=False)
 
 # What is changed in kernel.cuh or products.cuh; the precision and the block that then must show it are float32 and
 # PADDED but for those of SHOWN_BY.
+WAITS = "  previous_finishes();\n  next_may_start();\n"
 MUTATIONS = {
     "barrier before a group": ("    barrier();  // this group's weights are there", "    //"),
     "barrier after the expansion": ("        barrier();  // e is there, too", "        ;"),
@@ -861,7 +867,7 @@ MUTATIONS = {
     "residual after splits": ("if (a.residual) {", "if (false) {"),
     "zeros outside the image": ("store_shared(l.e + i, uint4{0, 0, 0, 0})", ""),
     "mask of hidden channels": ("      keep(q, channels - last", "      if (false) keep(q, channels - last"),
-    "mask of input channels": ("exists ? load_global", "true ? load_global"),
+    "mask of input channels": ("exists ? load_written", "true ? load_written"),
     "mask of output channels": ("second, channels - channel - int(kPanel))", "second, 4)"),
     "first ReLU6": ("return Numbers<kPrecision>::narrow_relu6(v)", "return Numbers<kPrecision>::narrow(v)"),
     "second ReLU6": ("return N::narrow_relu6(v)", "return N::narrow(v)"),
@@ -896,6 +902,11 @@ MUTATIONS = {
     "output's activation after splits": ("if constexpr (kActivated) sum", "if constexpr (false) sum"),
     "infinities that activations leave": ("infinite = infinite || found", "infinite = false"),
     "barrier after an expansion with infinities": ("infinite = barrier_any(found)", "infinite = found"),
+    "end of the kernel before": (f"{WAITS}  int pixels, e_at;", "  int pixels, e_at;"),
+    "end of the kernel before the sum over splits": (f"{WAITS}  if (pixel >= pixels)", "  if (pixel >= pixels)"),
+    "start of the next kernel": (f"{WAITS}  int pixels, e_at;", "  next_may_start();\n  int pixels, e_at;"),
+    "cache of x": ("exists ? load_written", "exists ? load_global"),
+    "cache of the residual": ("N::widen(load_written(reinterpret_cast", "N::widen(load_global(reinterpret_cast"),
     "gate": ("N::narrow({v.x * gate.x,", "N::narrow({v.x,"),
     "gate of another image": ("int64_t(gate_image) * a.hidden", "int64_t(0) * a.hidden"),
     "gate of another panel": ("a.hidden_panels + panel + p) * kPanel + 4 * t))", "a.hidden_panels) * kPanel + 4 * t))"),
@@ -917,6 +928,9 @@ MUTATIONS = {
     "activation between the gate's products": ("gated)\n    v = activated(v, a.activation);", "gated)\n    v += 0;"),
     "hardsigmoid": ("    v = clip(v + 3, 0, 6) * (1 / 6.f)", "    v = clip(v + 3, 0, 6)"),
     "sums of the gate's parts": ("part < kSums; ++part)", "part < kSums - 1; ++part)"),
+    "end of the kernel before the gate's products": (f"{WAITS}  float sum = 0;", "  float sum = 0;"),
+    "cache of the pool's sums": ("rows += load_written(", "rows += load_global("),
+    "cache of the gate": ("gate = load_written(", "gate = load_global("),
     "image's border": (" && at_col < a.image_width", ""),
     "image's first column": ("kStemStride) - 1 + col", "kStemStride) + col"),
     "image's channels": ("from + k * a.x_channel", "from + k"),
@@ -927,6 +941,7 @@ MUTATIONS = {
     "rows of a window": ("window[i][lower] + q * to_row", "window[i][lower]"),
     "a window's fourth column": ("window[i][lower] = t < 3 ?", "window[i][lower] = true ?"),
     "zeros of a stem": ("store_shared(a.shared.zeros, uint4{0, 0, 0, 0})", ""),
+    "cache of the image": ("a.in_channels ? load_written(", "a.in_channels ? load_global("),
     "stem's activation": ("activated(v, a.expand_activation)", "activated(v, a.activation)"),
 }  # fmt: skip
 SHOWN_BY = {
@@ -940,6 +955,7 @@ SHOWN_BY = {
     "diagonal": ("float16", PADDED),
     "odd columns": ("float32", STRIDED),
     "mask of output channels": ("float16", PADDED),
+    "cache of x": ("float16", PADDED),
     "out blocks": ("float32", OUT_BLOCKS),
     "exchange": ("float16", WIDE),
     "infinities": ("float16", UNEXPANDED),

@@ -195,6 +195,24 @@ def test_changed_weights_are_noticed(counted):
     assert len(counted) == 3
 
 
+@pytest.mark.usefixtures("fresh_graphs")
+def test_compiled_graphs_make_the_same_calls(counted):
+    """On a GPU head and classifier are the graph's own."""
+    for model, x in ((network(), images(2, 3, 33, 40)), (blocks((8, 6, 1, 1), (6, 6, 1, 6)), images(1, 8, 9, 9))):
+        fused, plain = runs_fused(model)
+        compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        verified(fused, plain, x)
+        once = counted.copy()
+        verified(compiled, plain, x)
+        assert counted == once * 2 and len(once) == 1
+        with torch.no_grad():
+            for one in (fused, plain):
+                next(one.parameters()).mul_(1.5)
+        verified(compiled, plain, x)
+        assert counted == once * 3
+        counted.clear()
+
+
 def test_where_gradients_or_autocast_are_on_blocks_run_one_by_one(counted):
     fused, plain = runs_fused(blocks((8, 6, 2, 6), (6, 6, 1, 6)))
     x = images(1, 8, 9, 9)
@@ -291,6 +309,54 @@ def test_gpu_graph_of_a_network_replays():
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, fused(x))
+
+
+@gpu
+@cuda_itself
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("kind", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_gpu_kernels_that_start_early_wait_for_each_other(kind, graphed, monkeypatch):
+    """Many short kernels one after the other, splits and squeeze-and-excite among them: the same bits as one by one."""
+    make = {"mobilenet_v2": mnv2_fused.models.mobilenet_v2, "mobilenet_v3_small": mnv2_fused.models.mobilenet_v3_small}
+    torch.manual_seed(0)
+    fused = perturb_batch_norm(make[kind](num_classes=10)).eval().to(DEVICE).half()
+    x = images(1, 3, 64, 64, dtype=torch.float16)
+    with torch.inference_mode():
+        monkeypatch.setenv("MNV2_FUSED_PDL", "0")
+        expected = [fused.features(x * i) for i in range(1, 6)]
+        monkeypatch.delenv("MNV2_FUSED_PDL")
+        given, call = x.clone(), lambda: fused.features(given)
+        if graphed:
+            call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = call()
+
+            def call():
+                graph.replay()
+                return y
+
+        for i in range(200):
+            torch.mul(x, i % 5 + 1, out=given)  # a kernel that knows nothing of what follows it
+            assert torch.equal(call(), expected[i % 5])
+
+
+@gpu
+@cuda_itself
+def test_gpu_the_first_kernel_of_a_call_waits_for_changed_weights():
+    """Blocks' weights are read before their input is there, but never while something else may write them."""
+    fused, _ = runs_fused(blocks((64, 64, 1, 6), (64, 64, 1, 6)).half())
+    x = images(1, 64, 7, 7, dtype=torch.float16).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        fused(x)
+        run = fused._prepared.steps[0]
+        weights = [run.weights, torch.zeros_like(run.weights)]
+        results = [op(x, w, run.geometry).clone() for w in weights]
+        assert not torch.equal(*results)
+        now = torch.empty_like(run.weights)
+        for i in range(200):
+            now.copy_(weights[i % 2])
+            assert torch.equal(op(x, now, run.geometry), results[i % 2])
 
 
 @gpu

@@ -31,10 +31,31 @@ MNV2_DEVICE void store_shared(int offset, V value) {
   *reinterpret_cast<V*>(shared_memory + offset) = value;
 }
 
-// Global memory that no thread of this launch writes.
+// From 9.0 on a kernel may start while the one before it in the stream ends. Waits for its end: before
+// that, nothing may be read that it may have written, and nothing written that it may read.
+MNV2_DEVICE void previous_finishes() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the kernel behind this one start, once all threads have come here. Only after
+// previous_finishes(), so that no kernel runs beside the last but one.
+MNV2_DEVICE void next_may_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Weights: global memory that no kernel of this call writes.
 template <class V>
 MNV2_DEVICE V load_global(const V* at) {
   return __ldg(at);
+}
+// Global memory that a kernel before this one may have written, but no thread of this launch does. Not
+// through the cache for constants, which may hold what was there when this kernel started.
+template <class V>
+MNV2_DEVICE V load_written(const V* at) {
+  return *at;
 }
 template <class V>
 MNV2_DEVICE void store_global(V* at, V value) {

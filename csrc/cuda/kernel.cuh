@@ -351,7 +351,7 @@ MNV2_DEVICE void copy_x(const Args& a, const Tile& tile, int first_panel, int pa
         for (int k = 0; k < kElements; ++k) {
           const bool exists = channel + k < a.in_channels;
           store_shared(at + k * int(sizeof(Element)),
-                       exists ? load_global(pixel + channel + k) : Element(0));
+                       exists ? load_written(pixel + channel + k) : Element(0));
         }
       }
     }
@@ -379,7 +379,7 @@ MNV2_DEVICE void copy_image(const Args& a, const Tile& tile, int threads) {
     Element v[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      v[k] = inside && k < a.in_channels ? load_global(from + k * a.x_channel) : Element(0);
+      v[k] = inside && k < a.in_channels ? load_written(from + k * a.x_channel) : Element(0);
     store_shared(((image * a.image_rows + row) * pitch + col) * kQuad, N::quad(v));
   }
   for (int i = threadIdx.x; i < tile.pixels; i += threads) {
@@ -710,11 +710,11 @@ MNV2_DEVICE float4 load_quad(const typename Numbers<kPrecision>::Element* from, 
                              bool vectors) {
   using N = Numbers<kPrecision>;
   using Quad = typename N::Quad;
-  if (vectors && channels >= 4) return N::widen(load_global(reinterpret_cast<const Quad*>(from)));
-  return {channels > 0 ? N::widen(load_global(from)) : 0.f,
-          channels > 1 ? N::widen(load_global(from + 1)) : 0.f,
-          channels > 2 ? N::widen(load_global(from + 2)) : 0.f,
-          channels > 3 ? N::widen(load_global(from + 3)) : 0.f};
+  if (vectors && channels >= 4) return N::widen(load_written(reinterpret_cast<const Quad*>(from)));
+  return {channels > 0 ? N::widen(load_written(from)) : 0.f,
+          channels > 1 ? N::widen(load_written(from + 1)) : 0.f,
+          channels > 2 ? N::widen(load_written(from + 2)) : 0.f,
+          channels > 3 ? N::widen(load_written(from + 3)) : 0.f};
 }
 
 MNV2_DEVICE float4 load_floats(const float* from, int channels) {
@@ -816,6 +816,8 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
 
   int stage = l.weights;
   start_weights(stage, first);
+  previous_finishes();
+  next_may_start();
   int pixels, e_at;
   int outs = 0;        // of a lane in the image, for its sum
   int gate_image = 0;  // which image's gate is its
@@ -870,7 +872,7 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
       float4 total = {0, 0, 0, 0}, gate = {1, 1, 1, 1};
       if constexpr (kGeneral && !kPool) {
         if (a.gate)
-          gate = load_global(reinterpret_cast<const float4*>(
+          gate = load_written(reinterpret_cast<const float4*>(
               a.gate + (int64_t(gate_image) * a.hidden_panels + panel + p) * kPanel + 4 * t));
       }
       const auto finish = [&](int row, float4 v) {
@@ -954,6 +956,8 @@ add_splits_kernel(const Args a) {
   const int quads = int(ceil_div(a.out_channels, 4));
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t pixel = index / quads, pixels = int64_t(a.batch) * a.out_height * a.out_width;
+  previous_finishes();
+  next_may_start();
   if (pixel >= pixels) return;
   const int channel = int(index % quads) * 4, left = a.out_channels - channel;
   float4 sum = {0, 0, 0, 0};

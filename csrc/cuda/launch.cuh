@@ -3,8 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "launch.h"
 #include "variants.cuh"
@@ -17,10 +21,54 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Whether a kernel's code, on the current device, waits for the one before it where it starts early:
+// that of 9.0 and later does, PTX of earlier ones has no such instruction. Asked once.
+inline bool waits(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  const std::lock_guard lock(mutex);
+  const auto [at, added] = known.try_emplace({kernel, device});
+  if (added) {
+    cudaFuncAttributes attributes{};
+    int driver = 0;
+    check(cudaFuncGetAttributes(&attributes, kernel), "kernel");
+    check(cudaDriverGetVersion(&driver), "driver");
+    constexpr int kCaptures = 12030;  // from here on graphs keep such launches
+    at->second = attributes.ptxVersion >= 90 && driver >= kCaptures;
+  }
+  return at->second;
+}
+
+inline bool may_overlap() {
+  const char* const setting = std::getenv("MNV2_FUSED_PDL");
+  return !setting || std::string(setting) != "0";
+}
+
+// follows: whether the kernel may start while the one before it ends (programmatic dependent launch).
+template <class A>
+void start(void (*kernel)(A), dim3 grid, int64_t threads, int64_t shared, void* stream,
+           bool follows, const A& arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  if (follows && may_overlap() && waits(reinterpret_cast<const void*>(kernel))) {
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, arguments), "launch");
+}
+
 template <Precision kPrecision>
 void launch_as(const BlockShape& shape, const Plan& plan, const Call& call, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
   unsigned out_blocks = 1;
+  bool follows = call.follows;
   const auto run = [&](Kernel kernel) {
     const dim3 grid(unsigned(tiles_of(plan)), unsigned(plan.splits), out_blocks);
     // Past this a kernel has to ask.
@@ -28,8 +76,8 @@ void launch_as(const BlockShape& shape, const Plan& plan, const Call& call, void
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(plan.shared_bytes)),
             "shared memory");
-    kernel<<<grid, unsigned(plan.warps * kLanes), size_t(plan.shared_bytes), on>>>(call.args);
-    check(cudaGetLastError(), "launch");
+    start(kernel, grid, plan.warps * kLanes, plan.shared_bytes, stream, follows, call.args);
+    follows = true;
   };
   const auto pass = [&](Pass which) {
     if (!with_kernel<kPrecision>(shape, plan, which, run))
@@ -42,9 +90,8 @@ void launch_as(const BlockShape& shape, const Plan& plan, const Call& call, void
   out_blocks = unsigned(plan.out_blocks);
   pass(Pass::kLast);
   if (plan.splits == 1) return;
-  const Adding adding = adding_kernel<kPrecision>(shape);
-  adding<<<unsigned(add_blocks(shape)), unsigned(kAddThreads), 0, on>>>(call.args);
-  check(cudaGetLastError(), "launch of the sum over splits");
+  start(adding_kernel<kPrecision>(shape), dim3(unsigned(add_blocks(shape))), kAddThreads, 0, stream,
+        follows, call.args);
 }
 
 }  // namespace mnv2_fused::cuda

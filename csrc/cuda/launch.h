@@ -127,14 +127,17 @@ struct Input {
 struct Call {
   Args args;
   SqueezeProducts products;  // of a squeeze-and-excite
+  // Whether what runs before it on the stream are kernels of this file, none of which writes weights: it
+  // may start before they end.
+  bool follows = false;
 };
 // partial, pooled: memory of the plan's partial_bytes and squeeze_bytes, where it asks for some.
 inline Call make_call(const BlockShape& s, const Plan& p, Precision precision, const Input& x,
                       const WeightPointers& w, void* y, void* partial, void* pooled) {
   const auto floats = [&](size_t i) { return static_cast<const float*>(w[i]); };
   float* const sums = static_cast<float*>(pooled);
-  Call call{make_args(s, p, precision),
-            squeeze_products(s, p, {floats(6), floats(7), floats(8), floats(9)}, sums)};
+  Call call{.args = make_args(s, p, precision),
+            .products = squeeze_products(s, p, {floats(6), floats(7), floats(8), floats(9)}, sums)};
   Args& a = call.args;
   a.x = x.data;
   a.x_image = x.image;

@@ -15,13 +15,15 @@ product_kernel(const ProductArgs a) {
   const int col = thread % int(kPanel);
   const float* const in = a.in + int64_t(image) * a.rows * a.in_pitch;
   const float* const weight = a.weight + int64_t(panel) * a.in_channels * kPanel + col;
+  previous_finishes();
+  next_may_start();
   float sum = 0;
   for (int first = 0; first < a.in_channels; first += kChunk) {
     const int channel = first + thread % kChunk;
     float rows = 0;
     if (channel < a.in_channels) {
       for (int row = thread / kChunk; row < a.rows; row += kParts)
-        rows += load_global(in + int64_t(row) * a.in_pitch + channel);
+        rows += load_written(in + int64_t(row) * a.in_pitch + channel);
     }
     barrier();  // nobody reads the chunk before
     store_shared(thread * 4, rows);

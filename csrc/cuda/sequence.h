@@ -49,8 +49,10 @@ class Sequence {
       void* out = i % 2 ? memory + between_ - y_bytes(i) : memory;
       if (i + 1 == layers_.size()) out = y;
       char* const scratch = memory + between_;
-      launch(l, make_call(l.shape, l.plan, precision_, x, w, out, scratch,
-                          scratch + round_up(l.plan.partial_bytes, kJoined)));
+      Call call = make_call(l.shape, l.plan, precision_, x, w, out, scratch,
+                            scratch + round_up(l.plan.partial_bytes, kJoined));
+      call.follows = i > 0;
+      launch(l, call);
       const BlockShape& s = l.shape;
       const int64_t row = s.out_width() * s.out_channels;
       x = {out, s.out_height() * row, row, s.out_channels, 1};

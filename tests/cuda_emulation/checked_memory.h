@@ -23,13 +23,19 @@ template <class... Parts>
 constexpr int kUnit = 2;
 constexpr int64_t units(int64_t bytes) { return (bytes + kUnit - 1) / kUnit; }
 
-// Global memory that a kernel may read, or may write. None may be both: the kernel reads through a
-// cache that does not see what the launch writes.
+// Global memory that a kernel may read, or may write. None may be both: the kernel reads through
+// caches that do not see what the launch writes.
 struct Range {
   const void* begin;
   int64_t bytes;
   bool writable = false;
+  bool written = false;  // perhaps, by the kernel before this one, which may not have ended
 };
+
+enum class Through {
+  kConstants,
+  kData
+};  // caches: the first may hold what is older than the kernel
 
 class GlobalMemory {
  public:
@@ -38,13 +44,18 @@ class GlobalMemory {
       spans_.push_back({range, std::vector<Owner>(range.writable ? units(range.bytes) : 0)});
   }
 
-  void read(const void* from, int bytes, void* to) {
-    span_of(from, bytes, false, "reads ");
+  // alone: whether the kernel before this one has ended, as far as the thread knows.
+  void read(const void* from, int bytes, void* to, Through cache, bool alone) {
+    const Range& range = span_of(from, bytes, false, "reads ").range;
+    if (range.written && !alone) fail("reads before previous_finishes() what may not be there");
+    if (range.written && cache == Through::kConstants)
+      fail("reads as a constant what the kernel before may have written");
     std::memcpy(to, from, bytes);
   }
 
   // Each output has one owner.
-  void write(int block, int thread, void* to, int bytes, const void* from) {
+  void write(int block, int thread, void* to, int bytes, const void* from, bool alone) {
+    if (!alone) fail("writes before previous_finishes() what others may still read");
     Span& span = span_of(to, bytes, true, "writes ");
     const int64_t at = static_cast<char*>(to) - static_cast<const char*>(span.range.begin);
     for (int64_t u = at / kUnit; u < units(at + bytes); ++u) {

@@ -13,6 +13,7 @@ namespace {
 constexpr int kShared = 1024, kThreads = 64;
 
 alignas(16) float g_input[256];
+alignas(16) float g_result[256];  // of the kernel before
 alignas(16) float g_output[256];
 
 int thread() { return int(threadIdx.x); }
@@ -20,13 +21,16 @@ int thread() { return int(threadIdx.x); }
 const std::map<std::string, void (*)()> kKernels = {
     {"correct",
      [] {
+       previous_finishes();
+       next_may_start();
        store_shared(4 * thread(), float(thread()));
        if (thread() < 16) copy_16(512 + 16 * thread(), g_input + 4 * thread());
        copies_finish();
        barrier();
        const float v =
            load_shared<float>(4 * (thread() ^ 33)) + load_shared<float>(512 + 4 * thread());
-       store_global(g_output + thread(), from_lane(v, thread() % 32));
+       const float of_others = from_lane(v, thread() % 32) - load_written(g_result) + g_result[0];
+       store_global(g_output + thread(), of_others);
      }},
     {"missing barrier",
      [] {
@@ -64,9 +68,21 @@ const std::map<std::string, void (*)()> kKernels = {
        copies_finish();
      }},
     {"read of what is written", [] { load_global(g_output + thread()); }},
-    {"store to the input", [] { store_global(g_input + thread(), 1.f); }},
-    {"two stores to one output", [] { store_global(g_output + thread() / 2, 1.f); }},
-    {"two blocks' stores to one output", [] { store_global(g_output + thread(), 1.f); }},
+    {"store to the input",
+     [] {
+       previous_finishes();
+       store_global(g_input + thread(), 1.f);
+     }},
+    {"two stores to one output",
+     [] {
+       previous_finishes();
+       store_global(g_output + thread() / 2, 1.f);
+     }},
+    {"two blocks' stores to one output",
+     [] {
+       previous_finishes();
+       store_global(g_output + thread(), 1.f);
+     }},
     {"warp operation of some lanes",
      [] {
        if (thread() % 32 < 31) from_lane(1, 0);
@@ -125,6 +141,19 @@ const std::map<std::string, void (*)()> kKernels = {
        copy_16(16 * thread(), g_input);
        copies_finish();
      }},
+    {"read before the last kernel's end", [] { load_written(g_result + thread()); }},
+    {"copy before the last kernel's end",
+     [] {
+       copy_16(16 * thread(), g_result);
+       copies_finish();
+     }},
+    {"store before the last kernel's end", [] { store_global(g_output + thread(), 1.f); }},
+    {"read of the last kernel's results as of constants",
+     [] {
+       previous_finishes();
+       load_global(g_result + thread());
+     }},
+    {"start of the next kernel before the last one's end", [] { next_may_start(); }},
 };
 
 std::string g_error;
@@ -137,8 +166,10 @@ extern "C" {
 const char* check(const char* name, int blocks, uint64_t seed) try {
   for (int i = 0; i < 256; ++i) g_input[i] = float(1000 * i);
   run({unsigned(blocks), 1, 1}, kThreads, kShared,
-      {{g_input, 64 * sizeof(float)}, {g_output, 64 * sizeof(float), true}}, kKernels.at(name),
-      seed);
+      {{g_input, 64 * sizeof(float)},
+       {g_result, 64 * sizeof(float), false, true},
+       {g_output, 64 * sizeof(float), true}},
+      kKernels.at(name), seed);
   return nullptr;
 } catch (const std::runtime_error& error) {
   g_error = error.what();

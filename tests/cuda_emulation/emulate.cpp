@@ -46,7 +46,7 @@ void run_block(const BlockShape& shape, const Plan& plan, const Call& call, cons
     return ranges;
   };
   const auto range = [](const void* data, int64_t elements, bool writable) {
-    return emulation::Range{data, elements * 4, writable};
+    return emulation::Range{data, elements * 4, writable, !writable};
   };
   const auto run = [&](dim3 grid, int64_t threads, int64_t shared, const Ranges& ranges,
                        const std::function<void()>& kernel) {
@@ -107,7 +107,7 @@ const char* emulate(const BlockShape* shape, const Plan* plan, const Buffer* buf
   WeightPointers weights{};
   Ranges given;
   for (size_t i = 0; i < 11; ++i) {
-    given.push_back({buffers[i].data, buffers[i].bytes});
+    given.push_back({buffers[i].data, buffers[i].bytes, false, i == 0});
     if (i > 0) weights[i - 1] = buffers[i].data;
   }
   for (size_t i = 0; const int64_t bytes : weight_bytes(*shape, kPrecision))
@@ -138,18 +138,16 @@ const char* emulate_sequence(const BlockShape* shapes, const Plan* plans, int64_
   if (sequence.weights() != buffers[1].bytes)
     throw std::runtime_error("weights() is not what is joined: " +
                              std::to_string(sequence.weights()));
-  const auto range = [&](int at, bool writable) {
-    return emulation::Range{buffers[at].data, buffers[at].bytes, writable};
-  };
   const Input x{buffers[0].data, x_strides[0], x_strides[1], x_strides[2], x_strides[3]};
-  Ranges given{range(0, false), range(1, false)};
+  Ranges given{{buffers[0].data, buffers[0].bytes, false, true},
+               {buffers[1].data, buffers[1].bytes}};
   sequence.run(x, static_cast<const char*>(buffers[1].data), static_cast<char*>(buffers[2].data),
                buffers[3].data, [&](const BlockLayer& layer, const Call& call) {
                  const int64_t bytes = layer.shape.out_elements() * element_size(kPrecision);
                  const emulation::Range y{call.args.y, bytes, true};
                  run_block(layer.shape, layer.plan, call, given, y, seed);
                  given.resize(2);
-                 given.push_back({call.args.y, bytes});  // what the next one reads
+                 given.push_back({call.args.y, bytes, false, true});  // what the next one reads
                });
   return nullptr;
 } catch (const std::exception& error) {

@@ -37,10 +37,23 @@ void store_shared(int offset, V value, emulation::Site site = emulation::Site::c
   emulation::machine->at(site).write_shared(offset, sizeof(V), &value);
 }
 
+inline void previous_finishes(emulation::Site site = emulation::Site::current()) {
+  emulation::machine->at(site).previous_finishes();
+}
+inline void next_may_start(emulation::Site site = emulation::Site::current()) {
+  emulation::machine->at(site).next_may_start();
+}
+
 template <class V>
 V load_global(const V* at, emulation::Site site = emulation::Site::current()) {
   V value;
-  emulation::machine->at(site).read_global(at, sizeof(V), &value);
+  emulation::machine->at(site).read_global(at, sizeof(V), &value, emulation::Through::kConstants);
+  return value;
+}
+template <class V>
+V load_written(const V* at, emulation::Site site = emulation::Site::current()) {
+  V value;
+  emulation::machine->at(site).read_global(at, sizeof(V), &value, emulation::Through::kData);
   return value;
 }
 template <class V>

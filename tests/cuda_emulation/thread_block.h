@@ -52,6 +52,7 @@ struct Thread {
   const char* operation;     // it waits in
   void* operands;            // of that
   std::vector<Copy> copies;  // not finished
+  bool alone;                // the kernel before this one has ended
 };
 
 class Machine {
@@ -72,15 +73,23 @@ class Machine {
   void write_shared(int offset, int bytes, const void* from) {
     shared_.write(thread_, offset, bytes, from);
   }
-  void read_global(const void* from, int bytes, void* to) { global_.read(from, bytes, to); }
+  void read_global(const void* from, int bytes, void* to, Through cache) {
+    global_.read(from, bytes, to, cache, current().alone);
+  }
   void write_global(void* to, int bytes, const void* from) {
     const int block = blockIdx.x + grid_.x * (blockIdx.y + grid_.y * blockIdx.z);
-    global_.write(block, thread_, to, bytes, from);
+    global_.write(block, thread_, to, bytes, from, current().alone);
+  }
+
+  void previous_finishes() { current().alone = true; }
+  // The next kernel waits for this one alone.
+  void next_may_start() const {
+    if (!threads_[thread_].alone) fail("lets the next kernel start beside the one before this");
   }
 
   void start_copy(int offset, const void* from) {
     Copy copy{offset, {}};
-    global_.read(from, copy.bytes.size(), copy.bytes.data());
+    read_global(from, copy.bytes.size(), copy.bytes.data(), Through::kData);
     shared_.start_copy(thread_, offset, copy.bytes.size());
     current().copies.push_back(copy);
   }
@@ -185,6 +194,7 @@ inline void Machine::start(Thread& thread) {
   thread.state = State::kReady;
   thread.site = {};
   thread.copies.clear();
+  thread.alone = false;
 }
 
 inline void Machine::run_thread() {
