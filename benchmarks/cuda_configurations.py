@@ -45,6 +45,7 @@ class Kernel:
     wide_stores: int  # 16 bytes to global memory
     local: int  # instructions on local memory
     instructions: int
+    waits: bool  # once, for the kernel before it, and then lets the next one start; until there it only copies
 
 
 def nvcc() -> str | None:
@@ -64,6 +65,17 @@ def _disassembler() -> str:
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None, "needs triton: pip install triton"
     return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _waits(lines: list[str]) -> bool:
+    global_or_order = r"\b(ACQBULK|PREEXIT|LDGSTS|LDG|LD|STG|ST|ATOMG|RED)\b"
+    order = [found[0] for line in lines if (found := re.search(global_or_order, line))]
+    if "ACQBULK" not in order:
+        return False
+    at = order.index("ACQBULK")
+    return (
+        set(order[:at]) <= {"LDGSTS"} and order[at + 1] == "PREEXIT" and not {"ACQBULK", "PREEXIT"} & {*order[at + 2 :]}
+    )
 
 
 def compile_for(architecture: str, precision: str) -> list[Kernel]:
@@ -94,6 +106,7 @@ def compile_for(architecture: str, precision: str) -> list[Kernel]:
             "wide_stores": count(r"\bSTG\.\S*128"),
             "local": count(r"\b(LDL|STL)\b"),
             "instructions": len(lines),
+            "waits": _waits(lines),
         }
         spilled = int(stores) + int(loads)
         found.append(Kernel(form, stride, 2 * tiles, 16 * panels, int(registers), int(stack), spilled, **numbers))
@@ -143,6 +156,7 @@ def table() -> str:
             first = row[0]
             cells = map(cell, row)
             assert not any(k.spilled or k.local for k in row), row
+            assert [k.waits for k in row] == [int(a.rstrip("a")) >= 90 for a in columns], row
             name = f"{first.form}, {first.strip_rows}, {first.out_channels}, {first.stride}"
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -35,6 +35,7 @@ def test_kernels(architecture, precision):
         assert (kernel.products > 0) == (precision != "float32"), kernel
         assert kernel.wide_loads > 0 and kernel.wide_stores > 0, kernel
         assert kernel.registers <= 255
+        assert kernel.waits == (int(architecture.rstrip("a")) >= 90), kernel
     if compiler() in RESULTS.read_text():
         remake = "run: python benchmarks/cuda_configurations.py"
         assert [cell(kernel) for kernel in kernels] == kept(architecture, precision), remake
