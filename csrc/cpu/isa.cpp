@@ -7,6 +7,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef MNV2_NEON_BF16
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace mnv2_fused::cpu {
 namespace {
 
@@ -42,6 +47,10 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef MNV2_NEON_BF16
+bool has_neon_bf16() { return getauxval(AT_HWCAP2) & HWCAP2_BF16; }
+#endif
+
 }  // namespace
 
 const std::vector<Isa>& compiled() {
@@ -52,6 +61,12 @@ const std::vector<Isa>& compiled() {
       // Widening pairs takes AVX2 as long as it takes AVX-512.
       {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16},
       {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16},
+#endif
+#ifdef MNV2_NEON_BF16
+      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16},
+#endif
+#ifdef MNV2_NEON
+      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16},
 #endif
       {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16},
   };

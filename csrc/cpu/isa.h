@@ -6,6 +6,14 @@
 
 #include "../plan.h"
 
+#if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define MNV2_NEON
+#if defined(__linux__) && \
+    !defined(__clang__)  // whose way to name a function's instruction set this is not
+#define MNV2_NEON_BF16
+#endif
+#endif
+
 namespace mnv2_fused::cpu {
 
 // The kernels for activations and weights stored as S: float, double or BFloat16.
@@ -80,6 +88,14 @@ extern const Kernels<float> kF32;
 extern const Kernels<double> kF64;
 extern const Kernels<BFloat16> kBf16;
 }  // namespace avx2
+namespace neon {
+extern const Kernels<float> kF32;
+extern const Kernels<double> kF64;
+extern const Kernels<BFloat16> kBf16;
+}  // namespace neon
+namespace neon_bf16 {
+extern const Kernels<BFloat16> kBf16;
+}
 namespace portable {
 extern const Kernels<float> kF32;
 extern const Kernels<double> kF64;
