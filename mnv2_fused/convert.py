@@ -24,7 +24,9 @@ from .models import FusedMobileNet, MobileNet
 from .module import FusedBlock, FusedInPlace, FusedInvertedResidual, fuse_in_place, kernel_for
 from .ops import LayerKind
 from .plan import plan
-from .sequence import FusedSequential, Layer, RunsFused, sequence_backend
+from .runs import Layer, sequence_backend
+from .sequence import FusedSequential, RunsFused
+from .traced import RunsTraced, forget
 
 
 class Match(NamedTuple):
@@ -103,7 +105,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         if isinstance(module, RunsFused):
             vars(module).pop("_prepared", None)
-            module.__class__ = next(c for c in type(module).__mro__ if not issubclass(c, RunsFused))
+            forget(module)
+            module.__class__ = next(c for c in type(module).__mro__ if not issubclass(c, RunsTraced))
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops, triton_plan
@@ -19,7 +20,7 @@ from .block import ACTIVATIONS, GATES, BlockSpec, check_input
 from .fold import PackedWeights, packed_dtypes
 from .layers import Parts, Unfusable
 from .training import Recomputed, unfolded
-from .watch import PackedCache, Watch, fold_and_pack, lasting, parameters_of
+from .watch import PackedCache, Watch, fold_ahead, fold_and_pack, lasting, parameters_of
 
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
@@ -125,24 +126,20 @@ _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDiction
 
 
 @torch.compiler.assume_constant_result
+def _within_functorch() -> bool:
+    """Dynamo guards a graph by it."""
+    return ops.within_functorch()
+
+
 def tracing_transform() -> bool:
-    """Of what is being traced; dynamo guards a graph by it."""
-    return ops.transformed()
+    """:func:`mnv2_fused.ops.transformed` of what is being traced."""
+    return _within_functorch() or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result
 def tracing_export() -> bool:
     """Of the trace that is going on; dynamo itself takes ``is_exporting()`` for True in every trace."""
     return torch.compiler.is_exporting()
-
-
-@torch.compiler.assume_constant_result
-def _fold_ahead(token: int, dtype: torch.dtype, backend: str) -> None:
-    """Folds while a graph is traced. Its first run may own the memory of all that it makes, and may be a capture."""
-    block = _blocks[token]
-    sources, eps = block._sources()
-    if all(t is None or type(t) in (Tensor, nn.Parameter) for t in sources):
-        block._cache.get(sources, eps, dtype, backend)
 
 
 @torch.compiler.assume_constant_result
@@ -211,13 +208,15 @@ class FusedBlock(nn.Module):
 
     def _reset_cache(self) -> None:
         self._ready: _Ready | None = None
-        self._cache = PackedCache()
+        sources = weakref.WeakMethod(self._sources)
+        self._cache = PackedCache(lambda: sources()())  # who asks has the block
+        self._in_rows: weakref.WeakSet[PackedCache] = weakref.WeakSet()  # of sequences in compiled graphs
         self._token = self._cache.token
         _blocks[self._token] = self
 
     # What it knows of its modules, and all that a fused block has beside what its original had.
     _FOUND = (
-        *("_ready", "_cache", "_token", "_objection", "_pairs"),
+        *("_ready", "_cache", "_in_rows", "_token", "_objection", "_pairs"),
         *("_squeeze", "_dropouts", "_beside", "_spec", "_rest"),
     )
     OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original")
@@ -260,7 +259,8 @@ class FusedBlock(nn.Module):
     def _forget(self) -> None:
         self._forgotten += 1  # seen by a sequence that runs this block
         self._ready = None
-        self._cache.clear()
+        for cache in (self._cache, *self._in_rows):
+            cache.clear()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
         if torch.compiler.is_compiling():
@@ -418,9 +418,9 @@ class FusedBlock(nn.Module):
             packed = fold_and_pack(sources, eps, dtype, backend)
             options = spec.options(*x.shape[2:]) if self._rest else ()
             return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, backend=backend, options=options)
-        _fold_ahead(self._token, dtype, backend)
+        site = fold_ahead(self._token, dtype, backend)
         return torch.ops.mnv2_fused.cached_inverted_residual(
-            x, sources, eps, spec.stride, spec.residual, self._token, backend, self._rest
+            x, sources, eps, spec.stride, spec.residual, self._token, backend, self._rest, site
         )
 
 
@@ -572,13 +572,13 @@ class FusedInvertedResidual(FusedBlock):
 _library = torch.library.Library("mnv2_fused", "FRAGMENT")
 _library.define(
     "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache, "
-    'str backend="cpu", int[] rest=[]) -> Tensor'
+    'str backend="cpu", int[] rest=[], int site=-1) -> Tensor'
 )
 
 
-def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
+def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
     found = PackedCache.of(cache) or PackedCache()
-    packed = found.get(sources, eps, x.dtype, backend, in_graph=True)
+    packed = found.get(sources, eps, x.dtype, backend, site)
     options = _spec_of(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
     return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, options=options)
 
@@ -597,6 +597,6 @@ _library.impl(
 
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
-def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=()):
+def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
     spec = _spec_of(sources, len(eps), stride, residual, rest, _make_spec)  # sizes may be symbols, which have no hash
     return ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))

@@ -41,6 +41,7 @@ def _load_cuda():
         from . import _cuda
     except ImportError as error:
         return None, f"it does not load with torch {torch.__version__}: {error}"
+    _cuda.allow_early_starts(os.environ.get("MNV2_FUSED_PDL") != "0")
     return _cuda, None
 
 
@@ -183,9 +184,13 @@ def tf32_allowed() -> bool:
         return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
+def within_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is going on: the op knows neither."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return within_functorch() or forward_ad._current_level >= 0
 
 
 def packed_inverted_residual(

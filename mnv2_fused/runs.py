@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -234,3 +235,34 @@ def _block_can_run(block: FusedBlock, backend: str) -> bool:
     if block.backend not in ("auto", backend) or "forward" in vars(block) or layers.has_hooks(block):
         return False
     return block.fits_sequence()
+
+
+def grouped(found: Iterable[Layer | nn.Module | None]) -> Iterator[tuple[bool, list[Any]]]:
+    """Neighbours of a kind together: layers, each group of which is a run, or single modules."""
+    for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
+        yield is_run, list(group)
+
+
+def geometry_of(run: list[Layer]) -> list[int]:
+    return [value for layer in run for value in layer.geometry]
+
+
+_CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def one_kind(kinds: set[tuple[torch.dtype, torch.device]], backend: str) -> bool:
+    """Whether these dtypes and devices of weights are what one call of the op takes."""
+    return len(kinds) == 1 and (backend == "cpu" or next(iter(kinds))[0] in _CUDA_DTYPES)
+
+
+def sequence_backend(device: torch.device) -> str | None:
+    """Whose kernels run layers in a row on ``device``: "cpu"'s or "cuda"'s, or None."""
+    try:
+        backend = ops.resolve_backend("auto", device)
+    except (RuntimeError, ValueError):  # which blocks say, where one is asked for a kernel
+        return None
+    return backend if backend in ("cpu", "cuda") else None
+
+
+# What a network may do by functions between its two modules, as modules.
+POOL, FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()

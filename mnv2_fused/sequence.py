@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,22 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, ops
-from .module import FusedBlock, tracing_export, tracing_transform
+from .module import FusedBlock
 from .ops import LayerKind
-from .runs import Layer, fold_layers, layers_of, sources_of
-from .watch import PackedCache, Watch, capturing, may_be_kept
+from .runs import (
+    FLATTEN,
+    POOL,
+    Layer,
+    fold_layers,
+    geometry_of,
+    grouped,
+    layers_of,
+    one_kind,
+    sequence_backend,
+    sources_of,
+)
+from .traced import RunsTraced, forget
+from .watch import Watch, capturing, may_be_kept
 
 
 class _ChangedMeanwhile(Exception):
@@ -30,7 +42,7 @@ class _Run:
         self.dtype = dtype
         self.backend = backend
         self.modules = [module for layer in found for module in layer.modules]
-        self.geometry = _geometry_of(found)
+        self.geometry = geometry_of(found)
         sources, eps = sources_of(self.modules)
         if any(isinstance(m, FusedBlock) and not m.fits_sequence() for m in self.modules):
             raise _ChangedMeanwhile
@@ -50,24 +62,6 @@ class _Run:
             return x
         y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
-
-
-def _in_runs(found: Iterable[Layer | nn.Module | None]) -> Iterator[tuple[bool, list[Any]]]:
-    """Neighbours of a kind together: layers, each group of which is a run, or single modules."""
-    for is_run, group in itertools.groupby(found, lambda entry: isinstance(entry, Layer)):
-        yield is_run, list(group)
-
-
-def _geometry_of(run: list[Layer]) -> list[int]:
-    return [value for layer in run for value in layer.geometry]
-
-
-_CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _one_kind(kinds: set[tuple[torch.dtype, torch.device]], backend: str) -> bool:
-    """Whether these dtypes and devices of weights are what one call of the op takes."""
-    return len(kinds) == 1 and (backend == "cpu" or next(iter(kinds))[0] in _CUDA_DTYPES)
 
 
 class _Prepared:
@@ -90,11 +84,11 @@ class _Prepared:
         kinds = {(t.dtype, t.device) for t in self.watch.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
-        self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and _one_kind(kinds, backend)
+        self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
         self.steps: list[_Run | nn.Module] = []
         if not self.runs:
             return
-        for is_run, entries in _in_runs(found):
+        for is_run, entries in grouped(found):
             self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
         self.lasts = all(may_be_kept(run.weights) for run in self.runs_of())
 
@@ -103,36 +97,11 @@ class _Prepared:
         return (step for step in self.steps if isinstance(step, _Run))
 
 
-def sequence_backend(device: torch.device) -> str | None:
-    """Whose kernels run layers in a row on ``device``: "cpu"'s or "cuda"'s, or None."""
-    try:
-        backend = ops.resolve_backend("auto", device)
-    except (RuntimeError, ValueError):  # which blocks say, where one is asked for a kernel
-        return None
-    return backend if backend in ("cpu", "cuda") else None
-
-
-def _is_training(module: nn.Module) -> bool:
-    """Whether a module of a run does something else than in eval."""
-    if isinstance(module, FusedBlock):
-        return module.training or module._trains() or layers.drops_now(module._beside)
-    if isinstance(module, nn.Sequential):  # convolution, norm and activation
-        return module[1].training
-    return isinstance(module, nn.Dropout) and module.training
-
-
-def _cache_of(geometry: Sequence[int]) -> PackedCache:
-    return PackedCache(lambda *arguments: (fold_layers(geometry, *arguments),))
-
-
-# Of each sequence the weights of the runs in compiled graphs.
-_traced: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref.WeakKeyDictionary()
-
 # Of each sequence what CUDA graphs were captured with, which read its weights where they are.
 _captured: weakref.WeakKeyDictionary[nn.Module, list[_Prepared]] = weakref.WeakKeyDictionary()
 
 
-class RunsFused:
+class RunsFused(RunsTraced):
     """What a module that calls its children one after the other inherits from to run them fused where it can.
 
     In eval, where nothing records gradients, neighbouring fused blocks and what lies beside them are one call, on the
@@ -162,7 +131,7 @@ class RunsFused:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
         # Every call runs this with cold caches, so what the watch would notice is looked at in _prepare alone.
         if torch.compiler.is_compiling():
-            return self._run_traced(x)
+            return self.run_traced(x)
         if self.training or type(x) is not Tensor:
             return None
         prepared = self._prepared
@@ -184,60 +153,6 @@ class RunsFused:
             x = step(x)
         return x
 
-    def _run_traced(self, x: Tensor) -> Tensor | None:
-        """What run_fused does while a graph is traced: each run becomes one op of that graph."""
-        if self.training or type(x) is not Tensor or tracing_export() or tracing_transform():
-            return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None
-        _ = id(self)  # the graph is guarded by it: what was found here holds for no other sequence
-        dtype = x.dtype
-        steps = self._steps_when_traced(dtype, x.device)
-        for names, geometry, token, backend, flat in steps:
-            modules = [_NAMELESS[name] if name in _NAMELESS else self.get_submodule(name) for name in names]
-            if not geometry:
-                x = modules[0](x)
-                continue
-            sources, eps = sources_of(modules)
-            # Asked here and not where the steps were found: the graph is guarded by what this reads.
-            if any(_is_training(module) for module in modules) or x.dtype != dtype:
-                return None
-            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources)):
-                return None
-            x = torch.ops.mnv2_fused.cached_sequence(x, sources, eps, geometry, token, backend)
-            x = x.flatten(1) if flat else x
-        return x if steps else None
-
-    @torch.compiler.assume_constant_result
-    def _steps_when_traced(self, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Any, ...], ...]:
-        """Of each step its modules' names, and of a run geometry, token of its weights, backend, and whether it ends in
-        a classifier. None at all where the modules have to run.
-        """
-        if ops._C is None or torch_module._has_any_global_hook() or (backend := sequence_backend(device)) is None:
-            return ()
-        children, _ = self.fusable_children()
-        found = list(layers_of(children, backend))
-        if None in found or not any(isinstance(m, FusedBlock) for m in children):
-            return ()
-        name_of = {module: name for name, module in (*self.named_modules(), *_NAMELESS.items())}
-        steps: list[tuple[Any, ...]] = []
-        caches = _traced.setdefault(self, {})
-        for is_run, entries in _in_runs(found):
-            if not is_run:
-                steps += [((name_of[module],), (), 0, backend, False) for module in entries]
-                continue
-            geometry = tuple(_geometry_of(entries))
-            modules = [module for layer in entries for module in layer.modules]
-            sources, eps = sources_of(modules)
-            kinds = {(t.dtype, t.device) for t in sources if t is not None and t.is_floating_point()}
-            if kinds != {(dtype, device)} or not _one_kind(kinds, backend):
-                return ()
-            cache = caches.setdefault((backend, len(steps), geometry), _cache_of(geometry))
-            cache.get(sources, eps, dtype, backend)  # now: a graph's first run may own the memory of all that it makes
-            names = tuple(name_of[module] for module in modules)
-            steps.append((names, geometry, cache.token, backend, entries[-1].kind is LayerKind.LINEAR))
-        return tuple(steps)
-
     def _blocks_record(self) -> bool:
         children, _ = self.fusable_children()
         blocks = (m for m in children if isinstance(m, FusedBlock))
@@ -253,7 +168,7 @@ class RunsFused:
         on_kernels = [layer for layer in layers_of(children, backend) if isinstance(layer, Layer)]
         blocks = [m for layer in on_kernels for m in layer.modules if isinstance(m, FusedBlock)]
         kinds = {(t.dtype, t.device) for block in blocks for t in block.parameters()}
-        runs = _one_kind(kinds, backend) and all(sequence_backend(device) == backend for _, device in kinds)
+        runs = one_kind(kinds, backend) and all(sequence_backend(device) == backend for _, device in kinds)
         return on_kernels if runs else []
 
     def _prepare(self, x: Tensor) -> _Prepared | None:
@@ -275,6 +190,7 @@ class RunsFused:
 
     def train(self, mode: bool = True) -> nn.Module:
         self.__dict__.pop("_prepared", None)
+        forget(self)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -284,6 +200,7 @@ class RunsFused:
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.__dict__.pop("_prepared", None)
+        forget(self)
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,11 +215,6 @@ class FusedSequential(RunsFused, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         y = self.run_fused(input)
         return super().forward(input) if y is None else y
-
-
-# What a network may do by functions between its two modules, as modules.
-_POOL, _FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
-_NAMELESS: dict[str, nn.Module] = {"mean over pixels": _POOL, "flatten": _FLATTEN}  # as a graph knows them
 
 
 class RunsWhole(RunsFused):
@@ -320,27 +232,5 @@ class RunsWhole(RunsFused):
         features, inner = [*self.features._modules.values()], []
         if isinstance(self.features, FusedSequential):
             features, (_, *inner) = self.features.fusable_children()
-        pool = self._modules.get("avgpool", _POOL)
-        return [*features, pool, _FLATTEN, *self.classifier._modules.values()], [*parents, *inner]
-
-
-# What a compiled graph calls; see cached_inverted_residual. No autograd: gradients are the blocks' own.
-_library = torch.library.Library("mnv2_fused", "FRAGMENT")
-_library.define(
-    "cached_sequence(Tensor x, Tensor?[] sources, float[] eps, int[] layers, int cache, str backend) -> Tensor",
-    tags=(torch.Tag.needs_exact_strides,),
-)
-
-
-def _cached_sequence(x, sources, eps, layers, cache, backend):
-    found = PackedCache.of(cache) or _cache_of(layers)
-    (weights,) = found.get(sources, eps, x.dtype, backend, in_graph=True)
-    return ops.sequence(x, weights, layers, backend)
-
-
-_library.impl("cached_sequence", _cached_sequence, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mnv2_fused::cached_sequence")
-def _(x, sources, eps, layers, cache, backend):
-    return ops.sequence_fake(x, sources[0], layers)
+        pool = self._modules.get("avgpool", POOL)
+        return [*features, pool, FLATTEN, *self.classifier._modules.values()], [*parents, *inner]

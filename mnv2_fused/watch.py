@@ -103,19 +103,35 @@ class _Kept(NamedTuple):
     states: Any  # a native watch of those tensors
     aliases: list[Tensor]  # keep the storages alive, so that no other tensor can appear at the same address
     packed: _Packed
+    sites: frozenset[int] | None  # of graphs that saw this state once; None: it is sure to last
+
+    def serves(self, site: int | None) -> bool:
+        """Whether an op at this site of a graph, or a call outside of graphs (None), may use them as they are."""
+        return self.sites is None or site in self.sites
 
 
 class PackedCache:
     """Packed weights of one module, valid while the tensors they came from stay what they were.
 
-    By its ``token`` an op of a compiled graph finds it, since a graph can hold a number but not an object.
+    By its ``token`` an op of a compiled graph finds it, since a graph can hold a number but not an object. Each such op
+    has a number, too, its site. For a graph that changes weights in place counts that once, before it runs, and writes
+    without counting: what an op folds then may be old before anything tells. Only an op that finds a state a second
+    time, in another run of its graph that is, knows that its graph changes nothing.
     """
 
     _by_token: ClassVar[weakref.WeakValueDictionary[int, PackedCache]] = weakref.WeakValueDictionary()
     _tokens: ClassVar[Iterator[int]] = itertools.count()
+    _sites: ClassVar[Iterator[int]] = itertools.count()
 
-    def __init__(self, fold: Callable[..., _Packed] | None = None) -> None:
-        """``fold``: what makes them, instead of :func:`fold_and_pack`, of the same arguments."""
+    def __init__(
+        self,
+        own: Callable[[], tuple[list[Tensor | None], list[float]]] | None = None,
+        fold: Callable[..., _Packed] | None = None,
+    ) -> None:
+        """``own``: the module's sources and eps as they are now, for graphs; ``fold``: what makes the weights, instead
+        of :func:`fold_and_pack`, of the same arguments.
+        """
+        self._own = own
         self._fold = fold
         self._kept: _Kept | None = None  # one value, so that threads see it whole
         self._captured: list[_Packed] = []
@@ -142,38 +158,72 @@ class PackedCache:
         eps: list[float],
         dtype: torch.dtype,
         backend: str = "auto",
-        in_graph: bool = False,
+        site: int | None = None,
     ) -> _Packed:
         """Arguments as those of :func:`fold_and_pack`, which runs when any of them changed.
 
-        ``in_graph``: called by a compiled graph, whose memory may be its own.
+        ``site``: of the op that calls, in a compiled graph. The graph's memory may be its own, and what it computes is
+        written without torch's counting: only of what is the module's own is anything kept.
         """
         tensors = [t for t in sources if t is not None]
         fold = self._fold or fold_and_pack
         made_as, kept = [dtype, backend, *eps], self._kept
         if kept is not None and made_as == kept.made_as:
             same = len(tensors) == len(kept.tensors) and all(map(operator.is_, tensors, kept.tensors))
-            if same and kept.states.holds():
-                return self.hold_if_captured(kept.packed)
+            if same and kept.serves(site) and kept.states.holds():
+                return self._lasting(kept)
+        if site is not None:
+            own = [] if self._own is None else [t for t in self._own()[0] if t is not None]
+            if len(own) != len(tensors) or not all(map(_same_place, own, tensors)):
+                return fold(sources, eps, dtype, backend)
+            tensors = own  # which count their versions
         if not lasting(tensors):
             return fold(sources, eps, dtype, backend)
         # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
         shaped = [t for t in tensors if t.dim() > 1]
         stamp = [[(t._version, t.data_ptr()) for t in tensors], [(t.stride(), t.shape) for t in shaped]]
-        if kept is None or made_as != kept.made_as or stamp != kept.stamp:
-            states = ops._C.Watch([], [], [], tensors, shaped)
-            # Ordinary tensors, that a later call's derivative may keep.
-            with torch.inference_mode(False), torch.no_grad():
-                packed = fold(sources, eps, dtype, backend)
-            if not may_be_kept(_one_of(packed), in_graph):
-                return packed
-            self._kept = kept = _Kept(made_as, stamp, tensors, states, [t.detach() for t in tensors], packed)
+        unchanged = kept is not None and made_as == kept.made_as and stamp == kept.stamp
+        if unchanged and kept.serves(site):
+            return self._lasting(kept)
+        states = ops._C.Watch([], [], [], tensors, shaped)
+        # Ordinary tensors, that a later call's derivative may keep.
+        with torch.inference_mode(False), torch.no_grad():
+            packed = fold(sources, eps, dtype, backend)
+        if not may_be_kept(_one_of(packed), site is not None):
+            return packed
+        sites = None if site is None else (kept.sites if unchanged else frozenset()) | {site}
+        self._kept = _Kept(made_as, stamp, tensors, states, [t.detach() for t in tensors], packed, sites)
+        return self.hold_if_captured(packed)
+
+    def _lasting(self, kept: _Kept) -> _Packed:
+        if kept.sites is not None:
+            self._kept = kept._replace(sites=None)
         return self.hold_if_captured(kept.packed)
+
+    def fold_ahead(self, dtype: torch.dtype, backend: str) -> int:
+        """Of the module's own, if they are tensors that a graph could be given. Returns a new site."""
+        sources, eps = self._own()
+        if all(t is None or type(t) in (Tensor, nn.Parameter) for t in sources):
+            self.get(sources, eps, dtype, backend)
+        return next(self._sites)
 
     def keeps(self, packed: _Packed) -> bool:
         """Whether they are what it keeps now."""
         kept = self._kept
         return kept is not None and kept.packed is packed
+
+
+@torch.compiler.assume_constant_result
+def fold_ahead(token: int, dtype: torch.dtype, backend: str) -> int:
+    """Folds while a graph is traced. Its first run may own the memory of all that it makes, and may be a capture.
+
+    Returns the site of an op that is to be put into that graph.
+    """
+    return PackedCache.of(token).fold_ahead(dtype, backend)
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _one_of(packed: _Packed) -> Tensor:

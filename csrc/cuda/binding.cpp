@@ -347,10 +347,27 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
   m.impl("sequence_cuda", TORCH_BOX(&mnv2_fused::cuda::sequence_cuda));
 }
 
+namespace {
+
+PyObject* allow_early_starts(PyObject*, PyObject* allowed) {
+  const int truth = PyObject_IsTrue(allowed);
+  if (truth < 0) return nullptr;
+  mnv2_fused::cuda::allow_early_starts(truth);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"allow_early_starts", allow_early_starts, METH_O,
+     "Whether a kernel of a call may start while the one before it ends."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
 // Importing it registers the op; it holds what `python -m mnv2_fused info` tells of the build.
 PyMODINIT_FUNC PyInit__cuda() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* const module = PyModule_Create(&definition);
   if (module) {
     PyModule_AddIntConstant(module, "toolkit", CUDART_VERSION);

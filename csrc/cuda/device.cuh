@@ -38,7 +38,7 @@ MNV2_DEVICE void previous_finishes() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the kernel behind this one start, once all threads have come here. Only after
+// Lets the kernel behind this one start, once all thread blocks have come here or ended. Only after
 // previous_finishes(), so that no kernel runs beside the last but one.
 MNV2_DEVICE void next_may_start() {
 #if __CUDA_ARCH__ >= 900

@@ -1,7 +1,17 @@
 // From the precision a call asks for to the one its kernel is compiled for.
 #include "launch.h"
 
+#include <atomic>
+
 namespace mnv2_fused::cuda {
+namespace {
+
+std::atomic<bool> g_early_starts{true};
+
+}  // namespace
+
+bool early_starts() { return g_early_starts.load(std::memory_order_relaxed); }
+void allow_early_starts(bool allowed) { g_early_starts.store(allowed, std::memory_order_relaxed); }
 
 void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Call& call,
             void* stream) {

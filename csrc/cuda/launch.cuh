@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -41,11 +40,6 @@ inline bool waits(const void* kernel) {
   return at->second;
 }
 
-inline bool may_overlap() {
-  const char* const setting = std::getenv("MNV2_FUSED_PDL");
-  return !setting || std::string(setting) != "0";
-}
-
 // follows: whether the kernel may start while the one before it ends (programmatic dependent launch).
 template <class A>
 void start(void (*kernel)(A), dim3 grid, int64_t threads, int64_t shared, void* stream,
@@ -58,7 +52,7 @@ void start(void (*kernel)(A), dim3 grid, int64_t threads, int64_t shared, void* 
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  if (follows && may_overlap() && waits(reinterpret_cast<const void*>(kernel))) {
+  if (follows && early_starts() && waits(reinterpret_cast<const void*>(kernel))) {
     config.attrs = &early;
     config.numAttrs = 1;
   }

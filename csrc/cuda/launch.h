@@ -167,6 +167,10 @@ inline int64_t add_blocks(const BlockShape& s) {
                   kAddThreads);
 }
 
+// Whether kernels may start while the one before them ends; they may unless told otherwise.
+bool early_starts();
+void allow_early_starts(bool allowed);
+
 // Runs the plan on a stream (a cudaStream_t) of the current device. Throws std::runtime_error that
 // says what CUDA says.
 void launch(Precision precision, const BlockShape& shape, const Plan& plan, const Call& call,

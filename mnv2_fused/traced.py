@@ -1,0 +1,138 @@
+"""Rows of layers in compiled graphs: each run of them is one op, on weights that follow its modules."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import layers, ops
+from .module import FusedBlock, tracing_export, tracing_transform
+from .ops import LayerKind
+from .runs import FLATTEN, POOL, fold_layers, geometry_of, grouped, layers_of, one_kind, sequence_backend, sources_of
+from .watch import PackedCache, fold_ahead
+
+# Of each sequence the weights of its runs.
+_weights: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref.WeakKeyDictionary()
+# As a graph knows modules that are nobody's children; no child's name has a dot in front.
+_NAMELESS: dict[str, nn.Module] = {".pool": POOL, ".flatten": FLATTEN}
+
+
+def forget(sequence: nn.Module) -> None:
+    """Drops the weights that its graphs keep; they fold them again."""
+    for cache in _weights.get(sequence, {}).values():
+        cache.clear()
+
+
+def _called(sequence: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    return [_NAMELESS[name] if name in _NAMELESS else sequence.get_submodule(name) for name in names]
+
+
+def _runs_now(module: nn.Module, backend: str) -> bool:
+    """Whether a module may be part of a run. Traced: what this reads, types too, is what the graph is guarded by."""
+    if isinstance(module, FusedBlock):
+        chosen = module.backend in ("auto", backend)
+        return chosen and not (module.training or module._trains() or layers.drops_now(module._beside))
+    if isinstance(module, nn.Sequential):  # convolution, norm and activation
+        return not any(type(inner) is not nn.Conv2d and inner.training for inner in module)
+    return not (isinstance(module, nn.Dropout) and module.training)
+
+
+class RunsTraced:
+    """What :class:`mnv2_fused.sequence.RunsFused`, which has the ``fusable_children``, does in a graph."""
+
+    def run_traced(self, x: Tensor) -> Tensor | None:
+        """The result, while a graph is traced; None where the ordinary forward has to run."""
+        if self.training or type(x) is not Tensor or tracing_export() or tracing_transform():
+            return None
+        if torch.is_autocast_enabled(x.device.type) or (backend := sequence_backend(x.device)) is None:
+            return None
+        # Only read, so that the graph is guarded by it: which sequence it is, and whose children in which order.
+        _ = id(self)
+        dtype = x.dtype
+        parents, steps = self._steps_when_traced(dtype, x.device, backend)
+        _ = [tuple(self.get_submodule(name)._modules) for name in parents]
+        for names, geometry, token, flat in steps:
+            modules = _called(self, names)
+            sources, eps = sources_of(modules) if geometry else ([], [])
+            recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+            runs = geometry and not recording and x.dtype == dtype
+            if not runs or not all(_runs_now(module, backend) for module in modules):
+                for module in modules:
+                    x = module(x)
+                continue
+            site = fold_ahead(token, dtype, backend)
+            x = torch.ops.mnv2_fused.cached_sequence(x, sources, eps, geometry, token, backend, site)
+            x = x.flatten(1) if flat else x
+        return x if steps else None
+
+    @torch.compiler.assume_constant_result
+    def _steps_when_traced(
+        self, dtype: torch.dtype, device: torch.device, backend: str
+    ) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
+        """The names of those whose children run. Of each step its modules' names, and of a run geometry, token of its
+        weights, and whether it ends in a classifier. No steps where the ordinary forward has to run.
+        """
+        children, parents = self.fusable_children()
+        name_of = {module: name for name, module in (*self.named_modules(), *_NAMELESS.items())}
+        whose = tuple(name_of[parent] for parent in parents)
+        found = list(layers_of(children, backend))
+        if torch_module._has_any_global_hook() or None in found:
+            return whose, ()
+        if not any(isinstance(module, FusedBlock) for module in children):
+            return whose, ()
+        steps: list[tuple[Any, ...]] = []
+        for is_run, entries in grouped(found):
+            if not is_run:
+                steps += [((name_of[module],), (), 0, False) for module in entries]
+                continue
+            modules = [module for layer in entries for module in layer.modules]
+            sources, _ = sources_of(modules)
+            kinds = {(t.dtype, t.device) for t in sources if t is not None and t.is_floating_point()}
+            if kinds != {(dtype, device)} or not one_kind(kinds, backend):
+                return whose, ()
+            names, geometry = tuple(map(name_of.get, modules)), tuple(geometry_of(entries))
+            cache = self._cache_of_run(names, geometry, backend)
+            for block in modules:
+                if isinstance(block, FusedBlock):
+                    block._in_rows.add(cache)
+            steps.append((names, geometry, cache.token, entries[-1].kind is LayerKind.LINEAR))
+        return whose, tuple(steps)
+
+    def _cache_of_run(self, names: tuple[str, ...], geometry: tuple[int, ...], backend: str) -> PackedCache:
+        caches, reference = _weights.setdefault(self, {}), weakref.ref(self)
+        key = names, geometry, backend
+        if key not in caches:
+            caches[key] = PackedCache(lambda: sources_of(_called(reference(), names)), _folding(geometry))
+        return caches[key]
+
+
+def _folding(geometry: Sequence[int]) -> Any:
+    return lambda *arguments: (fold_layers(geometry, *arguments),)
+
+
+# What a graph calls; see cached_inverted_residual. No autograd: gradients are the blocks' own.
+_library = torch.library.Library("mnv2_fused", "FRAGMENT")
+_library.define(
+    "cached_sequence(Tensor x, Tensor?[] sources, float[] eps, int[] layers, int cache, str backend, int site)"
+    " -> Tensor",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+
+
+def _cached_sequence(x, sources, eps, layers, cache, backend, site):
+    found = PackedCache.of(cache) or PackedCache(fold=_folding(layers))
+    (weights,) = found.get(sources, eps, x.dtype, backend, site)
+    return ops.sequence(x, weights, layers, backend)
+
+
+_library.impl("cached_sequence", _cached_sequence, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mnv2_fused::cached_sequence")
+def _(x, sources, eps, layers, cache, backend, site):
+    return ops.sequence_fake(x, sources[0], layers)
