@@ -10,6 +10,9 @@
 #ifdef MNV2_NEON_BF16
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#ifndef HWCAP2_BF16  // in older systems' headers
+#define HWCAP2_BF16 (1 << 14)
+#endif
 #endif
 
 namespace mnv2_fused::cpu {
