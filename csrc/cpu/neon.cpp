@@ -22,9 +22,8 @@ template <class V>
 struct Bf16;
 
 template <>
-struct Bf16<F32x4> {
+struct Bf16<F32x4> : WideBFloat16 {
   static constexpr int kParts = 2;
-  static constexpr int64_t kLanes = F32x4::kLanes;
 
   // To the nearest, ties to even; a NaN stays one.
   static MNV2_INLINE uint16x4_t narrow(F32x4 v) {
@@ -33,14 +32,6 @@ struct Bf16<F32x4> {
     const uint32x4_t half = vaddq_u32(odd, vdupq_n_u32(0x7fff));
     const uint16x4_t nearest = vshrn_n_u32(vaddq_u32(bits, half), 16);
     return vbsl_u16(vmovn_u32(vceqq_f32(v.v, v.v)), nearest, vdup_n_u16(0x7fc0));
-  }
-  static MNV2_INLINE F32x4 load(const BFloat16* p) {
-    uint16x4_t bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
-  }
-  static MNV2_INLINE F32x4 load_partial(const BFloat16* p, int64_t n) {
-    return load(Partial<BFloat16, kLanes>(p, n).lanes);
   }
   static MNV2_INLINE void store(F32x4 v, BFloat16* p) {
     const uint16x4_t bits = narrow(v);

@@ -23,18 +23,9 @@ template <class V>
 struct Bf16;
 
 template <>
-struct Bf16<F32x4> {
+struct Bf16<F32x4> : WideBFloat16 {
   static constexpr int kParts = 1;
-  static constexpr int64_t kLanes = F32x4::kLanes;
 
-  static MNV2_INLINE F32x4 load(const BFloat16* p) {
-    uint16x4_t bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
-  }
-  static MNV2_INLINE F32x4 load_partial(const BFloat16* p, int64_t n) {
-    return load(Partial<BFloat16, kLanes>(p, n).lanes);
-  }
   static MNV2_INLINE void store(F32x4 v, BFloat16* p) {
     const bfloat16x4_t bits = vcvt_bf16_f32(v.v);
     std::memcpy(p, &bits, sizeof(bits));

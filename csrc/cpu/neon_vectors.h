@@ -79,4 +79,18 @@ struct F64x2 {
   }
 };
 
+// Neighbouring elements, one a lane.
+struct WideBFloat16 {
+  static constexpr int64_t kLanes = F32x4::kLanes;
+
+  static MNV2_INLINE F32x4 load(const BFloat16* p) {
+    uint16x4_t bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
+  }
+  static MNV2_INLINE F32x4 load_partial(const BFloat16* p, int64_t n) {
+    return load(Partial<BFloat16, kLanes>(p, n).lanes);
+  }
+};
+
 }  // namespace
