@@ -210,13 +210,12 @@ class FusedBlock(nn.Module):
         self._ready: _Ready | None = None
         sources = weakref.WeakMethod(self._sources)
         self._cache = PackedCache(lambda: sources()())  # who asks has the block
-        self._in_rows: weakref.WeakSet[PackedCache] = weakref.WeakSet()  # of sequences in compiled graphs
         self._token = self._cache.token
         _blocks[self._token] = self
 
     # What it knows of its modules, and all that a fused block has beside what its original had.
     _FOUND = (
-        *("_ready", "_cache", "_in_rows", "_token", "_objection", "_pairs"),
+        *("_ready", "_cache", "_token", "_objection", "_pairs"),
         *("_squeeze", "_dropouts", "_beside", "_spec", "_rest"),
     )
     OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original")
@@ -259,8 +258,7 @@ class FusedBlock(nn.Module):
     def _forget(self) -> None:
         self._forgotten += 1  # seen by a sequence that runs this block
         self._ready = None
-        for cache in (self._cache, *self._in_rows):
-            cache.clear()
+        self._cache.clear()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
         if torch.compiler.is_compiling():

@@ -39,9 +39,10 @@ def _load_cuda():
         return None, f"it was not built: {_C.no_cuda}"
     try:
         from . import _cuda
-    except ImportError as error:
+
+        _cuda.allow_early_starts(os.environ.get("MNV2_FUSED_PDL") != "0")
+    except (ImportError, AttributeError) as error:  # the second of a library that is older than this file
         return None, f"it does not load with torch {torch.__version__}: {error}"
-    _cuda.allow_early_starts(os.environ.get("MNV2_FUSED_PDL") != "0")
     return _cuda, None
 
 

@@ -22,9 +22,10 @@ _weights: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref
 _NAMELESS: dict[str, nn.Module] = {".pool": POOL, ".flatten": FLATTEN}
 
 
+@torch.compiler.disable
 def forget(sequence: nn.Module) -> None:
     """Drops the weights that its graphs keep; they fold them again."""
-    for cache in _weights.get(sequence, {}).values():
+    for cache in list(_weights.get(sequence, {}).values()):
         cache.clear()
 
 
@@ -33,12 +34,16 @@ def _called(sequence: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def _runs_now(module: nn.Module, backend: str) -> bool:
-    """Whether a module may be part of a run. Traced: what this reads, types too, is what the graph is guarded by."""
+    """Whether a module may be part of a run. Traced: what this reads is what the graph is guarded by."""
     if isinstance(module, FusedBlock):
-        chosen = module.backend in ("auto", backend)
-        return chosen and not (module.training or module._trains() or layers.drops_now(module._beside))
+        if module._token < 0 or module.backend not in ("auto", backend):  # another block has another token
+            return False
+        return not (module.training or module._trains() or layers.drops_now(module._beside))
     if isinstance(module, nn.Sequential):  # convolution, norm and activation
-        return not any(type(inner) is not nn.Conv2d and inner.training for inner in module)
+        conv, norm, activation = module
+        _ = id(conv), id(norm), id(activation), *conv.stride, *conv.padding, *conv.dilation, conv.groups
+        return not norm.training
+    _ = id(module)
     return not (isinstance(module, nn.Dropout) and module.training)
 
 
@@ -58,10 +63,12 @@ class RunsTraced:
         _ = [tuple(self.get_submodule(name)._modules) for name in parents]
         for names, geometry, token, flat in steps:
             modules = _called(self, names)
-            sources, eps = sources_of(modules) if geometry else ([], [])
-            recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
-            runs = geometry and not recording and x.dtype == dtype
-            if not runs or not all(_runs_now(module, backend) for module in modules):
+            runs = geometry and type(x) is Tensor and all(_runs_now(module, backend) for module in modules)
+            if runs:
+                sources, eps = sources_of(modules)
+                recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+                runs = not recording and x.dtype == dtype
+            if not runs:
                 for module in modules:
                     x = module(x)
                 continue
@@ -97,17 +104,19 @@ class RunsTraced:
                 return whose, ()
             names, geometry = tuple(map(name_of.get, modules)), tuple(geometry_of(entries))
             cache = self._cache_of_run(names, geometry, backend)
-            for block in modules:
-                if isinstance(block, FusedBlock):
-                    block._in_rows.add(cache)
             steps.append((names, geometry, cache.token, entries[-1].kind is LayerKind.LINEAR))
         return whose, tuple(steps)
 
     def _cache_of_run(self, names: tuple[str, ...], geometry: tuple[int, ...], backend: str) -> PackedCache:
-        caches, reference = _weights.setdefault(self, {}), weakref.ref(self)
+        caches, sequence = _weights.setdefault(self, {}), weakref.ref(self)
         key = names, geometry, backend
         if key not in caches:
-            caches[key] = PackedCache(lambda: sources_of(_called(reference(), names)), _folding(geometry))
+            caches[key] = PackedCache(
+                lambda: sources_of(_called(sequence(), names)),
+                _folding(geometry),
+                # By train() and eval() of each of its blocks, whichever they are now.
+                lambda: [m._forgotten for m in _called(sequence(), names) if isinstance(m, FusedBlock)],
+            )
         return caches[key]
 
 

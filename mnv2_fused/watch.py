@@ -127,13 +127,16 @@ class PackedCache:
         self,
         own: Callable[[], tuple[list[Tensor | None], list[float]]] | None = None,
         fold: Callable[..., _Packed] | None = None,
+        forgotten: Callable[[], list[int]] | None = None,
     ) -> None:
         """``own``: the module's sources and eps as they are now, for graphs; ``fold``: what makes the weights, instead
-        of :func:`fold_and_pack`, of the same arguments.
+        of :func:`fold_and_pack`, of the same arguments; ``forgotten``: counts, any of which ends what was kept.
         """
         self._own = own
         self._fold = fold
+        self._forgotten = forgotten
         self._kept: _Kept | None = None  # one value, so that threads see it whole
+        self._cleared = 0  # what another thread folded meanwhile was made before
         self._captured: list[_Packed] = []
         self.token = next(self._tokens)
         self._by_token[self.token] = self
@@ -144,6 +147,7 @@ class PackedCache:
         return cls._by_token.get(token)
 
     def clear(self) -> None:
+        self._cleared += 1
         self._kept = None
 
     def hold_if_captured(self, packed: _Packed) -> _Packed:
@@ -167,7 +171,8 @@ class PackedCache:
         """
         tensors = [t for t in sources if t is not None]
         fold = self._fold or fold_and_pack
-        made_as, kept = [dtype, backend, *eps], self._kept
+        made_as = [dtype, backend, *eps, self._cleared, *(self._forgotten() if self._forgotten else ())]
+        kept = self._kept
         if kept is not None and made_as == kept.made_as:
             same = len(tensors) == len(kept.tensors) and all(map(operator.is_, tensors, kept.tensors))
             if same and kept.serves(site) and kept.states.holds():

@@ -6,12 +6,13 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torchvision.models.mobilenetv2 import InvertedResidual
 from whole_models import HEAD, LINEAR, MAP_ONLY, POOLED, STEM, WHOLE, B, fitted, fused_model, make_x, near, other_state
 
 from mnv2_fused import fuse, unfuse
 from mnv2_fused import runs as runs_module
 from mnv2_fused.sequence import RunsFused
-from mnv2_fused.testing import agreement
+from mnv2_fused.testing import agreement, perturb_batch_norm
 from mnv2_fused.traced import _weights
 from mnv2_fused.watch import PackedCache
 
@@ -335,6 +336,102 @@ def test_nothing_runs_twice_before_a_run_that_records():
         y, expected = compiled(model)(x.clone()), plain(x.clone())
     assert near(y, expected)
     assert model[1].num_batches_tracked == plain[1].num_batches_tracked == 1
+
+
+SWITCHES = {
+    "eval": lambda m, x: m.eval()(x),
+    "train and eval": lambda m, x: m.train().eval()(x),
+    "to": lambda m, x: m.to(torch.float32)(x),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("kind", ["block", "sequence", "model"])
+def test_modes_are_switched_inside_a_graph(kind, name):
+    model, x = fused_model(), make_x()
+    if kind != "model":
+        model = model.features[2] if kind == "block" else model.features[2:]
+        x = torch.randn(2, 8, 9, 10)
+    expected = model(x)
+    graph = torch.compile(lambda x: SWITCHES[name](model, x), backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(graph(x), expected, rtol=1e-4, atol=1e-5)
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.weight.data.mul_(2)
+    torch.testing.assert_close(graph(x), unfuse(model)(x), rtol=1e-4, atol=1e-5)
+
+
+def another_block(model, stride=1, ratio=3, residual=None):
+    old = model.features[3]
+    c_in, c_out = old.spec.in_channels, old.spec.out_channels
+    block = perturb_batch_norm(InvertedResidual(c_in, c_out, stride, ratio)).eval()
+    if residual is not None:
+        block.use_res_connect = residual
+    model.features[3] = fuse(block)
+
+
+REPLACED = {
+    "a block": another_block,
+    "a block of another stride": lambda model: another_block(model, stride=2),
+    "a block without its residual": lambda model: another_block(model, residual=False),
+    "the stem's convolution": lambda model: model.features[0].__setitem__(0, nn.Conv2d(3, 32, 3, 1, 1, bias=False)),
+    "the stem's stride": lambda model: setattr(model.features[0][0], "stride", (1, 1)),
+    "the stem's padding": lambda model: setattr(model.features[0][0], "padding", (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_other_layers_of_the_same_weights_are_noticed(name):
+    model, x = fused_model(), make_x()
+    graph = torch.compile(model, backend="aot_eager")
+    graph(x)
+    REPLACED[name](model)
+    assert near(graph(x), unfuse(model)(x))
+
+
+def test_another_pool_is_noticed():
+    model = nn.Sequential(*fused_model().features[2:], nn.AdaptiveAvgPool2d(1)).eval()
+    model, x = fuse(model), torch.randn(2, 8, 9, 10)
+    graph = torch.compile(model, backend="aot_eager")
+    assert graph(x).shape == (2, 1280, 1, 1)
+    model[-1] = nn.AdaptiveAvgPool2d(2)
+    assert graph(x).shape == (2, 1280, 2, 2)
+    model[-1].output_size = 3
+    assert torch.compile(model, backend="aot_eager")(x).shape == (2, 1280, 3, 3)
+
+
+@pytest.mark.parametrize("change", ["another block", "fused again"])
+def test_uncounted_writes_to_new_blocks(change):
+    model, x = fused_model(), make_x()
+    graph = torch.compile(model, backend="aot_eager")
+    graph(x)
+    if change == "another block":
+        model.features[2] = copy.deepcopy(model.features[2])
+    else:
+        fuse(unfuse(model, inplace=True), inplace=True)
+    assert near(graph(x), unfuse(model)(x))
+    model.features[2].conv[0][0].weight.data.mul_(3)
+    model.features[2].train().eval()
+    assert near(graph(x), unfuse(model)(x))
+
+
+class _Two(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class _Joined(nn.Module):
+    def forward(self, both):
+        return both[0] + both[1]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_children_that_give_no_tensor(grad):
+    block = fused_model().features[2]
+    model = fuse(nn.Sequential(block, _Two(), _Joined(), nn.ReLU()).eval())
+    x = torch.randn(2, 8, 9, 10)
+    with torch.set_grad_enabled(grad):
+        assert near(compiled(model)(x), unfuse(model)(x))
 
 
 class Rescaled(nn.Module):
