@@ -66,6 +66,19 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+def scripted(make):
+    """``make()`` through torch.jit.script, which knows builtins by their id(): a list may have that of one long gone."""
+    made, builtins = [], torch.jit._builtins._get_builtin_table()
+
+    def mistaken():
+        values = (value for module in made[-1].modules() for value in vars(module).values())
+        return any(isinstance(value, list) and id(value) in builtins for value in values)
+
+    while not made or mistaken():
+        made.append(make())  # all are kept, so that the next one's lists have other ids
+    return torch.jit.script(made[-1])
+
+
 def through_pickle(module):
     return pickle.loads(pickle.dumps(module))
 

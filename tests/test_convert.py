@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import scripted
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torchvision.models import mobilenet_v2, resnet18
@@ -429,11 +430,12 @@ def test_group_norm_is_left_alone():
         assert kinds(fuse(model)) == (0, 17)
 
 
-@pytest.mark.parametrize("wrap, reason", [(torch.compile, "compiled"), (torch.jit.script, "scripted")])
+@pytest.mark.parametrize("reason", ["compiled", "scripted"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_blocks_inside_compiled_and_scripted_models_are_left_alone(wrap, reason):
+def test_blocks_inside_compiled_and_scripted_models_are_left_alone(reason):
+    model = scripted(two_blocks) if reason == "scripted" else torch.compile(two_blocks())
     with pytest.warns(UserWarning, match=f"2 x it is {reason}: fuse first"):
-        fuse(wrap(two_blocks()), inplace=True)
+        fuse(model, inplace=True)
 
 
 def _copied_class(forward: Callable) -> type:

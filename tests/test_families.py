@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from conftest import scripted
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.efficientnet import MBConv, MBConvConfig
@@ -553,7 +554,7 @@ TRAPS = {
     ),
     "compiled": (lambda: _with(v3(), lambda b: b.compile()), "it is compiled"),
     "compiled inside": (lambda: _with(v3(), lambda b: b.block[0].compile()), "compiled or scripted"),
-    "scripted": (lambda: torch.jit.script(mnasnet()), "scripted"),
+    "scripted": (lambda: scripted(mnasnet), "scripted"),
     "meta": (lambda: v3().to("meta"), "meta device"),
     "mixed": (lambda: _with(v3(), lambda b: b.block[2].half()), "its parameters are mixed"),
     "padding mode": (
