@@ -67,7 +67,7 @@ def poison():
 
 
 def scripted(make):
-    """``make()`` through torch.jit.script, which knows builtins by their id(): a list may have that of one long gone."""
+    """``make()`` through torch.jit.script, which knows builtins by id(): a list may have that of one long gone."""
     made, builtins = [], torch.jit._builtins._get_builtin_table()
 
     def mistaken():
