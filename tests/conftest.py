@@ -67,15 +67,15 @@ def poison():
 
 
 def scripted(make):
-    """``make()`` through torch.jit.script, which knows builtins by id(): a list may have that of one long gone."""
+    """``make()`` through torch.jit.script, which knows builtins by id(): a tuple may have that of one long gone."""
     made, builtins = [], torch.jit._builtins._get_builtin_table()
 
     def mistaken():
         values = (value for module in made[-1].modules() for value in vars(module).values())
-        return any(isinstance(value, list) and id(value) in builtins for value in values)
+        return any(isinstance(value, list | tuple) and id(value) in builtins for value in values)
 
     while not made or mistaken():
-        made.append(make())  # all are kept, so that the next one's lists have other ids
+        made.append(make())  # all are kept, so that the next ones have other ids
     return torch.jit.script(made[-1])
 
 
