@@ -8,8 +8,8 @@
 
 #if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define MNV2_NEON
-#if defined(__linux__) && \
-    !defined(__clang__)  // whose way to name a function's instruction set this is not
+// Clang names a function's instruction set in another way.
+#if defined(__linux__) && !defined(__clang__)
 #define MNV2_NEON_BF16
 #endif
 #endif
