@@ -26,7 +26,7 @@ FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-PACKAGE := $(SOURCES) $(wildcard mnv2_fused/*.py)
+PACKAGE := $(SOURCES) $(shell find mnv2_fused -name '*.py')
 
 .PHONY: demo test test-pinned test-next bench families gpu-report gpu-profile gpu-sanitize chain lint format clean
 .DELETE_ON_ERROR:

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from mnv2_fused import bench, testing
-from mnv2_fused.engines import ENGINES, FUSED, as_tensor
+from mnv2_fused import testing
+from mnv2_fused.tools import bench
+from mnv2_fused.tools.engines import ENGINES, FUSED, as_tensor
 
 
 @pytest.mark.parametrize("case", bench.CASES, ids=lambda case: f"{case.name}, {case.threads} threads")

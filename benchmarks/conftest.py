@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnv2_fused import bench
+from mnv2_fused.tools import bench
 
 _kept = bench.Results()
 _tables: dict[str, list[dict[str, str]]] = defaultdict(list)

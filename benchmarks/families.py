@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO, Entry, build, tensors_in
 
-from mnv2_fused import bench, fuse, report, testing
+from mnv2_fused import fuse, report, testing
+from mnv2_fused.tools import bench
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/families.json"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from gpu_tables import grid
 
-from mnv2_fused import inverted_residual, ops, pack
+from mnv2_fused import backends, inverted_residual, pack
 from mnv2_fused.testing import mobilenet_v2_blocks, random_weights
 
 # Nsight Compute's name, and what it is here.
@@ -97,7 +97,7 @@ def main() -> int:
         return 0
     if args.output is None:
         parser.error("say where to write: --output FOLDER")
-    if (why := ops.backend_reasons()[args.backend]) is not None:
+    if (why := backends.backend_reasons()[args.backend]) is not None:
         print(f"no profile: {args.backend}: {why}", file=sys.stderr)
         return 1
     if shutil.which("ncu") is None:

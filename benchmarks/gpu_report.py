@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from mnv2_fused import bench
 
-    if not gpu_timing.backends():
+    if not gpu_timing.runnable_backends():
         print(f"no GPU report: {gpu_timing.ops.backend_reasons(gpu_timing.torch.device('cuda'))}", file=sys.stderr)
         return 1
     report = Report(seconds={"build": round(built, 1)})

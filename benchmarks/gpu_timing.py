@@ -16,9 +16,10 @@ from bench_block import eager_block
 from torch import Tensor, nn
 from triton_prediction import Prediction
 
-from mnv2_fused import bench, cuda_plan, engines, ops, testing
-from mnv2_fused.engines import CHANNELS_LAST, FUSED, Call
+from mnv2_fused import backends, cuda_plan, testing
 from mnv2_fused.testing import Timing
+from mnv2_fused.tools import bench, engines
+from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED, Call
 
 GRAPHED = ", graphed"
 COMPILED = "torch.compile "
@@ -125,11 +126,11 @@ APART = ", launches apart"
 
 def graphed_apart(call: Call) -> Graphed:
     """``call`` as a graph, none of whose kernels starts before the one in front of it has ended."""
-    ops._cuda.allow_early_starts(False)
+    backends._cuda.allow_early_starts(False)
     try:
         return Graphed(call)
     finally:
-        ops._cuda.allow_early_starts(True)
+        backends._cuda.allow_early_starts(True)
 
 
 def compiled(model: nn.Module, x: Tensor, mode: str) -> Call:
@@ -147,9 +148,9 @@ def compiled(model: nn.Module, x: Tensor, mode: str) -> Call:
     return call
 
 
-def backends() -> list[str]:
+def runnable_backends() -> list[str]:
     """The project's own that run CUDA tensors here."""
-    reasons = ops.backend_reasons(torch.device("cuda"))
+    reasons = backends.backend_reasons(torch.device("cuda"))
     return [name for name, why in reasons.items() if why is None and name != "eager"]
 
 
@@ -157,7 +158,7 @@ def network_builders(model: nn.Module, v1: nn.Module, x: Tensor, modes: Sequence
     """What runs a whole network; with ``modes`` of torch.compile, those against the fastest of the others only."""
     dtype = x.dtype
     builders: Builders = {}
-    for backend in backends():
+    for backend in runnable_backends():
         call = lambda backend=backend: engines.fused(model, x, dtype, 1, backend)  # noqa: E731
         builders[f"{FUSED} {backend}{GRAPHED}"] = lambda call=call: Graphed(call())
         if not modes:
@@ -181,7 +182,7 @@ def block_builders(block: nn.Module, x: Tensor) -> Builders:
         f"{FUSED} {backend}{GRAPHED}": lambda backend=backend: Graphed(
             engines.fused(block, x, x.dtype, 1, backend),
         )
-        for backend in backends()
+        for backend in runnable_backends()
     }
     return found | {CHANNELS_LAST + GRAPHED: lambda: Graphed(engines.eager_channels_last(block, x, x.dtype, 1))}
 
@@ -286,7 +287,7 @@ def measure_block(
     x = torch.randn(batch, found.spec.in_channels, *found.size, device=device)
     x = x.to(DTYPES[dtype], memory_format=torch.channels_last)
     row = Row(f"block {index + 1}: {found.spec}", list(x.shape), dtype)
-    plan = cuda_plan(found.spec, x.shape, dtype=x.dtype) if backends()[0] == "cuda" else found.plan
+    plan = cuda_plan(found.spec, x.shape, dtype=x.dtype) if runnable_backends()[0] == "cuda" else found.plan
     row.bytes, row.flops = plan.bytes, found.products + found.depthwise
     row.predicted = plan.seconds * 1e6
     row.floor = found.floor(limits["copy bytes"], limits["fp16 product flops"], limits["fp32 product flops"]) * 1e6
@@ -339,7 +340,9 @@ def device() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": triton.__version__,
-        "CUDA kernel": ops._cuda.architectures if ops._cuda else f"none: {ops.backend_reasons()['cuda']}",
+        "CUDA kernel": backends._cuda.architectures
+        if backends._cuda
+        else f"none: {backends.backend_reasons()['cuda']}",
         "cudnn.allow_tf32": str(torch.backends.cudnn.allow_tf32),
         "cudnn.benchmark": str(torch.backends.cudnn.benchmark),
     }

@@ -14,7 +14,7 @@ import itertools
 import torch
 
 import mnv2_fused
-from mnv2_fused import ops, testing
+from mnv2_fused import backends, ops, testing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS = 9
@@ -37,7 +37,7 @@ def candidates(spec: mnv2_fused.BlockSpec, shape: tuple[int, ...], dtype: torch.
         for splits in range(1, min(torch.get_num_threads(), -(-panels // group)) + 1):
             forced = {"tile_rows": rows, "tile_cols": cols, "group": 16 * group, "splits": splits}
             plan = mnv2_fused.plan(spec, shape, dtype=dtype, **forced)
-            if plan.cost < 1.5 * chosen.cost and plan.scratch_bytes < 4 * ops._C.l2_bytes():
+            if plan.cost < 1.5 * chosen.cost and plan.scratch_bytes < 4 * backends._C.l2_bytes():
                 found.setdefault(tuple(plan.forced()), plan)
     return list(found.values())
 

@@ -20,10 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mnv2_fused import BlockSpec, TritonPlan, triton_kernels, triton_plan
+from mnv2_fused import BlockSpec, TritonPlan, triton_plan
 from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_launch import constants, constants_of_adding, constants_of_pooling
+from mnv2_fused.triton_backend import kernels as triton_kernels
+from mnv2_fused.triton_backend.launch import constants, constants_of_adding, constants_of_pooling
 
 RESULTS = Path(__file__).parent / "results" / "triton-configurations.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

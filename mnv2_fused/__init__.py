@@ -1,15 +1,16 @@
 """The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor."""
 
 from . import models
-from .block import BlockSpec, inverted_residual, inverted_residual_reference
+from .block import inverted_residual
 from .convert import Report, fuse, report, unfuse
-from .cuda_plan import CudaPlan, cuda_plan
 from .fold import BlockWeights, PackedWeights, pack
 from .module import FusedBlock, FusedInvertedResidual
-from .plan import Plan, plan
-from .triton_plan import TritonPlan, triton_plan
-
-__version__ = "0.1.0"
+from .plans.cpu import Plan, plan
+from .plans.cuda import CudaPlan, cuda_plan
+from .plans.triton import TritonPlan, triton_plan
+from .reference import inverted_residual_reference
+from .spec import BlockSpec
+from .version import __version__ as __version__
 
 __all__ = [
     "BlockSpec",

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, cuda_plan, ops, plan, testing
-from .demo import DemoError, aligned, run_demo
-from .digits import train_digits
+from . import __version__, backends, cuda_plan, plan, testing
 from .gpus import GPUS
+from .tools.demo import DemoError, run_demo
+from .tools.digits import train_digits
+from .tools.tables import aligned
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
@@ -46,17 +47,17 @@ def resolution(text: str) -> tuple[int, int]:
 def instruction_set_in_use() -> str:
     """Its name, or why MNV2_FUSED_ISA names none that runs here."""
     try:
-        return ops._C.instruction_set()
+        return backends._C.instruction_set()
     except RuntimeError as error:
         return f"none: {error}"
 
 
 def cuda_build() -> str:
     """What the CUDA kernel was built with, or why there is none."""
-    if ops._cuda is None:
-        return f"none: {ops.backend_reasons()['cuda']}"
-    toolkit = ops._cuda.toolkit
-    return f"built with CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, for {ops._cuda.architectures}"
+    if backends._cuda is None:
+        return f"none: {backends.backend_reasons()['cuda']}"
+    toolkit = backends._cuda.toolkit
+    return f"built with CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, for {backends._cuda.architectures}"
 
 
 def info(args: argparse.Namespace) -> int:
@@ -66,24 +67,24 @@ def info(args: argparse.Namespace) -> int:
         ("torch", torch.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
     ]
-    if ops._C is None:
-        rows.append(("compiled library", f"missing: {ops.backend_reasons()['cpu']}"))
+    if backends._C is None:
+        rows.append(("compiled library", f"missing: {backends.backend_reasons()['cpu']}"))
         rows.append(("", "build it with: pip install --no-build-isolation ."))
     else:
-        target, compiled = ops._C.torch_target, ops._C.instruction_sets()
+        target, compiled = backends._C.torch_target, backends._C.instruction_sets()
         rows += [
-            ("built with", f"compiler {ops._C.compiler}, for torch {target // 100}.{target % 100} and later"),
+            ("built with", f"compiler {backends._C.compiler}, for torch {target // 100}.{target % 100} and later"),
             ("instruction sets", f"compiled: {', '.join(name for name, _ in compiled)}"),
             ("", f"supported here: {', '.join(testing.available_instruction_sets())}"),
             ("", f"in use: {instruction_set_in_use()}"),
-            ("L2 cache", f"{ops._C.l2_bytes() / 1024:.0f} KiB"),
+            ("L2 cache", f"{backends._C.l2_bytes() / 1024:.0f} KiB"),
             ("CUDA kernel", cuda_build()),
         ]
     rows.append(("threads", str(torch.get_num_threads())))
     for name in ("MNV2_FUSED_ISA", "MNV2_FUSED_BACKEND"):
         if name in os.environ:
             rows.append((name, os.environ[name]))
-    for backend, reason in ops.backend_reasons().items():
+    for backend, reason in backends.backend_reasons().items():
         rows.append((f"backend {backend}", "available" if reason is None else f"cannot run: {reason}"))
     for name, value in rows:
         print(f"{name:<18}{value}")
@@ -136,14 +137,14 @@ def print_plans(args: argparse.Namespace) -> int:
     height, width = args.resolution
     threads = args.threads or torch.get_num_threads()
     print(f"MobileNetV2 1.0 at {height}x{width}, batch {args.batch}, {dtype}, {threads} thread(s), ", end="")
-    print(f"{ops._C.instruction_set()}; scratch is that of all workers\n")
+    print(f"{backends._C.instruction_set()}; scratch is that of all workers\n")
     print(aligned(rows))
     return 0
 
 
 def print_cost(args: argparse.Namespace) -> int:
     """Prints what a model costs layer by layer, eager and fused."""
-    from . import cost
+    from .tools import cost
 
     return cost.run(args.model, (args.batch, 3, *args.resolution), DTYPES[args.dtype], measure=args.measure)
 
@@ -166,7 +167,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures every engine, or shows what was measured before."""
-    from . import bench
+    from .tools import bench
 
     for name in ("matplotlib", "torchvision"):
         if importlib.util.find_spec(name) is None:
@@ -180,7 +181,7 @@ def run_bench(args: argparse.Namespace) -> int:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RuntimeError(f"{args.results} is no result of this benchmark: {error}") from error
         return bench.show(results, plot)
-    if ops.resolve_backend("auto", torch.device("cpu")) == "eager":
+    if backends.resolve_backend("auto", torch.device("cpu")) == "eager":
         raise RuntimeError("MNV2_FUSED_BACKEND=eager leaves nothing to measure; unset it")
     cases = bench.QUICK[:1] if args.quick else bench.QUICK
     if args.threads:

@@ -1,8 +1,8 @@
 """Model families: which modules are inverted residuals, and how each is read.
 
-A family is one row of ``_FAMILIES`` and one reader, a function that takes a block and returns its
-:class:`mnv2_fused.layers.Parts`, or raises :class:`mnv2_fused.layers.Unfusable` with the reason why it must stay
-unfused. Geometry is read from the convolutions: segmentation encoders change their strides and dilations in place.
+A family is one row of ``_FAMILIES`` and one reader: a function that takes a block and returns its ``Parts`` (see
+:mod:`mnv2_fused.module.reading`), or raises ``Unfusable`` with the reason why the block must stay unfused. Geometry is
+read from the convolutions: segmentation encoders change their strides and dilations in place.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import layers
-from .layers import Parts, Unfusable, read_chain
-from .module import FusedInPlace, Reader
+from .module import FusedInPlace, Reader, reading
+from .module.guard import is_compiled
+from .module.reading import Parts, Unfusable, read_chain
 from .sequence import FusedSequential
 
 
@@ -28,7 +28,7 @@ class Family(NamedTuple):
 
 def family_of(module: nn.Module) -> Family | None:
     """The family that ``module`` is a block of, fit to be fused or not; None for any other module."""
-    if layers.is_plain(module):
+    if reading.is_plain(module):
         return _SEQUENTIAL if _is_chain(module) else None
     names = [c.__name__ for c in type(module).__mro__]
     if isinstance(module, torch.jit.ScriptModule):
@@ -43,12 +43,12 @@ def parts_of(block: nn.Module, reader: Reader) -> Parts | str:
     """What ``reader`` finds in an ordinary block, or why it cannot be fused."""
     if isinstance(block, torch.jit.ScriptModule):
         return "it is scripted: fuse first, then script or trace"
-    if layers.is_compiled(block):
+    if is_compiled(block):
         return "it is compiled: fuse first, then compile"
     if "forward" in vars(block):
         return "a forward of its own would not be called: remove it first"
     reason = next(_tensor_objections([*block.parameters(), *block.buffers()]), None)
-    reason = reason or next(layers.inner_objections(list(block.modules())[1:]), None)
+    reason = reason or next(reading.inner_objections(list(block.modules())[1:]), None)
     if reason is not None:
         return reason
     try:
@@ -72,9 +72,9 @@ def _require_type(block: nn.Module, *names: str) -> None:
     """``names``: the classes, with their modules, whose forward is known."""
     if isinstance(block, FusedInPlace):
         return  # looked at when it was fused
-    if layers.full_name(block) not in names:
+    if reading.full_name(block) not in names:
         known = " or ".join(names)
-        raise Unfusable(f"{layers.full_name(block)} is not {known} and may compute something else")
+        raise Unfusable(f"{reading.full_name(block)} is not {known} and may compute something else")
 
 
 def _flag(block: nn.Module, name: str) -> bool:
@@ -129,7 +129,7 @@ def read_mobilenet_v2(block: nn.Module) -> Parts:
     if cls.__module__ in _OPENMMLAB:
         if getattr(block, "with_cp", False):
             raise Unfusable("it checkpoints (with_cp): build it with with_cp=False")
-        modules = [m for child in layers.flatten([block.conv]) for m in _of_conv_module(child)]
+        modules = [m for child in reading.flatten([block.conv]) for m in _of_conv_module(child)]
         return read_chain(modules, residual=_flag(block, "use_res_connect"))
     of_torchvision = cls.__module__ in ("torchvision.models.mobilenetv2", "torchvision.models.mobilenet")
     if of_torchvision or _same_code(cls.forward, _torchvision_forward):
@@ -141,7 +141,7 @@ def read_mobilenet_v2(block: nn.Module) -> Parts:
 
 def _of_conv_module(module: nn.Module) -> list[nn.Module | None]:
     """What mmcv's ConvModule runs, in order."""
-    if layers.full_name(module) != "mmcv.cnn.bricks.conv_module.ConvModule":
+    if reading.full_name(module) != "mmcv.cnn.bricks.conv_module.ConvModule":
         return [module]
     if tuple(module.order) != ("conv", "norm", "act") or getattr(module, "with_explicit_padding", False):
         raise Unfusable(f"its ConvModule runs {module.order}, or pads by itself")
@@ -151,7 +151,7 @@ def _of_conv_module(module: nn.Module) -> list[nn.Module | None]:
 
 def read_mobilenet_v3(block: nn.Module) -> Parts:
     """torchvision's MobileNetV3 ``InvertedResidual``, and this project's ``InvertedResidualV3``."""
-    _require_type(block, "torchvision.models.mobilenetv3.InvertedResidual", f"{__package__}.models.InvertedResidualV3")
+    _require_type(block, "torchvision.models.mobilenetv3.InvertedResidual", "mnv2_fused.models.InvertedResidualV3")
     _require_children(block, "block")
     return read_chain([block.block], residual=_flag(block, "use_res_connect"))
 
@@ -211,8 +211,8 @@ _TRANSFORMERS = "transformers.models.mobilenet_v2.modeling_mobilenet_v2"
 def _read_transformers_layers(block: nn.Module, names: tuple[str, ...], residual: bool) -> Parts:
     found = [m for name in names if (m := block._modules.get(name)) is not None]
     for layer in found:
-        if layers.full_name(layer) != f"{_TRANSFORMERS}.MobileNetV2ConvLayer":
-            raise Unfusable(f"it has a {layers.full_name(layer)} where a MobileNetV2ConvLayer is needed")
+        if reading.full_name(layer) != f"{_TRANSFORMERS}.MobileNetV2ConvLayer":
+            raise Unfusable(f"it has a {reading.full_name(layer)} where a MobileNetV2ConvLayer is needed")
     modules = [layer._modules.get(n) for layer in found for n in ("convolution", "normalization", "activation")]
     pads = {bool(layer.config.tf_padding) for layer in found}
     if len(pads) > 1:
@@ -243,7 +243,7 @@ def read_sequential(block: nn.Module) -> Parts:
 
 def _is_chain(module: nn.Sequential) -> bool:
     """Whether a Sequential is just one block: a depthwise convolution and the products around it."""
-    leaves = list(layers.flatten([module]))
+    leaves = list(reading.flatten([module]))
     convs = [m for m in leaves if isinstance(m, nn.Conv2d)]
     if len(convs) not in (2, 3) or leaves[0] is not convs[0]:
         return False
@@ -257,7 +257,7 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 
 def inline_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, depthwise convolution) of blocks whose layers lie among others' in one Sequential."""
-    if not (layers.is_plain(module) or type(module) is FusedSequential):
+    if not (reading.is_plain(module) or type(module) is FusedSequential):
         return
     children = [(name, m) for name, m in module._modules.items() if m is not None]
     for (name, child), (_, norm), (_, act), (_, project) in zip(*(children[i:] for i in range(4)), strict=False):

@@ -54,6 +54,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import gpu_backend
+
 PANEL = 16
 FRAGMENT = PANEL * PANEL
 
@@ -202,9 +204,7 @@ def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str
     """
     device = weights.w_project.device
     if device.type == "cuda" and backend == "auto":
-        from . import ops  # which imports this module
-
-        backend = ops.gpu_backend(device)
+        backend = gpu_backend(device)
     if backend in ("cuda", "triton"):  # neither rests on where the weights are now
         device = torch.device("cuda")
     products, others = packed_dtypes(dtype, device, weights.w_project.shape[1])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import read_mobilenet_v3, read_sequential
 from .module import FusedInvertedResidual, fuse_in_place
 from .sequence import FusedSequential, RunsWhole
-from .testing import MOBILENET_V2_STAGES
+from .workloads import MOBILENET_V2_STAGES
 
 __all__ = [
     "InvertedResidual",

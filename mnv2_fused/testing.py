@@ -1,4 +1,4 @@
-"""Shared by tests, benchmarks and CLI: block shapes, the tolerance rule, timers, memory and peak meters."""
+"""Shared by tests, benchmarks and CLI: the tolerance rule, timers, memory and peak meters."""
 
 from __future__ import annotations
 
@@ -12,41 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .block import BlockSpec, inverted_residual_reference
+from . import backends
 from .fold import BlockWeights
-
-# (expand ratio, output channels, repeats, first stride): table 2 of the MobileNetV2 paper, 17 blocks.
-MOBILENET_V2_STAGES = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
-
-
-def mobilenet_v2_blocks(resolution: int | tuple[int, int] = 224) -> list[tuple[BlockSpec, tuple[int, int]]]:
-    """(spec, input height and width) of MobileNetV2 1.0's 17 blocks for an image of ``resolution``."""
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-
-    def halved(size: int) -> int:
-        return (size - 1) // 2 + 1
-
-    height, width = halved(height), halved(width)  # the stem
-    blocks, channels = [], 32
-    for ratio, out_channels, repeats, first_stride in MOBILENET_V2_STAGES:
-        for i in range(repeats):
-            stride = first_stride if i == 0 else 1
-            residual = stride == 1 and channels == out_channels
-            spec = BlockSpec(channels, channels * ratio, out_channels, stride, expand=ratio != 1, residual=residual)
-            blocks.append((spec, (height, width)))
-            if stride == 2:
-                height, width = halved(height), halved(width)
-            channels = out_channels
-    return blocks
+from .reference import inverted_residual_reference
+from .spec import BlockSpec
+from .workloads import MOBILENET_V2_STAGES as MOBILENET_V2_STAGES
+from .workloads import mobilenet_v2_blocks as mobilenet_v2_blocks
 
 
 def random_weights(
@@ -169,18 +140,18 @@ def threads(count: int) -> Iterator[None]:
 
 def available_instruction_sets() -> list[str]:
     """Instruction sets the CPU kernel is built for and this processor has, best first."""
-    return [] if ops._C is None else [name for name, here in ops._C.instruction_sets() if here]
+    return [] if backends._C is None else [name for name, here in backends._C.instruction_sets() if here]
 
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Forces the CPU kernel's instruction set for a while. Raises RuntimeError when it cannot run here."""
-    before = ops._C.instruction_set()
-    ops._C.set_instruction_set(name)
+    before = backends._C.instruction_set()
+    backends._C.set_instruction_set(name)
     try:
         yield
     finally:
-        ops._C.set_instruction_set(before)
+        backends._C.set_instruction_set(before)
 
 
 @dataclass
@@ -277,7 +248,7 @@ def multiply_adds_at_peak(dtype: torch.dtype = torch.float32) -> int:
 
     Time it beside a kernel (:func:`interleave`): a shared machine's clock wanders, their ratio does not.
     """
-    return ops._C.multiply_add(_PEAK_ROUNDS, str(dtype).removeprefix("torch."))
+    return backends._C.multiply_add(_PEAK_ROUNDS, str(dtype).removeprefix("torch."))
 
 
 def of_peak(operations: float, timing: Timing, peak: Timing, dtype: torch.dtype = torch.float32) -> float:

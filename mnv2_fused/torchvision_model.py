@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from .module import become
 from .sequence import RunsWhole
 
 
@@ -57,4 +58,4 @@ def run_whole(model: nn.Module) -> None:
         return
     code, expected = type(model)._forward_impl.__code__, known.__code__
     if (code.co_code, code.co_names) == (expected.co_code, expected.co_names):
-        model.__class__ = fused
+        become(model, fused)

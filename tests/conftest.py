@@ -14,8 +14,8 @@ import hypothesis
 import pytest
 import torch
 
-from mnv2_fused import ops
-from mnv2_fused.ops import LayerKind
+from mnv2_fused import encoding, ops
+from mnv2_fused.encoding import LayerKind
 
 # Without it cuBLAS refuses to run on a GPU once a test asks for deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -109,7 +109,7 @@ def ran(monkeypatch):
     calls, original = [], ops.sequence
 
     def counted(x, weights, geometry, backend="cpu"):
-        calls.append([LayerKind(values[0]) for values, _ in ops.split_layers(geometry)])
+        calls.append([LayerKind(values[0]) for values, _ in encoding.split_layers(geometry)])
         return original(x, weights, geometry, backend)
 
     monkeypatch.setattr(ops, "sequence", counted)

@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from mnv2_fused import bench, engines
 from mnv2_fused.__main__ import main
-from mnv2_fused.bench import Case, Results, Row, bfloat16
-from mnv2_fused.engines import CHANNELS_LAST, FUSED
+from mnv2_fused.tools import bench, engines
+from mnv2_fused.tools.bench import Case, Results, Row, bfloat16
+from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/cpu.json"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnv2_fused import BlockSpec, inverted_residual, inverted_residual_reference, ops, pack, plan
+from mnv2_fused import BlockSpec, backends, inverted_residual, inverted_residual_reference, pack, plan
 from mnv2_fused.testing import (
     agreement,
     available_instruction_sets,
@@ -274,9 +274,9 @@ def test_fused_multiply_add_instruction_sets_agree_to_the_bit(spec, dtype):
 def test_instruction_set_switches_and_refuses():
     for isa in ISAS:
         with instruction_set(isa):
-            assert ops._C.instruction_set() == isa
+            assert backends._C.instruction_set() == isa
     with pytest.raises(RuntimeError, match=r"unknown instruction set 'abacus'.*portable"):
-        ops._C.set_instruction_set("abacus")
+        backends._C.set_instruction_set("abacus")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

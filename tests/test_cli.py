@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import mnv2_fused
-from mnv2_fused import demo, ops, testing
+from mnv2_fused import backends, testing
 from mnv2_fused.__main__ import main
 from mnv2_fused.gpus import GPUS
+from mnv2_fused.tools import demo
 
 
 def rows_of(output: str) -> list[list[str]]:
@@ -48,8 +49,8 @@ def test_info_as_a_command():
     assert ran.returncode == 0, ran.stderr
     assert mnv2_fused.__version__ in ran.stdout and torch.__version__ in ran.stdout
     assert re.search(r"backend cpu +(available|cannot run: .+)", ran.stdout)
-    if ops._C is not None:
-        assert f"in use: {ops._C.instruction_set()}" in ran.stdout
+    if backends._C is not None:
+        assert f"in use: {backends._C.instruction_set()}" in ran.stdout
         assert re.search(r"CUDA kernel +(built with CUDA \d+\.\d, for (sm|compute)_.+|none: .+)", ran.stdout)
         assert re.search(r"backend cuda +(available|cannot run: .+)", ran.stdout)
 

@@ -30,9 +30,10 @@ from test_triton_variants import SPECS as GENERAL_SPECS
 from test_triton_variants import every_pair, spec_of
 
 from mnv2_fused import BlockSpec, cuda_plan, fold, inverted_residual_reference, pack
-from mnv2_fused.block import ACTIVATIONS, TORCH_ACTIVATIONS
-from mnv2_fused.cuda_plan import stem_size
-from mnv2_fused.runs import join
+from mnv2_fused.plans.cuda import stem_size
+from mnv2_fused.reference import TORCH_ACTIVATIONS
+from mnv2_fused.sequence.weights import join
+from mnv2_fused.spec import ACTIVATIONS
 from mnv2_fused.testing import agreement, mobilenet_v2_blocks, random_weights, threads
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -22,10 +22,10 @@ from mnv2_fused import (
     BlockSpec,
     FusedInvertedResidual,
     PackedWeights,
+    backends,
     cuda_plan,
     fold,
     inverted_residual,
-    ops,
     pack,
 )
 from mnv2_fused import inverted_residual_reference as reference
@@ -33,7 +33,7 @@ from mnv2_fused.gpus import Gpu
 from mnv2_fused.testing import random_weights
 
 ROOT = Path(__file__).parent.parent
-REASON = ops.backend_reasons()["cuda"]
+REASON = backends.backend_reasons()["cuda"]
 kernel = pytest.mark.skipif(REASON is not None, reason=f"the CUDA kernel cannot run: {REASON}")
 op = torch.ops.mnv2_fused.inverted_residual_cuda
 
@@ -250,23 +250,23 @@ def test_requiring_it_without_a_toolkit_stops_the_build(tmp_path):
 
 def test_import_needs_no_driver():
     """The library asks for CUDA's runtime, the one torch brings, and for no driver."""
-    if ops._cuda is None:
-        assert ops._cuda_error and ops._cuda_error == REASON
+    if backends._cuda is None:
+        assert backends._cuda_error and backends._cuda_error == REASON
         return
-    library = Path(ops._cuda.__file__).read_bytes()
+    library = Path(backends._cuda.__file__).read_bytes()
     assert b"libcudart.so" in library and b"libcuda.so" not in library
     code = "import mnv2_fused; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libcudart' in line})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert len(ran.stdout.split()) == 1, ran.stdout + ran.stderr
-    assert ops._cuda.architectures.startswith(("sm_", "compute_")) and ops._cuda.toolkit >= 12000
+    assert backends._cuda.architectures.startswith(("sm_", "compute_")) and backends._cuda.toolkit >= 12000
 
 
 def test_a_library_that_does_not_load_costs_only_its_backend():
     code = (
         "import sys, torch; sys.modules['mnv2_fused._cuda'] = None\n"
         "import mnv2_fused; from mnv2_fused import ops\n"
-        "if ops._C.no_cuda is None: assert 'does not load with torch' in ops.backend_reasons()['cuda']\n"
-        "else: assert ops.backend_reasons()['cuda'] == 'it was not built: ' + ops._C.no_cuda\n"
+        "if backends._C.no_cuda is None: assert 'does not load with torch' in backends.backend_reasons()['cuda']\n"
+        "else: assert backends.backend_reasons()['cuda'] == 'it was not built: ' + backends._C.no_cuda\n"
         "from mnv2_fused.testing import random_weights\n"
         "weights = random_weights(mnv2_fused.BlockSpec(4, 24, 4))\n"
         "assert mnv2_fused.inverted_residual(torch.randn(1, 4, 5, 5), weights).shape == (1, 4, 5, 5)\n"
@@ -297,8 +297,8 @@ def test_where_it_cannot_run_it_says_why():
     ],
 )
 def test_code_runs_on_its_generation_and_ptx_on_later_ones(architectures, runs, does_not):
-    assert all(ops.runs_on(architectures, c) for c in runs)
-    assert not any(ops.runs_on(architectures, c) for c in does_not)
+    assert all(backends.runs_on(architectures, c) for c in runs)
+    assert not any(backends.runs_on(architectures, c) for c in does_not)
 
 
 @pytest.fixture
@@ -310,51 +310,53 @@ def made_up_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a made-up GPU")
-        monkeypatch.setattr(ops, "_cuda", SimpleNamespace(architectures=architectures))
-        monkeypatch.setattr(ops, "_cuda_error", None)
-        monkeypatch.setattr(ops, "_triton_reason", lambda device: None if capability >= (8, 0) else "it needs more")
-        ops._cuda_reason_here.cache_clear()
+        monkeypatch.setattr(backends, "_cuda", SimpleNamespace(architectures=architectures))
+        monkeypatch.setattr(backends, "_cuda_error", None)
+        monkeypatch.setattr(
+            backends, "_triton_reason", lambda device: None if capability >= (8, 0) else "it needs more"
+        )
+        backends._cuda_reason_here.cache_clear()
         return torch.device("cuda")
 
     yield make
-    ops._cuda_reason_here.cache_clear()
+    backends._cuda_reason_here.cache_clear()
 
 
 def test_auto_is_the_cuda_kernel_then_triton(made_up_gpu, monkeypatch):
     device = made_up_gpu((9, 0))
-    assert ops.resolve_backend("auto", device) == ops.gpu_backend(device) == "cuda"
-    assert ops.resolve_backend("triton", device) == "triton"
-    assert ops.resolve_backend("auto", torch.device("cpu")) == "cpu"
+    assert backends.resolve_backend("auto", device) == backends.gpu_backend(device) == "cuda"
+    assert backends.resolve_backend("triton", device) == "triton"
+    assert backends.resolve_backend("auto", torch.device("cpu")) == "cpu"
     monkeypatch.setenv("MNV2_FUSED_BACKEND", "triton")
-    assert ops.resolve_backend("auto", device) == ops.gpu_backend(device) == "triton"
+    assert backends.resolve_backend("auto", device) == backends.gpu_backend(device) == "triton"
     monkeypatch.setenv("MNV2_FUSED_BACKEND", "eager")
-    assert ops.gpu_backend(device) == "cuda"
+    assert backends.gpu_backend(device) == "cuda"
     monkeypatch.delenv("MNV2_FUSED_BACKEND")
     device = made_up_gpu((8, 0), "sm_90")
-    why = ops.backend_reasons(device)["cuda"]
+    why = backends.backend_reasons(device)["cuda"]
     assert "built for sm_90, a made-up GPU has compute capability 8.0" in why and "TORCH_CUDA_ARCH_LIST=8.0" in why
-    assert ops.resolve_backend("auto", device) == ops.gpu_backend(device) == "triton"
+    assert backends.resolve_backend("auto", device) == backends.gpu_backend(device) == "triton"
     with pytest.raises(RuntimeError, match="cuda: it was built for sm_90"):
-        ops.resolve_backend("cuda", device)
+        backends.resolve_backend("cuda", device)
 
 
 def test_old_gpus_are_named(made_up_gpu):
     device = made_up_gpu((7, 5))
-    assert ops.resolve_backend("auto", device) == "cuda"
+    assert backends.resolve_backend("auto", device) == "cuda"
     device = made_up_gpu((7, 0))
     with pytest.raises(RuntimeError, match=r"cuda: it needs compute capability 7.5, a made-up GPU has 7.0; triton: it"):
-        ops.resolve_backend("auto", device)
-    assert ops.gpu_backend(device) == "triton"
+        backends.resolve_backend("auto", device)
+    assert backends.gpu_backend(device) == "triton"
 
 
 def test_no_gpu_or_tensors_elsewhere(made_up_gpu, monkeypatch):
     device = made_up_gpu((9, 0))
-    assert ops.backend_reasons(torch.device("cpu"))["cuda"] == "it takes CUDA tensors, got one on cpu"
+    assert backends.backend_reasons(torch.device("cpu"))["cuda"] == "it takes CUDA tensors, got one on cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ops.backend_reasons(device)["cuda"] == "there is no CUDA GPU here"
+    assert backends.backend_reasons(device)["cuda"] == "there is no CUDA GPU here"
     monkeypatch.setattr(torch.version, "cuda", None)
-    ops._cuda_reason_here.cache_clear()
-    assert ops.backend_reasons(device)["cuda"].endswith("is built without CUDA")
+    backends._cuda_reason_here.cache_clear()
+    assert backends.backend_reasons(device)["cuda"].endswith("is built without CUDA")
 
 
 def test_tf32_follows_torch():
@@ -363,11 +365,11 @@ def test_tf32_follows_torch():
     try:
         for allowed in (True, False):
             cudnn.allow_tf32 = allowed
-            assert ops.tf32_allowed() == allowed
+            assert backends.tf32_allowed() == allowed
         cudnn.allow_tf32 = True
         for precision in ("ieee", "tf32"):  # torch's own allow_tf32 refuses to answer in one of these
             cudnn.conv.fp32_precision = precision
-            assert ops.tf32_allowed() == (precision == "tf32")
+            assert backends.tf32_allowed() == (precision == "tf32")
     finally:
         cudnn.conv.fp32_precision = conv
         cudnn.allow_tf32 = before

@@ -19,8 +19,9 @@ from torchvision.models.mobilenetv3 import InvertedResidual as MobileNetV3Block
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
-from mnv2_fused import fuse, report, unfuse
-from mnv2_fused.module import FusedBlock, FusedInPlace, missing_kernel
+from mnv2_fused import backends, fuse, report, unfuse
+from mnv2_fused.module import FusedBlock, FusedInPlace
+from mnv2_fused.ops import missing_kernel
 from mnv2_fused.testing import agreement, perturb_batch_norm, threads
 
 
@@ -687,10 +688,9 @@ def test_exported(tmp_path):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Blocks on the CPU that are told they were on a GPU; what "auto" is there."""
-    from mnv2_fused import ops
 
     found = {"auto": "cuda"}
-    monkeypatch.setattr(ops, "resolve_backend", lambda backend, device: found.get(backend, backend))
+    monkeypatch.setattr(backends, "resolve_backend", lambda backend, device: found.get(backend, backend))
     return found
 
 

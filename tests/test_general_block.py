@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mnv2_fused import BlockSpec, BlockWeights, inverted_residual, inverted_residual_reference, pack, plan
-from mnv2_fused.block import ACTIVATIONS, GATES
 from mnv2_fused.fold import packed_dtypes, unpack
+from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import (
     agreement,
     available_instruction_sets,

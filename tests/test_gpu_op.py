@@ -17,24 +17,27 @@ from mnv2_fused import (
     BlockSpec,
     BlockWeights,
     FusedInvertedResidual,
+    backends,
     cuda_plan,
+    encoding,
     inverted_residual,
     ops,
     pack,
+    tensors,
     triton_plan,
-    watch,
 )
 from mnv2_fused import inverted_residual_reference as reference
 from mnv2_fused.fold import PackedWeights
 from mnv2_fused.gpus import H200, Gpu
+from mnv2_fused.module import packed_cache
 from mnv2_fused.testing import agreement, perturb_batch_norm, random_weights
 
 OPS = {
     "cuda": torch.ops.mnv2_fused.inverted_residual_cuda,
     "triton": torch.ops.mnv2_fused.inverted_residual_triton,
 }
-NO_CUDA = ops.backend_reasons(torch.device(DEVICE))["cuda"]
-STANDS_IN = NO_CUDA is not None and DEVICE == "cpu" and not ops.triton_interpreted()
+NO_CUDA = backends.backend_reasons(torch.device(DEVICE))["cuda"]
+STANDS_IN = NO_CUDA is not None and DEVICE == "cpu" and not backends.triton_interpreted()
 cuda = pytest.mark.skipif(NO_CUDA is not None and not STANDS_IN, reason=f"the CUDA kernel cannot run: {NO_CUDA}")
 cuda_itself = pytest.mark.skipif(NO_CUDA is not None, reason=f"the CUDA kernel cannot run: {NO_CUDA}")
 by_backend = pytest.mark.parametrize(
@@ -67,14 +70,14 @@ def stand_in():
     def inverted_residual_cuda(x, *arguments):
         packed, (stride, residual) = PackedWeights(*arguments[:10]), arguments[10:12]
         result = reference(x, packed, stride=stride, residual=residual)
-        return ops.empty_output(x, *result.shape[1:2], result.shape[2:]).copy_(result)
+        return tensors.empty_output(x, *result.shape[1:2], result.shape[2:]).copy_(result)
 
     library = torch.library.Library("mnv2_fused", "IMPL")
     library.impl("inverted_residual_cuda", inverted_residual_cuda, "CPU")
     rule = ops.half_autocast_rule(OPS["cuda"].default, "CPU", (0, 4))
     library.impl("inverted_residual_cuda", rule, "AutocastCPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_cuda_reason", lambda device: None)
+        patch.setattr(backends, "_cuda_reason", lambda device: None)
         yield
     library._destroy()
 
@@ -231,13 +234,13 @@ def test_compile(backend, grad):
 @pytest.mark.usefixtures("fresh_graphs")
 def test_a_compiled_graph_folds_while_it_is_traced(backend, monkeypatch):
     """Its first run may own the memory of all that it makes, as reduce-overhead's does."""
-    folds, original = [], watch.fold_and_pack
+    folds, original = [], packed_cache.fold_and_pack
 
     def counted(*arguments):
         folds.append(torch.compiler.is_compiling())
         return original(*arguments)
 
-    monkeypatch.setattr(watch, "fold_and_pack", counted)
+    monkeypatch.setattr(packed_cache, "fold_and_pack", counted)
     block, x = make_block(backend), make_x(2, 8, 5, 4)
     seen = []
 
@@ -281,7 +284,7 @@ def test_fuse_a_whole_model(backend, how, monkeypatch):
         return original(*args, **options)
 
     def all_counted(x, weights, geometry, backend):
-        calls.extend([backend] * len([*ops.split_layers(geometry)]))
+        calls.extend([backend] * len([*encoding.split_layers(geometry)]))
         return in_a_row(x, weights, geometry, backend)
 
     monkeypatch.setattr(ops, "packed_inverted_residual", counted)
@@ -366,7 +369,7 @@ def test_import_leaves_the_kernel_alone():
 
 @gpu
 def test_gpu_auto_is_cuda_where_it_runs():
-    assert ops.resolve_backend("auto", torch.device("cuda")) == ("cuda" if NO_CUDA is None else "triton")
+    assert backends.resolve_backend("auto", torch.device("cuda")) == ("cuda" if NO_CUDA is None else "triton")
 
 
 @gpu

@@ -15,7 +15,8 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
-from mnv2_fused import bench, testing
+from mnv2_fused import testing
+from mnv2_fused.tools import bench
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -212,7 +213,7 @@ def test_every_candidate_is_checked_before_it_is_timed():
 def on_the_cpu(monkeypatch):
     """Everything of gpu_timing but graphs and events, on CPU tensors and the CPU's kernel."""
     gpu = MadeUpGpu(tick=1.0)  # what runs on the CPU does not move its clock
-    monkeypatch.setattr(gpu_timing, "backends", lambda: ["cpu"])
+    monkeypatch.setattr(gpu_timing, "runnable_backends", lambda: ["cpu"])
     monkeypatch.setattr(gpu_timing, "Graphed", lambda call: call)
     monkeypatch.setattr(gpu_timing, "cuda_event", gpu.event)
     monkeypatch.setattr(gpu_timing, "_SECONDS", 0)

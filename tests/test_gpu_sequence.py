@@ -12,13 +12,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mnv2_fused
-from mnv2_fused import BlockSpec, FusedInvertedResidual, fold, ops, watch
+from mnv2_fused import BlockSpec, FusedInvertedResidual, backends, encoding, fold, ops
 from mnv2_fused import inverted_residual_reference as reference
-from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
 from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
-from mnv2_fused.runs import join
+from mnv2_fused.module import packed_cache
+from mnv2_fused.module.parameters import lasting
+from mnv2_fused.reference import TORCH_ACTIVATIONS
+from mnv2_fused.sequence.weights import join
+from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import agreement, perturb_batch_norm
-from mnv2_fused.watch import lasting
 
 pytestmark = cuda
 op = torch.ops.mnv2_fused.sequence_cuda
@@ -42,21 +44,21 @@ class _Reader:
 def _reference_sequence(x, weights, layers, tf32=False):
     """What the op computes, in torch's own layers."""
     reader, dtype = _Reader(weights), x.dtype
-    for (kind, c_in, hidden, c_out, stride, residual), further in ops.split_layers(layers):
+    for (kind, c_in, hidden, c_out, stride, residual), further in encoding.split_layers(layers):
         kernel, dilation, *padding, act, out, squeeze, squeeze_act, gate, stem_act = further or (
             *(3, 1, 1, 1, 1, 1, 0, 2, 0, 1, 0),
             0,
         )
         panels, outs, squeezes = (-(-n // PANEL) for n in (hidden, c_out, squeeze))
         w_expand = b_expand = None
-        if kind == ops.LayerKind.STEM_AND_BLOCK:
+        if kind == encoding.LayerKind.STEM_AND_BLOCK:
             rows = fold._of_fragments(reader.take(dtype, panels, 3, FRAGMENT))[:hidden]
             bias = reader.take(torch.float32, panels * PANEL + c_in)[:hidden].to(dtype)
             rows = rows.view(hidden, 3, 4, 4)
             assert not rows[:, :, 3].any() and not rows[..., c_in:].any()
             x = F.conv2d(x, rows[:, :, :3, :c_in].permute(0, 3, 1, 2), bias, 2, 1)
             x, c_in = TORCH_ACTIVATIONS[ACTIVATIONS[stem_act]](x), hidden
-        elif kind == ops.LayerKind.BLOCK:
+        elif kind == encoding.LayerKind.BLOCK:
             w_expand = reader.take(dtype, panels, -(-c_in // PANEL), FRAGMENT)
             b_expand = reader.take(torch.float32, panels * PANEL + c_in)
         packed = [
@@ -73,7 +75,7 @@ def _reference_sequence(x, weights, layers, tf32=False):
                 reader.take(torch.float32, panels * PANEL),
             ]
         spec = BlockSpec(
-            *(c_in, hidden, c_out, stride, kind == ops.LayerKind.BLOCK, bool(residual), kernel, dilation),
+            *(c_in, hidden, c_out, stride, kind == encoding.LayerKind.BLOCK, bool(residual), kernel, dilation),
             padding="same" if padding[0] == -1 else tuple(padding),
             activation=ACTIVATIONS[act],
             out_activation=ACTIVATIONS[out],
@@ -98,7 +100,7 @@ def counted(monkeypatch):
     original = ops.sequence
 
     def counting(x, weights, geometry, backend="cpu"):
-        calls.append((backend, [values[0] for values, _ in ops.split_layers(geometry)]))
+        calls.append((backend, [values[0] for values, _ in encoding.split_layers(geometry)]))
         return original(x, weights, geometry, backend)
 
     monkeypatch.setattr(ops, "sequence", counting)
@@ -129,7 +131,11 @@ def network(**options):
     return perturb_batch_norm(model).eval().to(DEVICE)
 
 
-BLOCK, UNEXPANDED, STEM = ops.LayerKind.BLOCK, ops.LayerKind.BLOCK_WITHOUT_EXPAND, ops.LayerKind.STEM_AND_BLOCK
+BLOCK, UNEXPANDED, STEM = (
+    encoding.LayerKind.BLOCK,
+    encoding.LayerKind.BLOCK_WITHOUT_EXPAND,
+    encoding.LayerKind.STEM_AND_BLOCK,
+)
 
 
 @by_dtype
@@ -322,11 +328,11 @@ def test_gpu_kernels_that_start_early_wait_for_each_other(kind, graphed):
     fused = perturb_batch_norm(make[kind](num_classes=10)).eval().to(DEVICE).half()
     x = images(1, 3, 64, 64, dtype=torch.float16)
     with torch.inference_mode():
-        ops._cuda.allow_early_starts(False)
+        backends._cuda.allow_early_starts(False)
         try:
             expected = [fused.features(x * i) for i in range(1, 6)]
         finally:
-            ops._cuda.allow_early_starts(True)
+            backends._cuda.allow_early_starts(True)
         given, call = x.clone(), lambda: fused.features(given)
         if graphed:
             call()
@@ -386,13 +392,13 @@ def test_gpu_what_a_capture_folds_is_not_kept():
 @cuda_itself
 def test_gpu_folds_once(monkeypatch):
     """Weights on a GPU are always in memory that may be shared, and yet watched."""
-    folds, original = [], watch.fold_and_pack
+    folds, original = [], packed_cache.fold_and_pack
 
     def counted(*arguments):
         folds.append(1)
         return original(*arguments)
 
-    for name in ("watch", "runs", "module"):
+    for name in ("module.packed_cache", "sequence.weights", "module.fused_block"):
         monkeypatch.setattr(f"mnv2_fused.{name}.fold_and_pack", counted)
     fused = mnv2_fused.fuse(network())
     block, x = fused.features[3], images(1, 3, 32, 32)
@@ -467,7 +473,7 @@ def test_weights_on_a_gpu_last():
 
 
 def test_what_a_capture_folds_is_not_kept(counted, monkeypatch):
-    for name in ("watch", "sequence"):
+    for name in ("module.packed_cache", "sequence.fused"):
         monkeypatch.setattr(f"mnv2_fused.{name}.capturing", lambda device: True)
     fused, plain = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
     x = images(1, 3, 14, 14)
@@ -482,7 +488,7 @@ def test_what_a_capture_folds_is_not_kept(counted, monkeypatch):
 
 def test_what_a_graph_was_captured_with_stays(monkeypatch):
     """Weights changed since are folded elsewhere, and those that the graph reads are not freed."""
-    cache, source = watch.PackedCache(), images(16, 16, 1, 1)
+    cache, source = packed_cache.PackedCache(), images(16, 16, 1, 1)
     sources = [source, *[None] * 5, images(16, 1, 3, 3), *[None] * 5, images(8, 16, 1, 1), *[None] * 5]
 
     def packed():
@@ -491,7 +497,7 @@ def test_what_a_graph_was_captured_with_stays(monkeypatch):
     first = packed()
     assert not cache._captured
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "capturing", lambda device: True)
+        patch.setattr(packed_cache, "capturing", lambda device: True)
         assert packed() is first and packed() is first
         assert [held is first for held in cache._captured] == [True]
         source.mul_(2)

@@ -12,9 +12,9 @@ from torch import nn
 
 import mnv2_fused
 from mnv2_fused import models
-from mnv2_fused.cost import cost
 from mnv2_fused.module import FusedBlock
 from mnv2_fused.testing import agreement, fit_batch_norm, perturb_batch_norm
+from mnv2_fused.tools.cost import cost
 
 BLOCKS = {"mobilenet_v1": 13, "mobilenet_v2": 17, "mobilenet_v3_large": 15, "mobilenet_v3_small": 11}
 by_name = pytest.mark.parametrize("name", BLOCKS)

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from mnv2_fused import FusedInvertedResidual, watch
+from mnv2_fused import FusedInvertedResidual
+from mnv2_fused.module import packed_cache
 from mnv2_fused.testing import agreement, perturb_batch_norm, threads
 
 GEOMETRIES = [(8, 8, 1, 6), (8, 12, 2, 6), (8, 5, 1, 1), (8, 8, 1, 1)]
@@ -442,8 +443,8 @@ def test_gradients_after_a_call_in_inference_mode():
 @pytest.mark.usefixtures("fresh_graphs")
 def test_a_compiled_graph_calls_the_op_that_keeps_what_it_folds(monkeypatch):
     """Folded while it is traced; a graph for export, or for training, has the folding inside."""
-    folds, original = [], watch.fold_and_pack
-    monkeypatch.setattr(watch, "fold_and_pack", lambda *arguments: folds.append(1) or original(*arguments))
+    folds, original = [], packed_cache.fold_and_pack
+    monkeypatch.setattr(packed_cache, "fold_and_pack", lambda *arguments: folds.append(1) or original(*arguments))
     _, block = blocks(8, 8, 1, 6)
     graphs = []
 
@@ -502,7 +503,7 @@ def test_ordinary_parameters_changed_under_inference_mode():
 
 
 def test_weights_are_packed_once(monkeypatch):
-    module = sys.modules["mnv2_fused.watch"]
+    module = sys.modules["mnv2_fused.module.parameters"]
     packings, original = [], module.pack
     monkeypatch.setattr(module, "pack", lambda *args: packings.append(1) or original(*args))
     _, ours = blocks(8, 8, 1, 6)

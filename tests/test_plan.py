@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnv2_fused import BlockSpec, Plan, inverted_residual, ops, pack, plan
+from mnv2_fused import BlockSpec, Plan, backends, inverted_residual, pack, plan
 from mnv2_fused.testing import mobilenet_v2_blocks, random_weights, threads
 
 SPEC = BlockSpec(24, 144, 24, residual=True)
@@ -69,14 +69,14 @@ def test_every_plan_adds_up(call, dtype):
     assert p.splits == 1 or p.tasks <= count
     sums = groups * n * out_h * out_w * spec.out_channels * element
     assert p.partial_bytes == (sums if p.splits > 1 else 0)
-    assert p.partial_bytes <= ops._C.l2_bytes()
+    assert p.partial_bytes <= backends._C.l2_bytes()
     assert 1 <= p.workers <= count
     assert p.workers <= max(p.tasks, 1)
     stored = 2 if dtype == torch.bfloat16 and spec.hidden_channels % 2 == 0 else element
     assert p.scratch_bytes == scratch_bytes(p, spec, element, stored)
     # The scratch fits the part of L2 that it may take, unless it is the smallest there is.
     smallest = (p.tile_rows, p.tile_cols) == (1, 1)
-    assert smallest or p.scratch_bytes <= ops._C.l2_bytes() * 5 // 8
+    assert smallest or p.scratch_bytes <= backends._C.l2_bytes() * 5 // 8
     # The whole map of every expanded channel would be the expanded tensor.
     whole = (p.band_rows, p.tile_cols) == (out_h, out_w) and p.group >= spec.hidden_channels
     assert smallest or p.group == 16 or not whole
@@ -225,8 +225,8 @@ def test_bad_input_shape(shape, message):
 
 
 def test_without_the_library_it_says_so(monkeypatch):
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_load_error", "no such file")
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "_load_error", "no such file")
     with pytest.raises(RuntimeError, match=r"needs the compiled library.*no such file"):
         plan(SPEC, (1, 24, 9, 5))
 

@@ -28,7 +28,7 @@ from whole_models import (
     other_state,
 )
 
-from mnv2_fused import FusedInvertedResidual, fuse, models, ops, unfuse
+from mnv2_fused import FusedInvertedResidual, backends, fuse, models, unfuse
 from mnv2_fused.sequence import FusedSequential
 from mnv2_fused.testing import (
     agreement,
@@ -91,7 +91,7 @@ def test_batch_and_threads_do_not_change_a_bit_of_the_model():
 
 
 def test_weights_are_packed_once(monkeypatch):
-    module = sys.modules["mnv2_fused.runs"]
+    module = sys.modules["mnv2_fused.sequence.weights"]
     packings, original = [], module.pack_conv
     monkeypatch.setattr(module, "pack_conv", lambda *args: packings.append(1) or original(*args))
     model = fused_model()
@@ -160,7 +160,7 @@ def test_a_trainable_module_between_frozen_ones(ran):
 def test_an_optimizer_step_folds_each_block_once(monkeypatch, ran):
     """Not once more for runs that gradients keep from running."""
     folded = []
-    for name in ("module", "runs", "watch"):
+    for name in ("module.fused_block", "sequence.weights", "module.packed_cache"):
         module = sys.modules[f"mnv2_fused.{name}"]
         original = module.fold_and_pack
         monkeypatch.setattr(module, "fold_and_pack", lambda *args, f=original: folded.append(1) or f(*args))
@@ -251,8 +251,8 @@ def test_eager_blocks_run_the_modules(ran):
 
 def test_eager_blocks_need_no_compiled_library(monkeypatch):
     model, x = fuse(fitted(), backend="eager"), make_x()
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_load_error", "no such file")
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "_load_error", "no such file")
     assert torch.equal(model(x), unfuse(model)(x))
 
 

@@ -10,11 +10,10 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from whole_models import HEAD, LINEAR, MAP_ONLY, POOLED, STEM, WHOLE, B, fitted, fused_model, make_x, near, other_state
 
 from mnv2_fused import fuse, unfuse
-from mnv2_fused import runs as runs_module
-from mnv2_fused.sequence import RunsFused
+from mnv2_fused.module.packed_cache import PackedCache
+from mnv2_fused.sequence import RunsFused, weights
+from mnv2_fused.sequence.compiled import _weights
 from mnv2_fused.testing import agreement, perturb_batch_norm
-from mnv2_fused.traced import _weights
-from mnv2_fused.watch import PackedCache
 
 pytestmark = pytest.mark.usefixtures("nothing_records", "fresh_graphs")
 
@@ -26,13 +25,13 @@ def compiled(model, backend="aot_eager", **options):
 @pytest.fixture
 def folds(monkeypatch):
     """One entry for each time that a row of layers is folded."""
-    found, original = [], runs_module.fold_layers
+    found, original = [], weights.fold_layers
 
     def counted(*arguments):
         found.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr("mnv2_fused.traced.fold_layers", counted)
+    monkeypatch.setattr("mnv2_fused.sequence.compiled.fold_layers", counted)
     return found
 
 

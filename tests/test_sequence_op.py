@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mnv2_fused import BlockSpec, inverted_residual_reference, pack
-from mnv2_fused.block import ACTIVATIONS, GATES, TORCH_ACTIVATIONS
+from mnv2_fused.encoding import LayerKind
 from mnv2_fused.fold import pack_conv
-from mnv2_fused.ops import LayerKind
-from mnv2_fused.runs import join
+from mnv2_fused.reference import TORCH_ACTIVATIONS
+from mnv2_fused.sequence.weights import join
+from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import (
     agreement,
     available_instruction_sets,

@@ -14,14 +14,14 @@ from test_block import DETERMINISM_SPECS, PADDING_SPECS, random_input, run, with
 from test_inputs import SIZES, VIEWS
 
 import mnv2_fused
-from mnv2_fused import BlockSpec, ops, pack, triton_plan
+from mnv2_fused import BlockSpec, backends, pack, triton_plan
+from mnv2_fused.plans.triton import TILES
 from mnv2_fused.testing import block_agreement, mobilenet_v2_blocks, random_weights
-from mnv2_fused.triton_plan import TILES
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-REASON = ops.backend_reasons()["triton"]
-DEVICE = "cpu" if ops.triton_interpreted() or not torch.cuda.is_available() else "cuda"
+REASON = backends.backend_reasons()["triton"]
+DEVICE = "cpu" if backends.triton_interpreted() or not torch.cuda.is_available() else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.channels_last, torch.contiguous_format]
 SPECS = [BlockSpec(8, 48, 8, residual=True), BlockSpec(8, 50, 20, stride=2), BlockSpec(8, 8, 5, expand=False)]
@@ -37,7 +37,7 @@ def quick_interpreter():
 
     For helpers of the kernel's own module, patching at the kernel is enough.
     """
-    if ops.triton_interpreted():
+    if backends.triton_interpreted():
         from triton.runtime.interpreter import InterpretedFunction
 
         patching = InterpretedFunction.__call__
@@ -297,12 +297,12 @@ MUTATIONS = {
 
 def mutated(tmp_path, original, replacement):
     """The kernel's module with one line of its source changed."""
-    path = Path(mnv2_fused.__file__).with_name("triton_kernels.py")
+    path = Path(mnv2_fused.__file__).parent / "triton_backend" / "kernels.py"
     source = path.read_text()
     assert source.count(original) == 1, original
-    changed = tmp_path / "triton_kernels.py"
+    changed = tmp_path / "kernels.py"
     changed.write_text(source.replace(original, replacement))
-    found = importlib.util.spec_from_file_location("mnv2_fused.mutated_kernels", changed)
+    found = importlib.util.spec_from_file_location("mnv2_fused.triton_backend.mutated_kernels", changed)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnv2_fused import BlockSpec, ops, triton_plan
+from mnv2_fused import BlockSpec, backends, triton_plan
 from mnv2_fused.testing import mobilenet_v2_blocks
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if ops.triton_interpreted():
+if backends.triton_interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -32,7 +32,7 @@ from triton_configurations import (  # noqa: E402
     gpu_with,
 )
 
-from mnv2_fused.triton_plan import TILES, best_plans  # noqa: E402
+from mnv2_fused.plans.triton import TILES, best_plans  # noqa: E402
 
 KINDS = {  # dtype, whether products may round to TF32
     "float16": (torch.float16, False),

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnv2_fused import BlockSpec, TritonPlan, triton_plan
-from mnv2_fused.block import ACTIVATIONS
 from mnv2_fused.gpus import GPUS, H200
+from mnv2_fused.plans.triton import TILES, best_plans, unsupported
+from mnv2_fused.spec import ACTIVATIONS
 from mnv2_fused.testing import mobilenet_v2_blocks
-from mnv2_fused.triton_plan import TILES, best_plans, unsupported
 
 SPEC = BlockSpec(64, 384, 64, residual=True)
 SHAPE = (1, 64, 14, 14)

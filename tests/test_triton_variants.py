@@ -12,10 +12,10 @@ from test_block import random_input
 from test_triton import DEVICE, DTYPES, FORMATS, forced, kernel, mutated, quick_interpreter  # noqa: F401
 
 from mnv2_fused import BlockSpec, inverted_residual, inverted_residual_reference, pack, triton_plan
-from mnv2_fused.block import ACTIVATIONS, GATES
 from mnv2_fused.fold import BlockWeights
+from mnv2_fused.plans.triton import TILES
+from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import agreement
-from mnv2_fused.triton_plan import TILES
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -262,7 +262,7 @@ def test_non_finite_values_spread_as_in_eager(value, spec):
 
 def test_padding_is_compiled_once_for_all_sizes():
     """TensorFlow's padding rests on the image's size, the kernel that is compiled does not."""
-    triton_launch = pytest.importorskip("mnv2_fused.triton_launch")
+    triton_launch = pytest.importorskip("mnv2_fused.triton_backend.launch")
     spec, tile = SPECS[1], {"tile_rows": 2, "tile_cols": 2, "patches": 16, "group": 32, "splits": 1}
     compiled, paddings = set(), set()
     for size in range(5, 30):

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.mobilenetv2 import MobileNetV2
 
 from mnv2_fused import fuse, unfuse
-from mnv2_fused.ops import LayerKind
+from mnv2_fused.encoding import LayerKind
 from mnv2_fused.testing import (
     fit_batch_norm,
     perturb_batch_norm,

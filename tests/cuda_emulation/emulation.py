@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mnv2_fused import BlockSpec, CudaPlan, PackedWeights
-from mnv2_fused.block import ACTIVATIONS
-from mnv2_fused.cuda_plan import stem_size
-from mnv2_fused.plan import shape_of
+from mnv2_fused.encoding import shape_of
+from mnv2_fused.plans.cuda import stem_size
+from mnv2_fused.spec import ACTIVATIONS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .block import BlockSpec
-from .fold import unfoldable
+from ..fold import unfoldable
+from ..spec import BlockSpec
+from .guard import has_hooks, is_compiled
 
 
 class Unfusable(Exception):
@@ -64,7 +65,7 @@ _GATES = {
 # The two products, what is between them and the gate, by a squeeze-and-excite's type.
 _SQUEEZES = {
     "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
-    f"{__package__}.models.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
+    "mnv2_fused.models.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
     "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "conv_expand", "act1", "gate"),
 }
 _TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
@@ -232,25 +233,6 @@ def drops_now(modules: Iterable[nn.Module]) -> bool:
     return any(m.training and getattr(m, _TRAINING_ONLY[full_name(m)]) for m in modules)
 
 
-_WATCHED = (bool, int, float, str, tuple, list)
-
-
-def watched_entries(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """(dictionary, key) of what decides what ``module`` computes, besides its tensors and submodules."""
-    attributes = vars(module)
-    for name, value in attributes.items():
-        # A fused block counts how often it forgot what it knew.
-        if name == "_forgotten" or (name[0] != "_" and (value is None or type(value) in _WATCHED)):
-            yield attributes, name
-    config = attributes.get("config")
-    if "tf_padding" in getattr(config, "__dict__", ()):  # transformers' MobileNetV2 looks at it in forward
-        yield vars(config), "tf_padding"
-
-
-def is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-
-
 def conv_objections(layer: nn.Module, name: str) -> Iterator[str]:
     """Why ``layer``, [convolution, norm, activation], is not the network's ``"stem"`` or ``"head"``."""
     yield from _module_objections(layer.modules())
@@ -331,17 +313,3 @@ def _hook_objections(modules: Iterable[nn.Module]) -> Iterator[str]:
         if "forward" in vars(module) or has_hooks(module):
             kind = type(module).__name__
             yield f"a hook on a {kind} inside, or a forward of its own, would not be called: remove it first"
-
-
-def hooks_of(module: nn.Module) -> list[dict]:
-    """The dictionaries that hold a module's hooks."""
-    return [
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(hooks_of(module))

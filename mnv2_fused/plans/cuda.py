@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from . import ops
-from .gpus import H200, Gpu
-from .plan import shape_of
-
-if TYPE_CHECKING:
-    from .block import BlockSpec
+from .. import backends
+from ..encoding import shape_of
+from ..gpus import H200, Gpu
+from ..spec import ACTIVATIONS, BlockSpec
 
 
 def stem_size(size: int) -> int:
@@ -78,14 +75,12 @@ def cuda_plan(
     same kernel; ``input_shape`` is then the image's. Raises ValueError, naming the value and its limit, for what no
     kernel takes, and RuntimeError when the compiled library is missing.
     """
-    if ops._C is None:
-        raise RuntimeError(f"the planner needs the compiled library: {ops.backend_reasons()['cpu']}")
+    if backends._C is None:
+        raise RuntimeError(f"the planner needs the compiled library: {backends.backend_reasons()['cpu']}")
     if len(input_shape) != 4:
         raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
     n, channels, height, width = input_shape
     if stem is not None:
-        from .block import ACTIVATIONS  # which imports this module
-
         if stem not in ACTIVATIONS:
             raise ValueError(f"stem must be one of {', '.join(ACTIVATIONS)}, got {stem!r}")
         if spec.expand:
@@ -103,7 +98,7 @@ def cuda_plan(
     if stem is not None:
         in_front = channels, height, width, ACTIVATIONS.index(stem)
         height, width = stem_size(height), stem_size(width)
-    values = ops._C.cuda_plan(
+    values = backends._C.cuda_plan(
         *shape_of(spec, n, height, width),
         precision=precision,
         gpu=gpu[1:9],

@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .convert import Report, computed_tensors, fuse, report, unfuse
-from .demo import aligned
-from .plan import plan
-from .runs import Layer, layers_of
-from .sequence import RunsFused
-from .testing import peak_activation_bytes
+from ..convert import Report, fuse, report, unfuse
+from ..convert.find import computed_tensors
+from ..plans.cpu import plan
+from ..sequence import RunsFused
+from ..sequence.find import Layer, layers_of
+from ..testing import peak_activation_bytes
+from .tables import aligned
 
 
 @dataclass(frozen=True)
@@ -556,9 +557,9 @@ def _imported(module: str, install: str) -> Any:
 
 
 def _own_models() -> dict[str, Callable[[], nn.Module]]:
-    if importlib.util.find_spec(f"{__package__}.models") is None:
+    if importlib.util.find_spec("mnv2_fused.models") is None:
         return {}
-    module = importlib.import_module(f"{__package__}.models")
+    module = importlib.import_module("mnv2_fused.models")
     found = inspect.getmembers(module, inspect.isfunction)
     return {name: f for name, f in found if f.__module__ == module.__name__ and not name.startswith("_")}
 

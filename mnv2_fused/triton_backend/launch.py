@@ -11,12 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from . import ops, triton_tune
-from .block import TORCH_ACTIVATIONS, BlockSpec, check_input
-from .fold import PANEL, PackedWeights
-from .gpus import H200, Gpu
-from .triton_kernels import add_splits_kernel, inverted_residual_kernel, pool_kernel
-from .triton_plan import TritonPlan, best_plans, patches_of_image, triton_plan, unsupported
+from ..backends import tf32_allowed
+from ..fold import PANEL, PackedWeights
+from ..gpus import H200, Gpu
+from ..plans.triton import TritonPlan, best_plans, patches_of_image, triton_plan, unsupported
+from ..reference import TORCH_ACTIVATIONS
+from ..spec import BlockSpec
+from ..tensors import check_input, empty_output
+from . import tune
+from .kernels import add_splits_kernel, inverted_residual_kernel, pool_kernel
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -83,10 +86,10 @@ def inverted_residual_triton(
     _check_weights(x.dtype, x.device, packed)
     options = dilation, tuple(padding), activation, out_activation, squeeze_activation, gate
     spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual, *options)
-    y = ops.empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
+    y = empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
     if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together
         x = x.contiguous(memory_format=torch.channels_last)
-    tf32 = x.dtype == torch.float32 and ops.tf32_allowed()
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
     gpu = gpu_of(x.device)
 
     def run(chosen: TritonPlan) -> Tensor:
@@ -95,9 +98,9 @@ def inverted_residual_triton(
 
     if plan:
         chosen = triton_plan(spec, x.shape, dtype=x.dtype, gpu=gpu, tf32=tf32, forced=plan)
-    elif triton_tune.wanted() and x.is_cuda and y.numel() and not torch.cuda.is_current_stream_capturing():
+    elif tune.wanted() and x.is_cuda and y.numel() and not torch.cuda.is_current_stream_capturing():
         plans = best_plans(spec, tuple(x.shape), x.dtype, tf32, gpu)
-        chosen = triton_tune.fastest(plans, run, (gpu.name, spec, tuple(x.shape), x.dtype, tf32))
+        chosen = tune.fastest(plans, run, (gpu.name, spec, tuple(x.shape), x.dtype, tf32))
     else:
         chosen = triton_plan(spec, x.shape, dtype=x.dtype, gpu=gpu, tf32=tf32)
     return run(chosen) if y.numel() else y

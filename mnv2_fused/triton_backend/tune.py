@@ -1,6 +1,6 @@
 """Measuring the planner's configurations once, for those who ask with ``MNV2_FUSED_AUTOTUNE=1``.
 
-The fastest of the bounded set of :func:`mnv2_fused.triton_plan.best_plans` is kept in a file, so that the next process
+The fastest of the bounded set of :func:`mnv2_fused.plans.triton.best_plans` is kept in a file, so that the next process
 does not measure again: ``$XDG_CACHE_HOME/mnv2_fused/triton.json`` (``~/.cache`` without that variable).
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import triton
 
-from .triton_plan import TritonPlan
+from ..plans.triton import TritonPlan
+from ..version import __version__
 
 _chosen: dict[str, TritonPlan] = {}
 
@@ -44,8 +45,6 @@ def fastest(
     A file that cannot be read or written costs a measurement, never a call; a plan in it that is no longer among
     ``plans`` is measured again.
     """
-    from . import __version__
-
     name = "|".join(map(str, (*key, __version__, torch.__version__, triton.__version__)))
     if name in _chosen:
         return _chosen[name]

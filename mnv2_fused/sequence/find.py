@@ -1,22 +1,22 @@
-"""Which neighbouring modules of a network one kernel computes, and their weights as a row of layers takes them."""
+"""Which neighbouring modules of a network one kernel computes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import layers, ops
-from .block import ACTIVATIONS, GATES, BlockSpec
-from .fold import fold_conv_bn, pack_conv, pack_stem
-from .module import FusedBlock
-from .ops import LayerKind
-from .watch import fold_and_pack, lasting, parameters_of
+from .. import backends
+from ..encoding import LayerKind, block_values
+from ..module import reading
+from ..module.fused_block import FusedBlock
+from ..module.guard import has_hooks, is_compiled
+from ..module.parameters import lasting, parameters_of
+from ..spec import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -33,112 +33,26 @@ class Layer:
 
     @property
     def geometry(self) -> list[int]:
-        """This layer's part of the op's ``layers``; see :class:`mnv2_fused.ops.LayerKind`."""
+        """This layer's part of the op's ``layers``; see :class:`mnv2_fused.encoding.LayerKind`."""
         first, last = self.modules[0], self.modules[-1]
         if isinstance(last, FusedBlock):
             spec, stem = last.spec, None if first is last else first
             values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
-            further = _further(spec, "relu6" if stem is None else layers.activation_of(stem[2]))
+            further = block_values(spec, "relu6" if stem is None else reading.activation_of(stem[2]))
             in_channels = spec.in_channels if stem is None else stem[0].in_channels
             return [self.kind, in_channels, *values, len(further), *further]
         if (linear := self.linear) is not None:
             c_out, c_in = linear.weight.shape
-            activation = "identity" if last is linear else layers.activation_of(last)
+            activation = "identity" if last is linear else reading.activation_of(last)
             usual = activation == "identity"
         else:
-            c_in, c_out, activation = first[0].in_channels, first[0].out_channels, layers.activation_of(first[2])
+            c_in, c_out, activation = first[0].in_channels, first[0].out_channels, reading.activation_of(first[2])
             usual = activation == "relu6"
         further = [] if usual else [ACTIVATIONS.index(activation)]
         return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
 
 
-def sources_of(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[float]]:
-    """What the weights of layers in a row are made of, as :func:`fold_layers` takes them, and the norms' eps.
-
-    Pooling, dropout and the like have none.
-    """
-    tensors: list[Tensor | None] = []
-    eps: list[float] = []
-    for module in modules:
-        if isinstance(module, FusedBlock):
-            of_block, of_norms = module._sources()
-            tensors += of_block
-            eps += of_norms
-        elif isinstance(module, nn.Linear):
-            tensors += [module.weight, module.bias]
-        elif isinstance(module, nn.Sequential):
-            conv, norm, _ = module
-            tensors += parameters_of(conv, norm)
-            eps.append(norm.eps)
-    return tensors, eps
-
-
-def fold_layers(
-    geometry: Sequence[int], sources: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, backend: str
-) -> Tensor:
-    """The weights of ``geometry``, the op's ``layers``, for the kernels of ``backend``, "cpu" or "cuda": [bytes]."""
-    tensors, epsilons = iter(sources), iter(eps)
-    packed: list[Tensor | None] = []
-
-    def conv_and_norm() -> tuple[Tensor, Tensor]:
-        return fold_conv_bn(*itertools.islice(tensors, 6), next(epsilons))
-
-    with torch.no_grad():
-        for (kind, *_), further in ops.split_layers(geometry):
-            if kind == LayerKind.STEM_AND_BLOCK:
-                packed += (pack_stem if backend == "cuda" else pack_conv)(*conv_and_norm(), dtype)
-            if kind <= LayerKind.STEM_AND_BLOCK:
-                stages = 3 if kind == LayerKind.BLOCK else 2
-                squeezed = 4 if further and further[_SQUEEZE_CHANNELS] else 0
-                of_block = list(itertools.islice(tensors, 6 * stages + squeezed))
-                packed += fold_and_pack(of_block, list(itertools.islice(epsilons, stages)), dtype, backend)
-            elif kind == LayerKind.LINEAR:
-                weight, bias = itertools.islice(tensors, 2)
-                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-                packed += pack_conv(weight[:, :, None, None], bias, dtype)
-            else:
-                packed += pack_conv(*conv_and_norm(), dtype)
-        return join([t for t in packed if t is not None])
-
-
-def _further(spec: BlockSpec, stem_activation: str) -> list[int]:
-    """A block's further values in the op's ``layers``: none where all is as in MobileNetV2."""
-    if not spec.beyond_mobilenet_v2 and stem_activation == "relu6":
-        return []
-    padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(1, 1)
-    activation, out, squeezed, stem = map(
-        ACTIVATIONS.index, (spec.activation, spec.out_activation, spec.squeeze_activation, stem_activation)
-    )
-    gate = GATES.index(spec.gate)
-    return [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
-
-
-_SQUEEZE_CHANNELS = 8  # their place among those
-
 STEM_CHANNELS = 4  # of an image, at most, whose stem the CUDA kernel runs with the block behind it
-_ALIGNMENT = 64  # bytes, of every tensor among those joined: a cache line
-_HUGE_PAGE = 2**21
-
-
-def join(packed: Sequence[Tensor]) -> Tensor:
-    """Packed tensors of several layers one after the other, as ``mnv2_fused::sequence`` takes them: [bytes].
-
-    One tensor where a network has a hundred, so that a call has one to look at, on the CPU in huge pages where the
-    system has them: weights are read once a call, and more pages than the processor's address caches hold would be
-    looked up anew each time.
-    """
-    rows = [t.detach().contiguous().flatten().view(torch.uint8) for t in packed]
-    ends = list(itertools.accumulate(-(-row.numel() // _ALIGNMENT) * _ALIGNMENT for row in rows))
-    if not rows[0].is_cpu:
-        return torch.cat([F.pad(row, (0, -row.numel() % _ALIGNMENT)) for row in rows])
-    room = torch.empty(ends[-1] + _HUGE_PAGE, dtype=torch.uint8)
-    joined = room[-room.data_ptr() % _HUGE_PAGE :][: ends[-1]]
-    if ops._C is not None:
-        ops._C.advise_huge_pages(joined.data_ptr(), joined.numel())
-    for row, begin, end in zip(rows, [0, *ends[:-1]], ends, strict=True):
-        joined[begin : begin + row.numel()] = row
-        joined[begin + row.numel() : end] = 0
-    return joined
 
 
 def layers_of(children: list[nn.Module | None], backend: str = "cpu") -> Iterator[Layer | nn.Module | None]:
@@ -197,20 +111,20 @@ def _linear_at(ahead: list[nn.Module | None]) -> int:
     linear, activation, *_ = [*ahead[dropouts:], None, None]
     if not (_is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear)):
         return 0
-    if activation is None or "forward" in vars(activation) or layers.has_hooks(activation):
+    if activation is None or "forward" in vars(activation) or has_hooks(activation):
         return dropouts + 1
     try:
-        layers.activation_of(activation)
-    except layers.Unfusable:
+        reading.activation_of(activation)
+    except reading.Unfusable:
         return dropouts + 1
     return dropouts + 2
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether it is just that: no subclass, nothing hooked, no weight that is computed from others."""
-    if type(module) is not kind or "forward" in vars(module) or layers.has_hooks(module):
+    if type(module) is not kind or "forward" in vars(module) or has_hooks(module):
         return False
-    return kind is not nn.Linear or ("weight" in module._parameters and not layers.is_compiled(module))
+    return kind is not nn.Linear or ("weight" in module._parameters and not is_compiled(module))
 
 
 def _is_lasting(*tensors: Tensor | None) -> bool:
@@ -225,14 +139,14 @@ def _bias_fits(linear: nn.Linear) -> bool:
 
 
 def _is_conv(module: nn.Module, name: str) -> bool:
-    if not isinstance(module, nn.Sequential) or next(layers.conv_objections(module, name), None) is not None:
+    if not isinstance(module, nn.Sequential) or next(reading.conv_objections(module, name), None) is not None:
         return False
     conv, norm, _ = module
     return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
 
 
 def _block_can_run(block: FusedBlock, backend: str) -> bool:
-    if block.backend not in ("auto", backend) or "forward" in vars(block) or layers.has_hooks(block):
+    if block.backend not in ("auto", backend) or "forward" in vars(block) or has_hooks(block):
         return False
     return block.fits_sequence()
 
@@ -258,7 +172,7 @@ def one_kind(kinds: set[tuple[torch.dtype, torch.device]], backend: str) -> bool
 def sequence_backend(device: torch.device) -> str | None:
     """Whose kernels run layers in a row on ``device``: "cpu"'s or "cuda"'s, or None."""
     try:
-        backend = ops.resolve_backend("auto", device)
+        backend = backends.resolve_backend("auto", device)
     except (RuntimeError, ValueError):  # which blocks say, where one is asked for a kernel
         return None
     return backend if backend in ("cpu", "cuda") else None

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import mnv2_fused
 
-from . import ops
-from .module import FusedInvertedResidual
-from .testing import (
+from .. import backends
+from ..module import FusedInvertedResidual
+from ..testing import (
     Agreement,
     Timing,
     agreement,
@@ -32,7 +32,8 @@ from .testing import (
     perturb_batch_norm,
     ratio,
 )
-from .testing import threads as torch_threads
+from ..testing import threads as torch_threads
+from .tables import aligned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,24 +73,13 @@ class Case:
         return self.peaks[CHANNELS_LAST] / max(1, self.peaks[FUSED])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A text table with a header row: the first two columns to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
 def require_extras() -> None:
     for name in ("torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise DemoError(f"the demo needs {name} ({error}): pip install 'mnv2_fused[demo]'") from error
-    if ops.resolve_backend("auto", torch.device("cpu")) == "eager":
+    if backends.resolve_backend("auto", torch.device("cpu")) == "eager":
         raise DemoError("MNV2_FUSED_BACKEND=eager leaves nothing to compare; unset it")
 
 
@@ -309,7 +299,7 @@ def run_demo(
     blocks = sum(isinstance(m, FusedInvertedResidual) for m in models[FUSED].modules())
     count = "1 thread" if threads == 1 else f"{threads} threads"
     title = f"MobileNetV2 1.0, float32, {weights}, {count}, torch {torch.__version__}"
-    print(f"{title}; {blocks} blocks fused ({ops._C.instruction_set()})")
+    print(f"{title}; {blocks} blocks fused ({backends._C.instruction_set()})")
 
     with torch_threads(threads):
         reference = copy.deepcopy(model).double()

@@ -1,6 +1,6 @@
 """The Triton kernel's planner: block shape + GPU -> how one call is tiled. Pure; nothing is measured here.
 
-In Python, beside ``csrc/plan.cpp`` for the CPU: what it weighs (powers of two, warps, what Triton keeps where) is
+In Python, beside ``csrc/cpu/plan.cpp`` for the CPU: what it weighs (powers of two, warps, what Triton keeps where) is
 Triton's own, its only caller is Python, and each shape is planned once and kept.
 """
 
@@ -9,15 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .fold import PANEL
-from .gpus import H200, Gpu
-
-if TYPE_CHECKING:
-    from .block import BlockSpec
+from ..fold import PANEL
+from ..gpus import H200, Gpu
+from ..spec import BlockSpec
 
 _L2_BYTES = 5.5e12  # a second, of an H100's L2: only the choice between configurations rests on it
 _LAUNCH_SECONDS = 3e-6
@@ -37,9 +35,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Warps share a product's columns, at least 8 each; products have 16 rows (see triton_kernels.py). Patches of 2x2 are
-# fewest instructions; of 1x1 and 1x2 give more programs, or fit where shared memory or registers are short; of 2x4
-# expand least. Two stages: weights of the next group arrive while this one computes.
+# Warps share a product's columns, at least 8 each; products have 16 rows (see triton_backend/kernels.py). Patches of
+# 2x2 are fewest instructions; of 1x1 and 1x2 give more programs, or fit where shared memory or registers are short;
+# of 2x4 expand least. Two stages: weights of the next group arrive while this one computes.
 TILES = (
     Tile(2, 2, 16, 64, 4, 2),
     Tile(2, 2, 16, 64, 8, 2),

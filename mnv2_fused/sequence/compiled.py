@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import layers, ops
-from .module import FusedBlock, tracing_export, tracing_transform
-from .ops import LayerKind
-from .runs import FLATTEN, POOL, fold_layers, geometry_of, grouped, layers_of, one_kind, sequence_backend, sources_of
-from .watch import PackedCache, fold_ahead
+from .. import ops
+from ..encoding import LayerKind
+from ..module import reading
+from ..module.compiled import tracing_export, tracing_transform
+from ..module.fused_block import FusedBlock
+from ..module.packed_cache import PackedCache, fold_ahead
+from .find import FLATTEN, POOL, geometry_of, grouped, layers_of, one_kind, sequence_backend
+from .weights import fold_layers, sources_of
 
 # Of each sequence the weights of its runs.
 _weights: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref.WeakKeyDictionary()
@@ -38,7 +41,7 @@ def _runs_now(module: nn.Module, backend: str) -> bool:
     if isinstance(module, FusedBlock):
         if module._token < 0 or module.backend not in ("auto", backend):  # another block has another token
             return False
-        return not (module.training or module._trains() or layers.drops_now(module._beside))
+        return not (module.training or module._trains() or reading.drops_now(module._beside))
     if isinstance(module, nn.Sequential):  # convolution, norm and activation
         conv, norm, activation = module
         _ = id(conv), id(norm), id(activation), *conv.stride, *conv.padding, *conv.dilation, conv.groups
@@ -48,7 +51,7 @@ def _runs_now(module: nn.Module, backend: str) -> bool:
 
 
 class RunsTraced:
-    """What :class:`mnv2_fused.sequence.RunsFused`, which has the ``fusable_children``, does in a graph."""
+    """What :class:`mnv2_fused.sequence.fused.RunsFused`, which has the ``fusable_children``, does in a graph."""
 
     def run_traced(self, x: Tensor) -> Tensor | None:
         """The result, while a graph is traced; None where the ordinary forward has to run."""

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__, ops, testing
+from .. import backends, testing
+from ..version import __version__
 from .engines import CHANNELS_LAST, ENGINES, FUSED, PEERS, Call, EngineMissing, as_tensor
 
 HIGH_RESOLUTION = (1088, 1920)
@@ -301,7 +302,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": processor,
         "cores": str(os.cpu_count()),
-        "instruction set": ops._C.instruction_set(),
+        "instruction set": backends._C.instruction_set(),
         "commit": commit,
         **versions,
     }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convert import fuse
+from ..convert import fuse
 
 Call = Callable[[], Any]
 

@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from . import layers, ops
-from .module import FusedBlock
-from .ops import LayerKind
-from .runs import (
-    FLATTEN,
-    POOL,
-    Layer,
-    fold_layers,
-    geometry_of,
-    grouped,
-    layers_of,
-    one_kind,
-    sequence_backend,
-    sources_of,
-)
-from .traced import RunsTraced, forget
-from .watch import Watch, capturing, may_be_kept
+from .. import backends, ops
+from ..encoding import LayerKind
+from ..module.fused_block import FusedBlock
+from ..module.guard import Watch, has_hooks
+from ..module.packed_cache import capturing, may_be_kept
+from .compiled import RunsTraced, forget
+from .find import FLATTEN, POOL, Layer, geometry_of, grouped, layers_of, one_kind, sequence_backend
+from .weights import fold_layers, sources_of
 
 
 class _ChangedMeanwhile(Exception):
@@ -119,7 +110,7 @@ class RunsFused(RunsTraced):
         children: list[nn.Module | None] = []
         parents: list[nn.Module] = [self]
         for child in self._modules.values():
-            if type(child) is FusedSequential and "forward" not in vars(child) and not layers.has_hooks(child):
+            if type(child) is FusedSequential and "forward" not in vars(child) and not has_hooks(child):
                 inner, more = child.fusable_children()
                 children += inner
                 parents += more
@@ -141,7 +132,7 @@ class RunsFused(RunsTraced):
             prepared = self._prepare(x)
         if prepared is None or not prepared.runs or x.dtype is not prepared.dtype:
             return None
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or ops.transformed():
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or backends.transformed():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
             return None
@@ -162,7 +153,7 @@ class RunsFused(RunsTraced):
         """What a call in this state runs on the kernels of ``backend``, beside modules that run by themselves; none in
         train().
         """
-        if ops._C is None or self.training:
+        if backends._C is None or self.training:
             return []
         children, _ = self.fusable_children()
         on_kernels = [layer for layer in layers_of(children, backend) if isinstance(layer, Layer)]
@@ -174,7 +165,7 @@ class RunsFused(RunsTraced):
     def _prepare(self, x: Tensor) -> _Prepared | None:
         self._prepared = None  # the watch counts attributes, this one too
         next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
-        if ops._C is None or ops.transformed():
+        if backends._C is None or backends.transformed():
             return None
         if torch_module._has_any_global_hook():  # which would miss the modules inside
             return None
@@ -227,7 +218,7 @@ class RunsWhole(RunsFused):
         parents = [self, self.features, self.classifier]
         if any(type(m).forward not in (nn.Sequential.forward, FusedSequential.forward) for m in parents[1:]):
             return [], parents
-        if any("forward" in vars(m) or layers.has_hooks(m) for m in parents[1:]):
+        if any("forward" in vars(m) or has_hooks(m) for m in parents[1:]):
             return [], parents
         features, inner = [*self.features._modules.values()], []
         if isinstance(self.features, FusedSequential):

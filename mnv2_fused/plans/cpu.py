@@ -1,18 +1,16 @@
-"""The planner of ``csrc/plan.cpp`` as Python sees it."""
+"""The CPU kernel's planner, ``csrc/cpu/plan.cpp``, as Python sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from . import ops
-from .fold import packed_dtypes
-
-if TYPE_CHECKING:
-    from .block import BlockSpec
+from .. import backends
+from ..encoding import shape_of
+from ..fold import packed_dtypes
+from ..spec import BlockSpec
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,6 @@ class Plan:
         return [self.tile_rows, self.tile_cols, self.group, self.splits]
 
 
-def shape_of(spec: BlockSpec, batch: int, height: int, width: int) -> tuple[int, ...]:
-    """What the planners in C++ take of a block and its input."""
-    from .block import ACTIVATIONS, GATES  # which imports this module
-
-    return (
-        *(batch, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
-        *(spec.stride, spec.expand, spec.residual, spec.kernel, spec.dilation),
-        *spec.padding_of(height, width),
-        *(ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation), spec.squeeze_channels),
-        *(ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)),
-    )
-
-
 def plan(
     spec: BlockSpec,
     input_shape: Sequence[int],  # [N, C_in, H, W]
@@ -78,8 +63,8 @@ def plan(
     Raises ValueError, naming the value and its limit, for a shape or plan that no kernel takes, and RuntimeError
     when the compiled library is missing.
     """
-    if ops._C is None:
-        raise RuntimeError(f"the planner needs the compiled library: {ops.backend_reasons()['cpu']}")
+    if backends._C is None:
+        raise RuntimeError(f"the planner needs the compiled library: {backends.backend_reasons()['cpu']}")
     if len(input_shape) != 4:
         raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
     n, channels, height, width = input_shape
@@ -93,7 +78,7 @@ def plan(
     stored, _ = packed_dtypes(dtype, torch.device("cpu"), spec.hidden_channels)
 
     def make(forced: list[int] | None) -> Plan:
-        values = ops._C.plan(
+        values = backends._C.plan(
             *shape_of(spec, n, height, width),
             threads=threads or torch.get_num_threads(),
             dtype=str(stored).removeprefix("torch."),

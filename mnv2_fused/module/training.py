@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import TORCH_ACTIVATIONS, BlockSpec
+from ..reference import TORCH_ACTIVATIONS
+from ..spec import BlockSpec
 
 
 def unfolded(
@@ -20,7 +21,7 @@ def unfolded(
     batch: tuple[bool, ...],
     norms: Sequence[nn.Module | None] | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
-    """The block as separate convolutions and norms, from the tensors that :mod:`mnv2_fused.watch` folds.
+    """The block as separate convolutions and norms, from the tensors that :mod:`mnv2_fused.module.parameters` folds.
 
     ``batch``: which norms take their statistics from the batch. ``norms``, if given, then note them, as each does in
     train().

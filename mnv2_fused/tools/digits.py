@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..module import FusedInvertedResidual
+from ..testing import agreement
+from ..testing import threads as torch_threads
 from .demo import progress, require_extras
-from .module import FusedInvertedResidual
-from .testing import agreement
-from .testing import threads as torch_threads
 
 # Smaller strides and fewer blocks than ImageNet's: (expand ratio, channels, repeats, stride) for 32x32 images.
 DIGITS_STAGES = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 2], [6, 64, 2, 2]]

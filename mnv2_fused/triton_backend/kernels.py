@@ -40,8 +40,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fold import PANEL
-from .ops import triton_interpreted
+from ..backends import triton_interpreted
+from ..fold import PANEL
 
 _PANEL = tl.constexpr(PANEL)
 _INTERPRETED = tl.constexpr(triton_interpreted())
@@ -56,7 +56,7 @@ def _relu6(v, cap):
 
 @triton.jit
 def _activate(v, NAME: tl.constexpr):
-    """One of ``mnv2_fused.block.ACTIVATIONS``, as torch computes it."""
+    """One of ``mnv2_fused.spec.ACTIVATIONS``, as torch computes it."""
     if NAME == "relu6":
         return _relu6(v, 6.0)
     elif NAME == "relu":
@@ -255,7 +255,7 @@ def _project(
 
 @triton.jit
 def _patches_along(out_size, PATCH: tl.constexpr, DILATION: tl.constexpr):
-    """How many patches one side of the image takes, as in :func:`mnv2_fused.triton_plan.patches_of_image`."""
+    """How many patches one side of the image takes, as in :func:`mnv2_fused.plans.triton.patches_of_image`."""
     if DILATION == 1:
         return tl.cdiv(out_size, PATCH)
     else:

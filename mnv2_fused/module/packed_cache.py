@@ -1,64 +1,18 @@
-"""Folded weights that follow the modules they came from: what a fused call relies on, and whether it still holds."""
+"""Packed weights that follow the tensors they came from."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from . import layers, ops
-from .fold import BlockWeights, PackedWeights, fold_conv_bn, pack
-
-
-def fold_and_pack(
-    sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
-) -> PackedWeights:
-    """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance, all four None
-    without a norm. Behind them weight and bias of both products of a squeeze-and-excite, if there is one.
-    """
-    folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
-    for i, e in enumerate(eps):
-        stage = sources[6 * i : 6 * i + 6]
-        folded += _plain_weights(*stage[:2]) if stage[4] is None else fold_conv_bn(*stage, e)
-    squeeze = sources[6 * len(eps) :]
-    for i in range(0, len(squeeze), 2):
-        folded += _plain_weights(*squeeze[i : i + 2])
-    return pack(BlockWeights(*folded), dtype, backend)
-
-
-def _plain_weights(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """In float64, zeros for a missing bias."""
-    return weight.double(), weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
-
-
-def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> list[Tensor | None]:
-    # Straight from the dictionaries: nn.Module.__getattr__ costs more than the rest of the check.
-    if norm is None:
-        return [conv._parameters["weight"], conv._parameters["bias"], None, None, None, None]
-    of_norm = norm._buffers if "weight" in norm._buffers else norm._parameters
-    return [
-        conv._parameters["weight"],
-        conv._parameters["bias"],
-        of_norm["weight"],
-        of_norm["bias"],
-        norm._buffers["running_mean"],
-        norm._buffers["running_var"],
-    ]
-
-
-def lasting(tensors: Iterable[Tensor]) -> bool:
-    """Whether changes of these tensors can be seen at all.
-
-    Inference tensors count no versions; other processes change shared ones without counting here. (Of every CUDA tensor
-    ``is_shared`` is True.)
-    """
-    return not any(t.is_inference() or (t.device.type == "cpu" and t.is_shared()) for t in tensors)
+from .. import backends
+from .parameters import fold_and_pack, lasting
 
 
 def capturing(device: torch.device) -> bool:
@@ -190,7 +144,7 @@ class PackedCache:
         unchanged = kept is not None and made_as == kept.made_as and stamp == kept.stamp
         if unchanged and kept.serves(site):
             return self._lasting(kept)
-        states = ops._C.Watch([], [], [], tensors, shaped)
+        states = backends._C.Watch([], [], [], tensors, shaped)
         # Ordinary tensors, that a later call's derivative may keep.
         with torch.inference_mode(False), torch.no_grad():
             packed = fold(sources, eps, dtype, backend)
@@ -234,40 +188,3 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
 def _one_of(packed: _Packed) -> Tensor:
     """They were made together, on one device."""
     return next(t for t in packed if t is not None)
-
-
-class Watch:
-    """Everything inside some modules that a fused call does not look at again, and whether it is unchanged.
-
-    Hand over ``RemovableHandle.next_id`` from before the modules were examined, so that a hook added meanwhile counts.
-    """
-
-    def __init__(
-        self,
-        roots: Iterable[nn.Module],
-        next_hook: int,
-        parents: Iterable[nn.Module] = (),
-        hooked: Iterable[nn.Module] = (),
-    ) -> None:
-        """``parents``: modules whose lists of children count too, but nothing in children outside ``roots``.
-
-        ``hooked``: modules that count as changed once they lose a hook they have now.
-        """
-        modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
-        self.next_hook = next_hook
-        tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
-        self.tensors = [t for t in tensors if t is not None and t.is_floating_point()]
-        # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-        self._aliases = [t.detach() for t in self.tensors]
-        self._native = ops._C.Watch(
-            [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d] + [p._modules for p in parents],
-            # An instance's own forward is one attribute more.
-            [vars(m) for m in (*modules, *parents)] + [hooks for m in hooked for hooks in layers.hooks_of(m) if hooks],
-            [entry for m in modules for entry in layers.watched_entries(m)],
-            self.tensors,
-            # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-            [t for t in self.tensors if t.dim() > 1],
-        )
-
-    def holds(self) -> bool:
-        return RemovableHandle.next_id == self.next_hook and self._native.holds()

@@ -1,0 +1,80 @@
+"""Finding a model's inverted residuals, fit to be fused or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..families import Family, family_of, inline_blocks, parts_of, read_mobilenet_v2
+from ..module import FusedBlock, reading
+from ..module.guard import has_hooks, is_compiled
+from ..spec import BlockSpec
+
+
+class Match(NamedTuple):
+    """A block that can run fused."""
+
+    family: Family
+    spec: BlockSpec
+
+
+def _match(module: nn.Module) -> Match | str | None:
+    family = family_of(module)
+    if family is None:
+        return None
+    parts = parts_of(module, family.read)
+    if isinstance(parts, str):
+        return parts
+    if is_torchvisions(module, family) and has_hooks(module):
+        return "a hook on it would not be called: remove it first"
+    return Match(family, parts.spec)
+
+
+def is_torchvisions(block: nn.Module, family: Family) -> bool:
+    """Whether a ``FusedInvertedResidual`` takes its place: layers nested, and a sum, as torchvision's."""
+    if family.read is not read_mobilenet_v2 or not isinstance(getattr(block, "use_res_connect", None), bool):
+        return False
+    return reading.is_plain(block.conv) and reading.is_plain(block.conv._modules.get("0"))
+
+
+def blocks_of(
+    module: nn.Module, name: str = "", compiled: bool = False, seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, Match | str | None]]:
+    """(name, block, match or reason) for every block, once, by its first name; (name, block, None) for fused ones."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, FusedBlock):
+        yield name, module, None
+        return
+    compiled = compiled or is_compiled(module)
+    found = _match(module)
+    if found is not None:
+        yield name, module, "it is compiled: fuse first, then compile" if compiled else found
+        return
+    for key, child in inline_blocks(module):
+        yield f"{name}.{key}" if name else key, child, _INLINE
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from blocks_of(child, f"{name}.{key}" if name else key, compiled, seen)
+
+
+_INLINE = "its layers lie among others' in one Sequential: put them into a Sequential of their own"
+
+
+def computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Attributes that a hook computes from parameters before each call (pruning, weight norm).
+
+    ``copy.deepcopy`` refuses them, unless its memo has them already.
+    """
+    for module in model.modules():
+        yield from (t for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf)
+
+
+NOT_FOUND = (
+    "no inverted residual of a known layout was found (known: torchvision's and timm's MobileNet, MNASNet and "
+    "EfficientNet, transformers' and OpenMMLab's MobileNetV2, a block's layers in a Sequential)"
+)

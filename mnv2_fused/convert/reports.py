@@ -1,0 +1,203 @@
+"""``report``: which blocks of a model run fused, and why the others do not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..encoding import LayerKind
+from ..module import FusedBlock
+from ..ops import kernel_for
+from ..plans.cpu import plan
+from ..sequence import RunsFused
+from ..sequence.find import Layer, sequence_backend
+from ..spec import BlockSpec
+from .find import Match, blocks_of, computed_tensors
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block of a :class:`Report`."""
+
+    name: str
+    spec: BlockSpec | None  # None where no matcher could read one
+    fused: bool
+    backend: str | None  # what runs it in eval(); None when it is not fused or no backend takes it
+    reason: str | None  # why it is not fused, or fused but not run by a kernel
+    bytes_never_written: int | None  # expanded tensors per image, for blocks that a kernel runs
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What runs on the kernels beside the blocks of a :class:`Report`."""
+
+    name: str  # of its first module
+    what: str
+    backend: str  # "cpu" or "cuda"
+    bytes_never_written: int | None  # tensors per image that only the ordinary modules write
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every inverted residual of a model, and what runs with them. ``print`` it for a table."""
+
+    blocks: tuple[BlockReport, ...]
+    training: bool  # whether a fused block is in train(), where the ordinary modules run
+    layers: tuple[LayerReport, ...] = ()  # stem, head and classifier, where they run in one call with the blocks
+
+    @property
+    def fused(self) -> tuple[BlockReport, ...]:
+        return tuple(b for b in self.blocks if b.fused)
+
+    @property
+    def skipped(self) -> tuple[BlockReport, ...]:
+        return tuple(b for b in self.blocks if not b.fused)
+
+    @property
+    def bytes_never_written(self) -> int | None:
+        """Bytes per image over blocks and layers, or None when the report was made without ``input_shape``."""
+        found = [row.bytes_never_written for row in (*self.blocks, *self.layers)]
+        known = [count for count in found if count is not None]
+        return sum(known) if known else None
+
+    def __str__(self) -> str:
+        rows = [("block", "spec", "backend", "never written", "reason")]
+        for b in self.blocks:
+            spec = "-" if b.spec is None else str(b.spec)
+            rows.append((b.name or "(model)", spec, b.backend or "-", _mib(b.bytes_never_written), b.reason or ""))
+        for layer in self.layers:
+            rows.append((layer.name, layer.what, layer.backend, _mib(layer.bytes_never_written), ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        total = f"{len(self.fused)} fused, {len(self.skipped)} not fused"
+        if self.bytes_never_written is not None:
+            total += f", {_mib(self.bytes_never_written)} never written per image"
+        if self.training:
+            total += "; now in train(), where the ordinary modules run: call eval()"
+        return "\n".join([*lines, total])
+
+
+def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report:
+    """Which inverted residuals of ``model`` run fused in eval, by which backend, and why the others do not.
+
+    ``input_shape``, [N, C, H, W] of the model's only input, adds the bytes per image that are never written: the
+    expanded tensors of each fused block, at its own input shape, over all its calls. The shapes come from a copy on
+    the meta device: nothing is computed and ``model`` is not touched. Raises ValueError when that copy does not
+    run on such an input.
+    """
+    found = list(blocks_of(model))
+    shapes = {} if input_shape is None else _block_input_shapes(model, input_shape)
+    rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)
+    training = any(isinstance(block, FusedBlock) and block.training for _, block, _ in found)
+    return Report(rows, training, tuple(_layer_reports(model, shapes)))
+
+
+_LAYERS = {
+    LayerKind.STEM_AND_BLOCK: "3x3 stem, inside the block behind it",
+    LayerKind.POINTWISE: "1x1 convolution",
+    LayerKind.POOLED: "1x1 convolution and pooling",
+    LayerKind.LINEAR: "classifier",
+}
+
+
+def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Iterator[LayerReport]:
+    """What runs in one call with fused blocks now: nothing in train(), or where something is hooked."""
+    parameter = next(model.parameters(), None)
+    backend = None if parameter is None else sequence_backend(parameter.device)
+    if backend is None:
+        return  # every block's row says why
+    names = {module: name for name, module in model.named_modules()}
+    seen: set[nn.Module] = set()
+    # A whole model before its parts: it runs more in one call than they do.
+    for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
+        for layer in sequence.layers_now(backend):
+            first, last = layer.modules[0], layer.modules[-1]
+            module = layer.linear or first
+            if layer.kind not in _LAYERS or module in seen:
+                continue
+            seen.add(module)
+            block = last if layer.kind is LayerKind.STEM_AND_BLOCK else layer.before
+            count = None
+            if block is not None and (found := shapes.get(names.get(block, ""))):
+                count = _never_written(layer, block.spec, found[0])
+            yield LayerReport(names[module], _LAYERS[layer.kind], backend, count)
+
+
+def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
+    """Bytes per image; ``shape`` is what the nearest block takes."""
+    height, width = shape[2:]
+    conv = layer.modules[0][0] if isinstance(layer.modules[0], nn.Sequential) else None
+    if layer.kind is LayerKind.POOLED:
+        height, width = spec.out_size(height, width)
+    if conv is None or layer.kind is LayerKind.POINTWISE:
+        return 0
+    return conv.out_channels * height * width * conv.weight.dtype.itemsize
+
+
+def _block_report(
+    name: str, block: nn.Module, found: Match | str | None, inputs: list[torch.Size] | None
+) -> BlockReport:
+    if isinstance(found, str):
+        return BlockReport(name, None, False, None, found, None)
+    if isinstance(found, Match):
+        return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
+    reason = block.why_modules()
+    if block.spec is None:  # its layers were changed beyond recognition
+        return BlockReport(name, None, True, "eager", reason, None)
+    weight = block._pairs[-1][0].weight
+    backend: str | None = "eager"
+    if reason is None:
+        try:
+            backend, reason = kernel_for(block.spec, block.backend, weight.device)
+        except (RuntimeError, ValueError) as error:  # no backend here, or an override that names none
+            backend, reason = None, str(error)
+    never_written = None
+    if inputs is not None and backend not in (None, "eager"):
+        never_written = sum(
+            plan(block.spec, (1, *shape[1:]), dtype=weight.dtype).bytes_never_written for shape in inputs
+        )
+    return BlockReport(name, block.spec, True, backend, reason, never_written)
+
+
+def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list[torch.Size]]:
+    """The input shapes of each fused block, by name and call, from a copy on the meta device, without hooks."""
+    tensors = [*model.parameters(), *model.buffers(), *computed_tensors(model)]
+    # Tensors that the copy finds in its memo are not copied: no weight is.
+    memo = {id(t): t.detach().to("meta") for t in tensors}
+    shapes: dict[str, list[torch.Size]] = {}
+    try:
+        meta = copy.deepcopy(model, memo).eval()
+        for module in meta.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        for name, block, _ in blocks_of(meta):
+            if isinstance(block, FusedBlock) and block.spec is not None:
+                block.forward = _recorder(block.spec, shapes.setdefault(name, []), block.in_front)
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        with torch.no_grad(), torch.device("meta"):
+            meta(torch.empty(*input_shape, dtype=dtype))
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on one input of shape {list(input_shape)} on the meta device: {error}; "
+            "call report(model) without input_shape"
+        ) from error
+    return shapes
+
+
+def _recorder(spec: BlockSpec, shapes: list[torch.Size], in_front: nn.Module | None) -> Callable[[Tensor], Tensor]:
+    """Stands in for a block's forward: notes the input's shape, returns an output without values."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = x if in_front is None else in_front(x)
+        shapes.append(x.shape)
+        return x.new_empty(x.shape[0], spec.out_channels, *spec.out_size(*x.shape[2:]))
+
+    return forward
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,166 @@
+"""``fuse`` a model's inverted residuals, ``unfuse`` them again.
+
+Works on module instances: no class is patched, nothing is traced, and state_dict keys never change. What is an
+inverted residual is known to :mod:`mnv2_fused.families`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .. import backends
+from ..models import FusedMobileNet, MobileNet
+from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
+from ..sequence import FusedSequential, RunsFused
+from ..sequence.compiled import RunsTraced, forget
+from .find import NOT_FOUND, Match, blocks_of, computed_tensors, is_torchvisions
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+    recompute: bool = False,
+    strict: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """A copy of ``model`` (or ``model`` itself) whose inverted residuals run as one kernel each in eval.
+
+    The fused blocks share the modules inside the blocks they replace: parameters, their names, ``requires_grad``
+    and train/eval mode stay. If anything was fused, the whole model is moved to channels_last, once. Keep the
+    returned value even with ``inplace``: when ``model`` itself is a block, it is the fused one. Fusing a fused
+    model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block. ``recompute``: in ``train()``
+    keep of each block only its input and compute the rest again in backward: less memory, more time.
+
+    A block of torchvision's MobileNetV2 is replaced by a :class:`FusedInvertedResidual`; any other stays the instance
+    it was, of a subclass of its class.
+
+    Warns when nothing was fused. With ``strict`` raises ValueError instead, and also for any block that had to be
+    skipped (not for those that ``filter_fn`` left out), before anything is changed. Raises ValueError for an
+    unknown ``backend``. :func:`report` lists the reasons block by block.
+    """
+    if backend not in backends.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
+    if not inplace:
+        model = _copy(model)
+    matches: dict[nn.Module, Match] = {}
+    skipped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    already_fused = False
+    for name, block, found in blocks_of(model):
+        if isinstance(block, FusedBlock):
+            already_fused = True
+        elif isinstance(found, str):
+            skipped[found] += 1
+        elif filter_fn is not None and not filter_fn(name, block):
+            left_out["filter_fn left it out"] += 1
+        else:
+            matches[block] = found
+    nothing_fused = not (matches or already_fused)
+    reasons = "; ".join(f"{n} x {reason}" for reason, n in (skipped + left_out).items())
+    if strict and (skipped or nothing_fused):
+        raise ValueError(f"fuse(strict=True) would leave blocks unfused: {reasons or NOT_FOUND}")
+    if nothing_fused:
+        warnings.warn(f"fuse() fused nothing: {reasons or NOT_FOUND}", stacklevel=2)
+    if nothing_fused:
+        return model
+    model = _replace(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
+    _run_whole_sequences(model)
+    # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
+    return model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A copy of ``model`` (or ``model`` itself) with ordinary blocks again, as exporters want them.
+
+    A block made by :func:`fuse` turns back into the instance it was, around the modules as they are now. A block
+    made by ``FusedInvertedResidual``'s constructor turns into torchvision's ``InvertedResidual``; raises
+    ImportError, before anything is changed, where torchvision is missing.
+    """
+    if not inplace:
+        model = _copy(model)
+    blocks = [block for _, block, _ in blocks_of(model) if isinstance(block, FusedBlock)]
+    model = _replace(model, {block: _unfused(block) for block in blocks})
+    for module in model.modules():
+        if isinstance(module, RunsFused):
+            vars(module).pop("_prepared", None)
+            forget(module)
+            become(module, next(c for c in type(module).__mro__ if not issubclass(c, RunsTraced)))
+    return model
+
+
+def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[key] = swaps[child]
+    return swaps.get(model, model)
+
+
+def _run_whole_sequences(model: nn.Module) -> None:
+    """Lets each Sequential that holds fused blocks, and whole networks of known classes, run them in one call.
+
+    The instances stay, with all that refers to them; they become instances of a subclass of what they were.
+    """
+    for module in reversed(list(model.modules())):  # children first
+        if type(module) is nn.Sequential and any(isinstance(m, FusedBlock | FusedSequential) for m in module):
+            become(module, FusedSequential)
+        elif type(module).__module__.startswith("torchvision.models.") and "torchvision" in sys.modules:
+            from .. import torchvision_model
+
+            torchvision_model.run_whole(module)
+        elif type(module) is MobileNet and "forward" not in vars(module):
+            become(module, FusedMobileNet)
+
+
+def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedBlock:
+    if not is_torchvisions(block, match.family):
+        options = {"backend": backend, "recompute": recompute}
+        return fuse_in_place(block, match.family.read, **options, base=match.family.base)
+    fused = FusedInvertedResidual.adopt(
+        block.conv,
+        stride=match.spec.stride,
+        residual=match.spec.residual,
+        backend=backend,
+        recompute=recompute,
+    )
+    # In a tuple, so that it is no submodule. It shares conv, hence follows .to(), copies and training.
+    fused._original = (block,)
+    return _with_state_of(block, fused)
+
+
+def _unfused(block: FusedBlock) -> nn.Module:
+    if isinstance(block, FusedInPlace):
+        return block.unfused()
+    original = next(iter(block._original), None)
+    if original is None:
+        try:
+            from torchvision.models.mobilenetv2 import InvertedResidual
+        except ImportError as error:
+            raise ImportError(
+                "unfuse rebuilds a FusedInvertedResidual that its constructor made as torchvision's "
+                "InvertedResidual; install torchvision"
+            ) from error
+        original = InvertedResidual.__new__(InvertedResidual)
+        nn.Module.__init__(original)
+    original.conv = block.conv
+    return _with_state_of(block, original)
+
+
+def _with_state_of(source: nn.Module, target: nn.Module) -> nn.Module:
+    """``target`` with ``source``'s mode, attributes and very hook dictionaries: handles still work."""
+    own = {name for name in (*vars(nn.Module()), *FusedBlock.OWN) if "_hook" not in name} - {"training"}
+    vars(target).update({name: value for name, value in vars(source).items() if name not in own})
+    return target
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed_tensors(model)})

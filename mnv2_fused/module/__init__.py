@@ -1,0 +1,7 @@
+"""Fused blocks as modules, and how their packed weights follow the modules' own."""
+
+from .drop_in import FusedInvertedResidual
+from .fused_block import FusedBlock, Reader
+from .in_place import FusedInPlace, _restored, become, fuse_in_place
+
+__all__ = ["FusedBlock", "FusedInPlace", "FusedInvertedResidual", "Reader", "_restored", "become", "fuse_in_place"]

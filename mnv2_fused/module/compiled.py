@@ -1,0 +1,66 @@
+"""A block in a compiled graph: what the trace asks, and the op that the graph calls."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import ops
+from ..backends import within_functorch
+from ..encoding import make_spec, spec_of_rest
+from ..tensors import empty_output
+from .packed_cache import PackedCache
+
+
+@torch.compiler.assume_constant_result
+def _within_functorch() -> bool:
+    """Dynamo guards a graph by it."""
+    return within_functorch()
+
+
+def tracing_transform() -> bool:
+    """:func:`mnv2_fused.backends.transformed` of what is being traced."""
+    return _within_functorch() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def tracing_export() -> bool:
+    """Of the trace that is going on; dynamo itself takes ``is_exporting()`` for True in every trace."""
+    return torch.compiler.is_exporting()
+
+
+# What a compiled graph calls in inference: it sees the parameters themselves, so a change in place is noticed
+# there too, and folding stays out of the graph. No autograd: FusedInvertedResidual folds in the graph for that.
+_library = torch.library.Library("mnv2_fused", "FRAGMENT")
+_library.define(
+    "cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, int cache, "
+    'str backend="cpu", int[] rest=[], int site=-1) -> Tensor'
+)
+
+
+def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
+    found = PackedCache.of(cache) or PackedCache()
+    packed = found.get(sources, eps, x.dtype, backend, site)
+    options = spec_of_rest(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
+    return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, options=options)
+
+
+_library.impl("cached_inverted_residual", _cached_inverted_residual, "CompositeExplicitAutograd")
+_library.impl(
+    "cached_inverted_residual",
+    ops.autocast_rule(torch.ops.mnv2_fused.cached_inverted_residual.default),
+    "AutocastCPU",
+)
+_library.impl(
+    "cached_inverted_residual",
+    ops.half_autocast_rule(torch.ops.mnv2_fused.cached_inverted_residual.default, "CUDA"),
+    "AutocastCUDA",
+)
+
+
+@torch.library.register_fake("mnv2_fused::cached_inverted_residual")
+def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
+    spec = spec_of_rest(
+        sources, len(eps), stride, residual, rest, make_spec
+    )  # sizes may be symbols, which have no hash
+    return empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))

@@ -1,0 +1,63 @@
+"""The block in plain torch: the truth that every kernel is checked against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .fold import BlockWeights, PackedWeights, unpack
+from .spec import BlockSpec, Geometry
+from .tensors import channels_of, check_input
+
+TORCH_ACTIVATIONS = {
+    "relu6": F.relu6,
+    "relu": F.relu,
+    "identity": lambda t: t,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def inverted_residual_reference(
+    x: Tensor,  # [N, C_in, H, W]
+    weights: BlockWeights | PackedWeights,
+    **geometry: Unpack[Geometry],
+) -> Tensor:  # [N, C_out, H', W']
+    """The block in plain torch ops, any floating dtype, any device: the truth every kernel is checked against.
+
+    ``act(conv1x1(x))``, then ``act(depthwise)`` with zero padding of the *expanded* tensor, then, with squeeze weights,
+    ``d * gate(conv1x1(act(conv1x1(mean(d)))))``, then a linear 1x1 projection (or ``out_activation`` of it), then
+    ``+ x`` when ``residual``. ``geometry``: see :class:`Geometry`. Weights are cast to ``x.dtype``. Raises as
+    :func:`inverted_residual` does. Papers: MobileNetV2, section 3.3, table 1; MobileNetV3, section 5.
+    """
+    spec = BlockSpec.of(weights, channels_of(x), **geometry)
+    check_input(x, spec.in_channels, spec)
+    if isinstance(weights, PackedWeights):
+        weights = unpack(weights, spec.in_channels)
+    return in_torch(x, BlockWeights(*(None if t is None else t.to(x.dtype) for t in weights)), spec)
+
+
+def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
+    """The reference on weights of ``x``'s dtype that are known to be of ``spec``."""
+    act = TORCH_ACTIVATIONS[spec.activation]
+    expanded = x if w.w_expand is None else act(F.conv2d(x, w.w_expand, w.b_expand))
+    left, right, top, bottom = spec.padding_of(*x.shape[2:])
+    if left == right and top == bottom:
+        around = (top, left)
+    else:
+        expanded, around = F.pad(expanded, (left, right, top, bottom)), (0, 0)
+    d = act(
+        F.conv2d(
+            expanded, w.w_depthwise, w.b_depthwise, spec.stride, around, spec.dilation, groups=spec.hidden_channels
+        )
+    )
+    if w.w_squeeze is not None:
+        squeezed = F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze)
+        squeezed = TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
+        d = d * TORCH_ACTIVATIONS[spec.gate](F.conv2d(squeezed, w.w_excite, w.b_excite))
+    y = TORCH_ACTIVATIONS[spec.out_activation](F.conv2d(d, w.w_project, w.b_project))
+    return y + x if spec.residual else y

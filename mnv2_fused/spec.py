@@ -1,0 +1,297 @@
+"""What a block is: its fields, their limits, and what follows from them.
+
+Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (2018), section 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from typing_extensions import Unpack
+
+from .fold import FRAGMENT, PANEL, BlockWeights, PackedWeights, fragment_channels, hidden_channels, in_fragments
+
+ACTIVATIONS = ("relu6", "relu", "identity", "hardswish", "silu")  # in the order of csrc/block.h
+
+
+GATES = ("hardsigmoid", "sigmoid")  # of squeeze-and-excite, the same
+
+
+def _named(name: str, number: int, names: tuple[str, ...]) -> str:
+    if not 0 <= number < len(names):
+        raise ValueError(f"{name} must be 0 to {len(names) - 1} ({', '.join(names)}), got {number}")
+    return names[number]
+
+
+class Geometry(TypedDict, total=False):
+    """What a block's weights do not tell: the keyword arguments of :func:`inverted_residual` and its reference."""
+
+    stride: int  # of the depthwise convolution, 1 or 2; default 1
+    residual: bool  # whether x is added to the result; default False
+    dilation: int  # of the depthwise convolution; default 1
+    # Rows and columns of zeros around the expanded tensor: None for dilation * (kernel - 1) / 2 on every side, "same"
+    # for TensorFlow's, which rests on the image's size and puts the odd one behind, or (left, right, top, bottom).
+    padding: str | tuple[int, int, int, int] | None
+    activation: str  # after the expansion and the depthwise convolution, one of ACTIVATIONS; default "relu6"
+    out_activation: str  # of the result, before x is added; default "identity"
+    squeeze_activation: str  # between the two products of a squeeze-and-excite; default "relu"
+    gate: str  # behind them, one of GATES; default "hardsigmoid"
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Geometry of one block. ``expand=False`` is t = 1: no expansion, ``hidden_channels == in_channels``.
+
+    ``kernel``, ``dilation``, ``stride`` and ``padding`` are the depthwise convolution's. ``squeeze_channels`` is 0
+    without a squeeze-and-excite (MobileNetV3, section 5.3) between it and the projection.
+    """
+
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    stride: int = 1
+    expand: bool = True
+    residual: bool = False
+    kernel: int = 3
+    dilation: int = 1
+    padding: str | tuple[int, int, int, int] | None = None
+    activation: str = "relu6"
+    out_activation: str = "identity"
+    squeeze_channels: int = 0
+    squeeze_activation: str = "relu"
+    gate: str = "hardsigmoid"
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "hidden_channels", "out_channels", "dilation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {self.stride}; use backend='eager'")
+        if self.kernel not in (3, 5):
+            raise ValueError(f"kernel must be 3 or 5, got {self.kernel}; use backend='eager'")
+        if self.dilation > 1 and self.stride > 1:
+            raise ValueError(f"dilation must be 1 where stride is 2, got {self.dilation}; use backend='eager'")
+        if self.squeeze_channels < 0:
+            raise ValueError(f"squeeze_channels must be at least 0, got {self.squeeze_channels}")
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("out_activation", ACTIVATIONS),
+            ("squeeze_activation", ACTIVATIONS),
+            ("gate", GATES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_padding()
+        if not self.expand and self.hidden_channels != self.in_channels:
+            raise ValueError(
+                f"without an expansion hidden_channels must equal in_channels ({self.in_channels}), "
+                f"got {self.hidden_channels}"
+            )
+        if self.residual and (self.stride != 1 or self.in_channels != self.out_channels):
+            raise ValueError(
+                "a residual needs stride 1 and in_channels equal to out_channels, got stride "
+                f"{self.stride}, {self.in_channels} and {self.out_channels}"
+            )
+
+    def _check_padding(self) -> None:
+        if self.padding is None or self.padding == "same":
+            return
+        if isinstance(self.padding, str) or len(self.padding) != 4:
+            raise ValueError(f"padding must be None, 'same' or (left, right, top, bottom), got {self.padding!r}")
+        object.__setattr__(self, "padding", tuple(self.padding))
+        most = self.extent - 1
+        if not all(0 <= p <= most for p in self.padding):
+            raise ValueError(f"padding must be 0 to {most} on each side, got {self.padding}; use backend='eager'")
+        left, right, top, bottom = self.padding
+        if self.residual and (left + right, top + bottom) != (most, most):
+            raise ValueError(f"a residual needs padding that adds {most} rows and columns, got {self.padding}")
+
+    @property
+    def extent(self) -> int:
+        """Rows (and columns) that the depthwise kernel spans: dilation * (kernel - 1) + 1."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def geometry(self) -> Geometry:
+        """The keyword arguments that, with weights, make this block."""
+        return {name: getattr(self, name) for name in Geometry.__annotations__}
+
+    def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom) for an image of this size."""
+        if isinstance(self.padding, tuple):
+            return self.padding
+        around = (self.extent - 1) // 2
+        if self.padding is None:
+            return around, around, around, around
+
+        def same(size: int) -> tuple[int, int]:
+            total = max((-(-size // self.stride) - 1) * self.stride + self.extent - size, 0)
+            return total // 2, total - total // 2
+
+        return *same(width), *same(height)
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H', W') for an image of this size."""
+        left, right, top, bottom = self.padding_of(height, width)
+        return (
+            (height + top + bottom - self.extent) // self.stride + 1,
+            (width + left + right - self.extent) // self.stride + 1,
+        )
+
+    def options(self, height: int, width: int) -> tuple[Any, ...]:
+        """What the op takes behind its plan: nothing for MobileNetV2's block."""
+        padding = self.padding if self.padding != "same" or self.stride > 1 else None
+        rest = (self.dilation, self.activation, self.out_activation, self.squeeze_activation, self.gate)
+        if padding is None and rest == (1, "relu6", "identity", "relu", "hardsigmoid"):
+            return ()
+        explicit = [] if padding is None else list(self.padding_of(height, width))
+        activations = (ACTIVATIONS.index(a) for a in rest[1:4])
+        return (self.dilation, explicit, *activations, GATES.index(self.gate))
+
+    @property
+    def beyond_mobilenet_v2(self) -> bool:
+        """Whether it has anything that MobileNetV2's block does not have."""
+        plain = self.kernel == 3 and self.squeeze_channels == 0 and self.options(8, 8) == ()
+        return not plain
+
+    @staticmethod
+    def of_op(
+        packed: PackedWeights,
+        in_channels: int,
+        stride: int,
+        residual: bool,
+        dilation: int = 1,
+        padding: Sequence[int] = (),
+        activation: int = 0,
+        out_activation: int = 2,
+        squeeze_activation: int = 1,
+        gate: int = 0,
+    ) -> BlockSpec:
+        """The block that the op's arguments describe, its plan left out: what :meth:`options` makes, read back."""
+        return BlockSpec.of(
+            packed,
+            in_channels,
+            stride=stride,
+            residual=residual,
+            dilation=dilation,
+            padding=tuple(padding) or None,
+            activation=_named("activation", activation, ACTIVATIONS),
+            out_activation=_named("out_activation", out_activation, ACTIVATIONS),
+            squeeze_activation=_named("squeeze_activation", squeeze_activation, ACTIVATIONS),
+            gate=_named("gate", gate, GATES),
+        )
+
+    def __str__(self) -> str:
+        hidden = f" -> {self.hidden_channels}" if self.expand else ""
+        parts = [f"{self.in_channels}{hidden} -> {self.out_channels}"]
+        if self.kernel != 3:
+            parts.append(f"kernel {self.kernel}")
+        parts.append(f"stride {self.stride}")
+        if self.dilation != 1:
+            parts.append(f"dilation {self.dilation}")
+        if self.padding is not None:
+            parts.append(f"padding {self.padding}")
+        if self.activation != "relu6":
+            parts.append(self.activation)
+        if self.squeeze_channels:
+            parts.append(f"squeeze {self.squeeze_channels} ({self.squeeze_activation}, {self.gate})")
+        if self.out_activation != "identity":
+            parts.append(f"output {self.out_activation}")
+        if self.residual:
+            parts.append("residual")
+        return ", ".join(parts)
+
+    @staticmethod
+    def of(
+        weights: BlockWeights | PackedWeights, in_channels: int | None = None, **geometry: Unpack[Geometry]
+    ) -> BlockSpec:
+        """The spec that these weights have; raises ValueError where their shapes disagree.
+
+        ``in_channels`` of the input at hand: weights packed in pairs do not tell an odd number from the next.
+        """
+        if (weights.w_expand is None) != (weights.b_expand is None):
+            raise ValueError("w_expand and b_expand must both be given or both be None")
+        squeeze = weights.w_squeeze is not None
+        if any((t is not None) != squeeze for t in weights[6:]):
+            raise ValueError("w_squeeze, b_squeeze, w_excite and b_excite must all be given or all be None")
+        packed = isinstance(weights, PackedWeights)
+        pairs = packed and weights.w_project.dim() == 4 and weights.w_project.shape[3] == 2
+        fragments = packed and in_fragments(weights)
+        for name, tensor in zip(weights._fields, weights, strict=True):
+            is_product = name in ("w_expand", "w_project")
+            dims = 1 if name.startswith("b_") else 3 if packed and not (pairs and is_product) else 4
+            if tensor is not None and tensor.dim() != dims and (dims > 1 or packed):
+                raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
+        if packed:
+            hidden, out_channels = hidden_channels(weights), weights.b_project.shape[0]
+        else:
+            hidden, out_channels = weights.w_depthwise.shape[0], weights.w_project.shape[0]
+        given, in_channels = in_channels, hidden if weights.w_expand is None else weights.w_expand.shape[1]
+        if pairs and weights.w_expand is not None:
+            in_channels = given if given == 2 * in_channels - 1 else 2 * in_channels
+        if fragments:
+            in_channels = fragment_channels(weights)
+        panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
+        taps = 25 if packed and weights.w_depthwise.shape[1] == 25 else 9
+        kernel = 5 if not packed and weights.w_depthwise.shape[2:] == (5, 5) else math.isqrt(taps)
+        squeezed = 0
+        if squeeze:
+            squeezed = weights.w_excite.shape[1]
+        squeezed_panels = -(-squeezed // PANEL)
+
+        def product(panels: int, terms: int) -> tuple[int, ...]:
+            return (panels, (terms + 1) // 2, PANEL, 2) if pairs else (panels, terms, PANEL)
+
+        if fragments:
+            shapes = [
+                (panels, -(-in_channels // PANEL), FRAGMENT),
+                (panels * PANEL + in_channels,),
+                (panels, taps, PANEL),
+                (hidden + PANEL,),
+                (panels, out_panels, FRAGMENT),
+                (out_channels,),
+            ]
+        elif packed:
+            shapes = [
+                product(panels, in_channels),
+                (panels * PANEL,),
+                (panels, taps, PANEL),
+                (panels * PANEL,),
+                product(out_panels, hidden),
+                (out_channels,),
+            ]
+        else:
+            shapes = [
+                (hidden, in_channels, 1, 1),
+                (hidden,),
+                (hidden, 1, kernel, kernel),
+                (hidden,),
+                (out_channels, hidden, 1, 1),
+                (out_channels,),
+                (squeezed, hidden, 1, 1),
+                (squeezed,),
+                (hidden, squeezed, 1, 1),
+                (hidden,),
+            ]
+        if packed:
+            shapes += [
+                (squeezed_panels, hidden, PANEL),
+                (squeezed_panels * PANEL,),
+                (panels, squeezed, PANEL),
+                (panels * PANEL,),
+            ]
+        for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        return BlockSpec(
+            in_channels,
+            hidden,
+            out_channels,
+            expand=weights.w_expand is not None,
+            kernel=kernel,
+            squeeze_channels=squeezed,
+            **geometry,
+        )
