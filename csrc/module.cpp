@@ -1,4 +1,4 @@
-// Python's window on the build: instruction sets, the planner, the peak meter, watched objects.
+// Python's window on the build: instruction sets, the planner, the peak meter, guards.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +7,7 @@
 #include "binding.h"
 #include "cpu/isa.h"
 #include "cuda/plan.h"
-#include "watch.h"
+#include "python/guard.h"
 
 namespace py = pybind11;
 using namespace mnv2_fused;
@@ -116,22 +116,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &cpu::set_active);
   m.def("l2_bytes", &cpu::l2_bytes);
   m.def("advise_huge_pages", &cpu::advise_huge_pages);
-  py::class_<Watch>(
-      m, "Watch", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+  py::class_<Guard>(
+      m, "Guard", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
         PyTypeObject* const type = &heap_type->ht_type;
         type->tp_flags |= Py_TPFLAGS_HAVE_GC;
         type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
           Py_VISIT(Py_TYPE(self));
-          return constructed(self) ? py::cast<Watch&>(py::handle(self)).traverse(visit, arg) : 0;
+          return constructed(self) ? py::cast<Guard&>(py::handle(self)).traverse(visit, arg) : 0;
         };
         type->tp_clear = [](PyObject* self) {
-          if (constructed(self)) py::cast<Watch&>(py::handle(self)).clear();
+          if (constructed(self)) py::cast<Guard&>(py::handle(self)).clear();
           return 0;
         };
       }))
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
-                    const py::list&>())
-      .def("holds", &Watch::holds);
+                    const py::object&>())
+      .def("is_valid", &Guard::is_valid)
+      .def_property_readonly("found_late", &Guard::found_late);
+  m.def("note_uncounted_writes", &Guard::note_uncounted_writes);
 
   m.def(
       "plan",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from .fold import conv_norms
 from .spec import ACTIVATIONS, GATES, BlockSpec
 
 
@@ -85,12 +86,12 @@ def spec_of_rest(
     rest: Sequence[int],
     make: Callable[..., BlockSpec] = cached_spec,
 ) -> BlockSpec:
-    shapes = [sources[6 * i].shape for i in range(stages)]
-    squeeze = sources[6 * stages :]
+    found, squeeze = conv_norms(sources, stages)
+    shapes = [stage.weight.shape for stage in found]
     return make(
         shapes[0][1] if stages == 3 else shapes[0][0],
         *(shapes[-1][1], shapes[-1][0], shapes[-2][-1]),
-        squeeze[0].shape[0] if squeeze else 0,
+        squeeze[0].weight.shape[0] if squeeze else 0,
         *(stages, stride, residual, tuple(rest)),
     )
 

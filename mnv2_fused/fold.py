@@ -48,6 +48,7 @@ C_in and E, which padded shapes do not, and a kernel may read whole panels of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,38 @@ def fold_conv_bn(
     if norm_bias is not None:
         folded = folded + norm_bias.double()
     return weight.double() * scale[:, None, None, None], folded
+
+
+class ConvNorm(NamedTuple):
+    """The tensors of a convolution and of the norm behind it; the last four are None without a norm."""
+
+    weight: Tensor  # [C_out, C_in / groups, k, k]
+    bias: Tensor | None  # [C_out], and so are the others
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+
+    def folded(self, eps: float) -> tuple[Tensor, Tensor]:
+        """Weight and bias, in float64, of the one convolution that computes the same in eval."""
+        if self.mean is not None and self.variance is not None:
+            return fold_conv_bn(self.weight, self.bias, self.norm_weight, self.norm_bias, self.mean, self.variance, eps)
+        bias = self.weight.new_zeros(self.weight.shape[0], dtype=torch.float64) if self.bias is None else self.bias
+        return self.weight.double(), bias.double()
+
+
+def conv_norms(tensors: Sequence[Tensor | None], stages: int) -> tuple[list[ConvNorm], list[ConvNorm]]:
+    """A block's convolutions among its tensors in a row: those of its stages, and the two of a squeeze-and-excite.
+
+    The row is what ops of compiled graphs take: six tensors of each stage (:class:`ConvNorm`), then weight and bias of
+    each product of a squeeze-and-excite.
+    """
+    width = len(ConvNorm._fields)
+    squeeze = tensors[width * stages :]
+    return (
+        [ConvNorm(*tensors[width * i : width * (i + 1)]) for i in range(stages)],
+        [ConvNorm(*squeeze[i : i + 2]) for i in range(0, len(squeeze), 2)],
+    )
 
 
 def _panels(t: Tensor) -> Tensor:

@@ -15,23 +15,23 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import backends, ops
 from ..encoding import op_rest
-from ..fold import PackedWeights, packed_dtypes
+from ..fold import PackedWeights, conv_norms, packed_dtypes
 from ..ops import kernel_for
 from ..spec import BlockSpec
 from ..tensors import check_input
 from . import reading
 from .compiled import tracing_export, tracing_transform
-from .guard import Watch
+from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
-from .parameters import fold_and_pack, lasting, parameters_of
+from .parameters import fold_and_pack, parameters_of, trackable
 from .reading import Parts, Unfusable
 from .training import Recomputed, unfolded
 
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
 
-class _Ready:
-    """A block found fit to run fused on ``packed``, while its ``watch`` holds."""
+class PreparedCall:
+    """A block found fit to run fused on ``packed``, while its ``guard`` is valid."""
 
     def __init__(self, block: FusedBlock, sources: list[Tensor | None], next_hook: int, backend: str) -> None:
         self.backend = backend
@@ -46,8 +46,8 @@ class _Ready:
         self.stride, self.residual = spec.stride, spec.residual
         # The op's, where they do not rest on the image's size.
         self.options = None if spec.padding == "same" and spec.stride > 1 else spec.options(8, 8)
-        self.lasting = lasting(self.tensors)
-        self.watch = Watch([block], next_hook) if self.lasting else None
+        self.trackable = trackable(self.tensors)
+        self.guard = Guard.of_modules([block], next_hook) if self.trackable else None
         self.packed: PackedWeights | None = None
 
 
@@ -74,6 +74,7 @@ class FusedBlock(nn.Module):
     def _start(self, backend: str, recompute: bool) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
+        watch_optimizers()
         self.backend = backend
         self.recompute = recompute
         self._warned = False
@@ -120,7 +121,7 @@ class FusedBlock(nn.Module):
         return self._objection
 
     def _reset_cache(self) -> None:
-        self._ready: _Ready | None = None
+        self._ready: PreparedCall | None = None
         sources = weakref.WeakMethod(self._sources)
         self._cache = PackedCache(lambda: sources()())  # who asks has the block
         self._token = self._cache.token
@@ -179,8 +180,10 @@ class FusedBlock(nn.Module):
         ready = self._ready
         if backends.transformed():
             return self._forward_modules(x)
-        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.watch.holds():
-            # Mode and backend are looked at here only: while the watch holds, they are what they were.
+        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.guard.is_valid():
+            if ready is not None and ready.guard is not None:
+                ready.guard.warn_if_late()
+            # Mode and backend are looked at here only: while the guard is valid, they are what they were.
             if self._trains():
                 return self._forward_training(x)
             ready = self._prepare(x)
@@ -232,9 +235,9 @@ class FusedBlock(nn.Module):
             return self._forward_modules(x)
         norms = [norm for _, norm in self._pairs]
         batch = tuple(norm is not None and norm.training and bool(norm._parameters) for norm in norms)
-        for i, of_batch in enumerate(batch):
-            if of_batch:
-                sources[6 * i + 4 : 6 * i + 6] = None, None
+        stages, squeeze = conv_norms(sources, len(batch))
+        stages = [s._replace(mean=None, variance=None) if b else s for s, b in zip(stages, batch, strict=True)]
+        sources = [t for stage in stages for t in stage] + [t for conv in squeeze for t in conv[:2]]
         beside = self._beside if reading.drops_now(self._beside) else ()
         spec = dataclasses.replace(self._spec, residual=False) if beside else self._spec
         check_input(x, spec.in_channels, spec)
@@ -247,7 +250,7 @@ class FusedBlock(nn.Module):
             self._warned = True
             warnings.warn(message, stacklevel=4)
 
-    def _prepare(self, x: Tensor) -> _Ready | None:
+    def _prepare(self, x: Tensor) -> PreparedCall | None:
         """Looks at everything and folds what changed; None when the inner modules must run."""
         backend = backends.resolve_backend(self.backend, x.device)
         if backend == "eager":
@@ -262,16 +265,16 @@ class FusedBlock(nn.Module):
         if self._trains():  # only now seen, if its layers were replaced
             return None
         sources, eps = self._sources()
-        ready = _Ready(self, sources, next_hook, backend)
+        ready = PreparedCall(self, sources, next_hook, backend)
         dtype = self._compute_dtype(x, sources, backend)
         ready.packed = self._cache.get(sources, eps, dtype, backend)
         # Else autocast allows it, for now; or a CUDA graph is being captured.
-        if ready.lasting and x.dtype == ready.dtype == dtype and self._cache.keeps(ready.packed):
+        if ready.trackable and x.dtype == ready.dtype == dtype and self._cache.keeps(ready.packed):
             self._ready = ready
         return ready
 
     def fits_sequence(self) -> bool:
-        """Whether a sequence may run this block in eval, as long as it watches it."""
+        """Whether a sequence may run this block in eval, as long as it guards it."""
         if self.training or self.why_modules() is not None or self._trains() or self.in_front is not None:
             return False
         if reading.drops_now(self._beside):
@@ -280,7 +283,7 @@ class FusedBlock(nn.Module):
         dtype, device = sources[0].dtype, sources[0].device
         # In one run, every product's weights are packed alike.
         alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
-        return alike and lasting(t for t in sources if t is not None)
+        return alike and trackable(t for t in sources if t is not None)
 
     def _trains(self) -> bool:
         """Whether something inside needs the whole tensor now: statistics of the batch, or dropout."""
@@ -294,9 +297,9 @@ class FusedBlock(nn.Module):
     def _sources(self) -> tuple[list[Tensor | None], list[float]]:
         sources: list[Tensor | None] = []
         for pair in self._pairs:
-            sources += parameters_of(*pair)
+            sources.extend(parameters_of(*pair))
         for conv in self._squeeze:
-            sources += parameters_of(conv, None)[:2]
+            sources.extend(parameters_of(conv, None)[:2])
         return sources, self._eps()
 
     def _compute_dtype(self, x: Tensor, sources: list[Tensor | None], backend: str) -> torch.dtype:

@@ -1,52 +1,106 @@
-"""Whether everything that a fused call relies on is still what it was."""
+"""Whether everything that a prepared call relies on is unchanged: the Python side of ``csrc/python/guard.h``."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import backends
 
 
-class Watch:
-    """Everything inside some modules that a fused call does not look at again, and whether it is unchanged.
+class Guard:
+    """Dictionaries, attributes and tensors that a prepared call does not look at again, and whether they changed.
 
-    Hand over ``RemovableHandle.next_id`` from before the modules were examined, so that a hook added meanwhile counts.
+    Tensors count as changed by their version, address, shape and strides, by a few words of their memory, and by a
+    checksum whose next 16 KiB are compared at each call: torch does not count every write.
     """
+
+    __slots__ = ("_aliases", "_native", "is_valid", "tensors")
 
     def __init__(
         self,
+        tensors: Iterable[Tensor],
+        values: Iterable[dict[str, Any]] = (),
+        sizes: Iterable[dict[Any, Any]] = (),
+        entries: Iterable[tuple[dict[str, Any], str]] = (),
+        next_hook: int | None = None,
+    ) -> None:
+        """``values``: dictionaries whose values must stay the very same objects; ``sizes``: dictionaries that must keep
+        their number of entries; ``entries``: values that must stay equal; ``next_hook``: ``RemovableHandle.next_id``
+        from before the modules were looked at, so that a hook added meanwhile counts.
+        """
+        self.tensors = list(tensors)
+        # Aliases keep the memory alive: no other tensor can appear at the same address.
+        self._aliases = [t.detach() for t in self.tensors]
+        spans = [(t, _span(t)) for t in self.tensors]
+        self._native = backends._C.Guard(list(values), list(sizes), list(entries), spans, next_hook)
+        self.is_valid = self._native.is_valid
+
+    @classmethod
+    def of_modules(
+        cls,
         roots: Iterable[nn.Module],
         next_hook: int,
         parents: Iterable[nn.Module] = (),
         hooked: Iterable[nn.Module] = (),
-    ) -> None:
-        """``parents``: modules whose lists of children count too, but nothing in children outside ``roots``.
+    ) -> Guard:
+        """Of everything inside ``roots``.
 
-        ``hooked``: modules that count as changed once they lose a hook they have now.
+        ``parents``: modules whose lists of children count too, but nothing in children outside ``roots``. ``hooked``:
+        modules that count as changed once they lose a hook they have now.
         """
         modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
-        self.next_hook = next_hook
         tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
-        self.tensors = [t for t in tensors if t is not None and t.is_floating_point()]
-        # Aliases keep the storages alive, so that no other tensor can appear at the same address.
-        self._aliases = [t.detach() for t in self.tensors]
-        self._native = backends._C.Watch(
+        return cls(
+            [t for t in tensors if t is not None and t.is_floating_point()],
             [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d] + [p._modules for p in parents],
             # An instance's own forward is one attribute more.
             [vars(m) for m in (*modules, *parents)] + [hooks for m in hooked for hooks in hooks_of(m) if hooks],
             [entry for m in modules for entry in watched_entries(m)],
-            self.tensors,
-            # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-            [t for t in self.tensors if t.dim() > 1],
+            next_hook,
         )
 
-    def holds(self) -> bool:
-        return RemovableHandle.next_id == self.next_hook and self._native.holds()
+    def warn_if_late(self) -> None:
+        """Warns, once a process, where a checksum found what no earlier call could see."""
+        if self._native.found_late:
+            _warn_of_late_writes()
+
+
+def _span(t: Tensor) -> int:
+    """Bytes from a CPU tensor's first element to behind its last one; 0 where memory cannot be read."""
+    if not t.is_cpu or t.numel() == 0:
+        return 0
+    return (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize
+
+
+@functools.cache
+def _warn_of_late_writes() -> None:
+    warnings.warn(
+        "a weight of a fused block was written, in part, behind torch's back (tensor.data, NumPy, another process ...); "
+        "calls since then may have used the weight as it was before. After such a write call model.eval(), which makes "
+        "the next call look at everything",
+        stacklevel=5,
+    )
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """Has the steps of optimizers with ``fused=True`` noted: torch does not count what their kernels write.
+
+    The next call then compares all memory of its weights on a CPU, and folds those on a GPU again.
+    """
+    register_optimizer_step_post_hook(_note_fused_step)
+
+
+def _note_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if any(group.get("fused") for group in optimizer.param_groups):
+        backends._C.note_uncounted_writes()
 
 
 def hooks_of(module: nn.Module) -> list[dict]:
@@ -70,7 +124,7 @@ def watched_entries(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """(dictionary, key) of what decides what ``module`` computes, besides its tensors and submodules."""
     attributes = vars(module)
     for name, value in attributes.items():
-        # A fused block counts how often it forgot what it knew.
+        # A fused block counts how often its cache was cleared.
         if name == "_forgotten" or (name[0] != "_" and (value is None or type(value) in _WATCHED)):
             yield attributes, name
     config = attributes.get("config")

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends
-from .parameters import fold_and_pack, lasting
+from .guard import Guard
+from .parameters import fold_and_pack, trackable
 
 
 def capturing(device: torch.device) -> bool:
@@ -31,7 +31,7 @@ def _in_a_graphs_pool(tensor: Tensor) -> bool:
     return False
 
 
-def may_be_kept(made: Tensor, in_graph: bool = False) -> bool:
+def cacheable(made: Tensor, in_graph: bool = False) -> bool:
     """Whether folded weights may be kept for later calls: not what a CUDA graph makes, under capture or on trial.
 
     Waits until they are there, since a call on another stream would not.
@@ -51,11 +51,8 @@ _Packed = Sequence[Tensor | None]
 class _Kept(NamedTuple):
     """Packed weights, and of what and how they were made."""
 
-    made_as: list[Any]
-    stamp: list[Any]
-    tensors: list[Tensor]
-    states: Any  # a native watch of those tensors
-    aliases: list[Tensor]  # keep the storages alive, so that no other tensor can appear at the same address
+    key: list[Any]
+    guard: Guard  # of the tensors they were made of
     packed: _Packed
     sites: frozenset[int] | None  # of graphs that saw this state once; None: it is sure to last
 
@@ -125,33 +122,28 @@ class PackedCache:
         """
         tensors = [t for t in sources if t is not None]
         fold = self._fold or fold_and_pack
-        made_as = [dtype, backend, *eps, self._cleared, *(self._forgotten() if self._forgotten else ())]
+        key = [dtype, backend, *eps, self._cleared, *(self._forgotten() if self._forgotten else ())]
         kept = self._kept
-        if kept is not None and made_as == kept.made_as:
-            same = len(tensors) == len(kept.tensors) and all(map(operator.is_, tensors, kept.tensors))
-            if same and kept.serves(site) and kept.states.holds():
-                return self._lasting(kept)
+        if kept is not None and kept.serves(site) and _is_current(kept, key, tensors):
+            return self._lasting(kept)
         if site is not None:
             own = [] if self._own is None else [t for t in self._own()[0] if t is not None]
             if len(own) != len(tensors) or not all(map(_same_place, own, tensors)):
                 return fold(sources, eps, dtype, backend)
             tensors = own  # which count their versions
-        if not lasting(tensors):
+        if not trackable(tensors):
             return fold(sources, eps, dtype, backend)
-        # A view through .data (channels cut, axes swapped) can have the address and version of the whole.
-        shaped = [t for t in tensors if t.dim() > 1]
-        stamp = [[(t._version, t.data_ptr()) for t in tensors], [(t.stride(), t.shape) for t in shaped]]
-        unchanged = kept is not None and made_as == kept.made_as and stamp == kept.stamp
+        unchanged = kept is not None and _is_current(kept, key, tensors)
         if unchanged and kept.serves(site):
             return self._lasting(kept)
-        states = backends._C.Watch([], [], [], tensors, shaped)
+        guard = Guard(tensors)  # before folding, so that what is written meanwhile is noticed
         # Ordinary tensors, that a later call's derivative may keep.
         with torch.inference_mode(False), torch.no_grad():
             packed = fold(sources, eps, dtype, backend)
-        if not may_be_kept(_one_of(packed), site is not None):
+        if not cacheable(_one_of(packed), site is not None):
             return packed
         sites = None if site is None else (kept.sites if unchanged else frozenset()) | {site}
-        self._kept = _Kept(made_as, stamp, tensors, states, [t.detach() for t in tensors], packed, sites)
+        self._kept = _Kept(key, guard, packed, sites)
         return self.hold_if_captured(packed)
 
     def _lasting(self, kept: _Kept) -> _Packed:
@@ -179,6 +171,17 @@ def fold_ahead(token: int, dtype: torch.dtype, backend: str) -> int:
     Returns the site of an op that is to be put into that graph.
     """
     return PackedCache.of(token).fold_ahead(dtype, backend)
+
+
+def _is_current(kept: _Kept, key: list[Any], tensors: list[Tensor]) -> bool:
+    """Whether what is kept was made so, of these very tensors, and none of them has changed."""
+    of = kept.guard.tensors
+    if key != kept.key or len(tensors) != len(of) or not all(map(operator.is_, tensors, of)):
+        return False
+    if kept.guard.is_valid():
+        return True
+    kept.guard.warn_if_late()
+    return False
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

@@ -7,49 +7,45 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..fold import BlockWeights, PackedWeights, fold_conv_bn, pack
+from ..fold import BlockWeights, ConvNorm, PackedWeights, conv_norms, pack
 
 
 def fold_and_pack(
     sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
 ) -> PackedWeights:
-    """``sources`` are six per convolution: weight, bias, and the norm's weight, bias, mean, variance, all four None
-    without a norm. Behind them weight and bias of both products of a squeeze-and-excite, if there is one.
+    """Packed weights of a block for activations of ``dtype``.
+
+    ``sources``: the block's tensors in a row, as :func:`mnv2_fused.fold.conv_norms` reads them; ``eps``: the norms',
+    one number a stage, 0 without a norm.
     """
+    stages, squeeze = conv_norms(sources, len(eps))
     folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
-    for i, e in enumerate(eps):
-        stage = sources[6 * i : 6 * i + 6]
-        folded += _plain_weights(*stage[:2]) if stage[4] is None else fold_conv_bn(*stage, e)
-    squeeze = sources[6 * len(eps) :]
-    for i in range(0, len(squeeze), 2):
-        folded += _plain_weights(*squeeze[i : i + 2])
+    for conv, e in zip([*stages, *squeeze], [*eps, 0.0, 0.0], strict=False):
+        folded += conv.folded(e)
     return pack(BlockWeights(*folded), dtype, backend)
 
 
-def _plain_weights(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """In float64, zeros for a missing bias."""
-    return weight.double(), weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
+def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNorm:
+    """The tensors of a convolution and its norm now, straight from the modules' dictionaries.
 
-
-def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> list[Tensor | None]:
-    # Straight from the dictionaries: nn.Module.__getattr__ costs more than the rest of the check.
+    ``nn.Module.__getattr__`` costs more than all else that a prepared call looks at.
+    """
     if norm is None:
-        return [conv._parameters["weight"], conv._parameters["bias"], None, None, None, None]
+        return ConvNorm(conv._parameters["weight"], conv._parameters["bias"])
     of_norm = norm._buffers if "weight" in norm._buffers else norm._parameters
-    return [
+    return ConvNorm(
         conv._parameters["weight"],
         conv._parameters["bias"],
         of_norm["weight"],
         of_norm["bias"],
         norm._buffers["running_mean"],
         norm._buffers["running_var"],
-    ]
+    )
 
 
-def lasting(tensors: Iterable[Tensor]) -> bool:
-    """Whether changes of these tensors can be seen at all.
+def trackable(tensors: Iterable[Tensor]) -> bool:
+    """Whether a guard can see changes of these tensors.
 
-    Inference tensors count no versions; other processes change shared ones without counting here. (Of every CUDA tensor
-    ``is_shared`` is True.)
+    An inference tensor has no version: on a CPU its memory tells, on a GPU nothing does.
     """
-    return not any(t.is_inference() or (t.device.type == "cpu" and t.is_shared()) for t in tensors)
+    return not any(t.is_inference() and not t.is_cpu for t in tensors)

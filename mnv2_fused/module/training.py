@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fold import conv_norms
 from ..reference import TORCH_ACTIVATIONS
 from ..spec import BlockSpec
 
@@ -26,25 +27,28 @@ def unfolded(
     ``batch``: which norms take their statistics from the batch. ``norms``, if given, then note them, as each does in
     train().
     """
-    y, squeeze = x, sources[6 * len(eps) :]
+    stages, squeeze = conv_norms(sources, len(eps))
+    y = x
     left, right, top, bottom = spec.padding_of(*x.shape[2:])
-    for i, e in enumerate(eps):
-        weight, bias, *norm = sources[6 * i : 6 * i + 6]
+    for i, (conv, e) in enumerate(zip(stages, eps, strict=True)):
         if i == len(eps) - 2:  # depthwise
             even = left == right and top == bottom
             y = y if even else F.pad(y, (left, right, top, bottom))
             around = (top, left) if even else (0, 0)
-            y = F.conv2d(y, weight, bias, spec.stride, around, spec.dilation, groups=weight.shape[0])
+            groups = conv.weight.shape[0]
+            y = F.conv2d(y, conv.weight, conv.bias, spec.stride, around, spec.dilation, groups)
         else:
-            y = F.conv2d(y, weight, bias)
+            y = F.conv2d(y, conv.weight, conv.bias)
         if batch[i]:
-            y = _of_batch(y, norm[0], norm[1], e, None if norms is None else norms[i])
-        elif norm[2] is not None:
-            y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], training=False, eps=e)
+            y = _of_batch(y, conv.norm_weight, conv.norm_bias, e, None if norms is None else norms[i])
+        elif conv.mean is not None:
+            y = F.batch_norm(y, conv.mean, conv.variance, conv.norm_weight, conv.norm_bias, training=False, eps=e)
         y = TORCH_ACTIVATIONS[spec.activation if i < len(eps) - 1 else spec.out_activation](y)
         if squeeze and i == len(eps) - 2:
-            s = TORCH_ACTIVATIONS[spec.squeeze_activation](F.conv2d(y.mean((2, 3), keepdim=True), *squeeze[:2]))
-            y = y * TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, *squeeze[2:]))
+            reduce, excite = squeeze
+            s = F.conv2d(y.mean((2, 3), keepdim=True), reduce.weight, reduce.bias)
+            s = TORCH_ACTIVATIONS[spec.squeeze_activation](s)
+            y = y * TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, excite.weight, excite.bias))
     return y + x if spec.residual else y
 
 

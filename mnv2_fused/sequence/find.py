@@ -15,7 +15,7 @@ from ..encoding import LayerKind, block_values
 from ..module import reading
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks, is_compiled
-from ..module.parameters import lasting, parameters_of
+from ..module.parameters import parameters_of, trackable
 from ..spec import ACTIVATIONS
 
 
@@ -109,7 +109,7 @@ def _linear_at(ahead: list[nn.Module | None]) -> int:
     """How many of the next modules are [dropout,] linear layer [, activation]; 0 where they are something else."""
     dropouts = 1 if ahead and _is_plain(ahead[0], nn.Dropout) and not ahead[0].training else 0
     linear, activation, *_ = [*ahead[dropouts:], None, None]
-    if not (_is_plain(linear, nn.Linear) and _is_lasting(linear.weight, linear.bias) and _bias_fits(linear)):
+    if not (_is_plain(linear, nn.Linear) and _is_trackable(linear.weight, linear.bias) and _bias_fits(linear)):
         return 0
     if activation is None or "forward" in vars(activation) or has_hooks(activation):
         return dropouts + 1
@@ -127,11 +127,11 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     return kind is not nn.Linear or ("weight" in module._parameters and not is_compiled(module))
 
 
-def _is_lasting(*tensors: Tensor | None) -> bool:
+def _is_trackable(*tensors: Tensor | None) -> bool:
     """Whether they are ordinary tensors of one kind whose changes can be seen."""
     found = [t for t in tensors if t is not None]
     ordinary = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in found)
-    return ordinary and lasting(found) and len({(t.dtype, t.device) for t in found}) == 1
+    return ordinary and trackable(found) and len({(t.dtype, t.device) for t in found}) == 1
 
 
 def _bias_fits(linear: nn.Linear) -> bool:
@@ -142,7 +142,7 @@ def _is_conv(module: nn.Module, name: str) -> bool:
     if not isinstance(module, nn.Sequential) or next(reading.conv_objections(module, name), None) is not None:
         return False
     conv, norm, _ = module
-    return not (norm.training and norm._parameters) and _is_lasting(*parameters_of(conv, norm))
+    return not (norm.training and norm._parameters) and _is_trackable(*parameters_of(conv, norm))
 
 
 def _block_can_run(block: FusedBlock, backend: str) -> bool:

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from .. import backends, ops
 from ..encoding import LayerKind
 from ..module.fused_block import FusedBlock
-from ..module.guard import Watch, has_hooks
-from ..module.packed_cache import capturing, may_be_kept
+from ..module.guard import Guard, has_hooks
+from ..module.packed_cache import cacheable, capturing
 from .compiled import RunsTraced, forget
 from .find import FLATTEN, POOL, Layer, geometry_of, grouped, layers_of, one_kind, sequence_backend
 from .weights import fold_layers, sources_of
@@ -26,7 +26,7 @@ class _ChangedMeanwhile(Exception):
     """Another thread changed a block while it was being prepared."""
 
 
-class _Run:
+class Run:
     """Layers that one call of the op computes."""
 
     def __init__(self, found: list[Layer], dtype: torch.dtype, backend: str) -> None:
@@ -55,8 +55,8 @@ class _Run:
         return y.flatten(1) if self.flat else y
 
 
-class _Prepared:
-    """Children cut into runs of ``backend`` and single modules, valid while ``watch`` holds."""
+class PreparedRun:
+    """Children cut into runs of ``backend`` and single modules, valid while ``guard`` is."""
 
     def __init__(
         self,
@@ -71,25 +71,25 @@ class _Prepared:
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
         others = [entry for entry in found if isinstance(entry, nn.Module)]
         hooked = [*parents, *itertools.chain.from_iterable(m.modules() for m in others)]
-        self.watch = Watch(in_runs, next_hook, parents, hooked)
-        kinds = {(t.dtype, t.device) for t in self.watch.tensors}
+        self.guard = Guard.of_modules(in_runs, next_hook, parents, hooked)
+        kinds = {(t.dtype, t.device) for t in self.guard.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
         self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
-        self.steps: list[_Run | nn.Module] = []
+        self.steps: list[Run | nn.Module] = []
         if not self.runs:
             return
         for is_run, entries in grouped(found):
-            self.steps += [_Run(entries, self.dtype, backend)] if is_run else entries
-        self.lasts = all(may_be_kept(run.weights) for run in self.runs_of())
+            self.steps += [Run(entries, self.dtype, backend)] if is_run else entries
+        self.lasts = all(cacheable(run.weights) for run in self.runs_of())
 
-    def runs_of(self) -> Iterator[_Run]:
+    def runs_of(self) -> Iterator[Run]:
         """Those among the steps."""
-        return (step for step in self.steps if isinstance(step, _Run))
+        return (step for step in self.steps if isinstance(step, Run))
 
 
 # Of each sequence what CUDA graphs were captured with, which read its weights where they are.
-_captured: weakref.WeakKeyDictionary[nn.Module, list[_Prepared]] = weakref.WeakKeyDictionary()
+_captured: weakref.WeakKeyDictionary[nn.Module, list[PreparedRun]] = weakref.WeakKeyDictionary()
 
 
 class RunsFused(RunsTraced):
@@ -103,7 +103,7 @@ class RunsFused(RunsTraced):
     children counts as its own. Anything else, and everything in any other mode, runs module by module.
     """
 
-    _prepared: _Prepared | None = None
+    _prepared: PreparedRun | None = None
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         """The modules that forward calls in a row, and those whose lists of children they come from."""
@@ -120,13 +120,15 @@ class RunsFused(RunsTraced):
 
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
-        # Every call runs this with cold caches, so what the watch would notice is looked at in _prepare alone.
+        # Every call runs this with cold caches, so what the guard would notice is looked at in _prepare alone.
         if torch.compiler.is_compiling():
             return self.run_traced(x)
         if self.training or type(x) is not Tensor:
             return None
         prepared = self._prepared
-        if prepared is None or prepared.is_cpu is not x.is_cpu or not prepared.watch.holds():
+        if prepared is None or prepared.is_cpu is not x.is_cpu or not prepared.guard.is_valid():
+            if prepared is not None:
+                prepared.guard.warn_if_late()
             if self._blocks_record():
                 return None  # fine-tuning changes the weights every step: nothing is folded for a run that may not be
             prepared = self._prepare(x)
@@ -134,7 +136,7 @@ class RunsFused(RunsTraced):
             return None
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or backends.transformed():
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.watch.tensors)):
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.guard.tensors)):
             return None
         if not prepared.is_cpu and capturing(x.device):
             held = _captured.setdefault(self, [])
@@ -162,8 +164,8 @@ class RunsFused(RunsTraced):
         runs = one_kind(kinds, backend) and all(sequence_backend(device) == backend for _, device in kinds)
         return on_kernels if runs else []
 
-    def _prepare(self, x: Tensor) -> _Prepared | None:
-        self._prepared = None  # the watch counts attributes, this one too
+    def _prepare(self, x: Tensor) -> PreparedRun | None:
+        self._prepared = None  # the guard counts attributes, this one too
         next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
         if backends._C is None or backends.transformed():
             return None
@@ -172,7 +174,7 @@ class RunsFused(RunsTraced):
         if (backend := sequence_backend(x.device)) is None:
             return None
         try:
-            prepared = _Prepared(*self.fusable_children(), next_hook, backend, x.is_cpu)
+            prepared = PreparedRun(*self.fusable_children(), next_hook, backend, x.is_cpu)
         except _ChangedMeanwhile:
             return None
         if not prepared.runs or prepared.lasts:

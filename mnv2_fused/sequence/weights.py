@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..encoding import SQUEEZE_CHANNELS, LayerKind, split_layers
-from ..fold import fold_conv_bn, pack_conv, pack_stem
+from ..fold import ConvNorm, pack_conv, pack_stem
 from ..module.fused_block import FusedBlock
 from ..module.parameters import fold_and_pack, parameters_of
 
@@ -32,7 +32,7 @@ def sources_of(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[
             tensors += [module.weight, module.bias]
         elif isinstance(module, nn.Sequential):
             conv, norm, _ = module
-            tensors += parameters_of(conv, norm)
+            tensors.extend(parameters_of(conv, norm))
             eps.append(norm.eps)
     return tensors, eps
 
@@ -45,7 +45,7 @@ def fold_layers(
     packed: list[Tensor | None] = []
 
     def conv_and_norm() -> tuple[Tensor, Tensor]:
-        return fold_conv_bn(*itertools.islice(tensors, 6), next(epsilons))
+        return ConvNorm(*itertools.islice(tensors, len(ConvNorm._fields))).folded(next(epsilons))
 
     with torch.no_grad():
         for (kind, *_), further in split_layers(geometry):
@@ -54,7 +54,7 @@ def fold_layers(
             if kind <= LayerKind.STEM_AND_BLOCK:
                 stages = 3 if kind == LayerKind.BLOCK else 2
                 squeezed = 4 if further and further[SQUEEZE_CHANNELS] else 0
-                of_block = list(itertools.islice(tensors, 6 * stages + squeezed))
+                of_block = list(itertools.islice(tensors, len(ConvNorm._fields) * stages + squeezed))
                 packed += fold_and_pack(of_block, list(itertools.islice(epsilons, stages)), dtype, backend)
             elif kind == LayerKind.LINEAR:
                 weight, bias = itertools.islice(tensors, 2)
