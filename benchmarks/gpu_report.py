@@ -275,10 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     import gpu_timing
 
-    from mnv2_fused import bench
+    from mnv2_fused.tools import bench
 
     if not gpu_timing.runnable_backends():
-        print(f"no GPU report: {gpu_timing.ops.backend_reasons(gpu_timing.torch.device('cuda'))}", file=sys.stderr)
+        print(f"no GPU report: {gpu_timing.backends.backend_reasons(gpu_timing.torch.device('cuda'))}", file=sys.stderr)
         return 1
     report = Report(seconds={"build": round(built, 1)})
     found = sections(report, options.output, budget)

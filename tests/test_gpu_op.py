@@ -362,7 +362,7 @@ def test_info_tells():
 
 def test_import_leaves_the_kernel_alone():
     """Importing triton takes its time, and decides whether it interprets."""
-    code = "import sys, mnv2_fused; assert 'mnv2_fused.triton_kernels' not in sys.modules"
+    code = "import sys, mnv2_fused; assert 'mnv2_fused.triton_backend.kernels' not in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
@@ -430,7 +430,7 @@ def test_gpu_other_devices(backend):
 @gpu
 @kernel
 def test_gpu_autotune_measures_once(monkeypatch, tmp_path):
-    from mnv2_fused import triton_tune
+    from mnv2_fused.triton_backend import tune as triton_tune
 
     monkeypatch.setenv("MNV2_FUSED_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

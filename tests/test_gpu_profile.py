@@ -63,7 +63,7 @@ def test_what_ncu_says_is_passed_on(tmp_path, monkeypatch, script):
 
 def test_without_a_gpu_it_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_profile.py", "--output", str(tmp_path)])
-    monkeypatch.setattr(gpu_profile.ops, "backend_reasons", lambda: {"cuda": "there is no CUDA GPU here"})
+    monkeypatch.setattr(gpu_profile.backends, "backend_reasons", lambda: {"cuda": "there is no CUDA GPU here"})
     assert gpu_profile.main() == 1
     assert "no profile: cuda: there is no CUDA GPU here" in capsys.readouterr().err
     assert not (tmp_path / "profile.md").exists()

@@ -781,7 +781,7 @@ def test_frozen_batch_norm_runs_fused_in_train(ran):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_in_slices_of_the_batch(monkeypatch, dtype):
-    from mnv2_fused import training
+    from mnv2_fused.module import training
 
     theirs, ours = (freeze_norms(b).to(dtype) for b in training_pair((8, 8, 1, 6)))
     sizes, unfolded = [], training.unfolded

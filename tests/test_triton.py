@@ -311,7 +311,7 @@ def mutated(tmp_path, original, replacement):
 @kernel
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     spec = BlockSpec(8, 48, 8, residual=True)
     x, weights = random_input(spec, 2, (6, 6)).to(DEVICE), weights_of(spec, expand_bias=5)
@@ -328,7 +328,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
 
 @kernel
 def test_infinite_input_shows_unmasked_padding_channels(tmp_path, monkeypatch):
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     spec = SPECS[1]  # 50 channels: 14 of the last group are padding
     x, weights = random_input(spec, 1, (5, 5)).to(DEVICE), weights_of(spec)

@@ -219,7 +219,7 @@ class TestTuning:
     @pytest.fixture(autouse=True)
     def own_cache(self, monkeypatch, tmp_path):
         pytest.importorskip("triton")
-        from mnv2_fused import triton_tune
+        from mnv2_fused.triton_backend import tune as triton_tune
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(triton_tune, "_chosen", {})

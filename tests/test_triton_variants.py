@@ -300,7 +300,7 @@ def test_two_contrasts(spec):
 @kernel
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     original, replacement, spec = MUTATIONS[name]
     broken = mutated(tmp_path, original, replacement)
@@ -319,7 +319,7 @@ def of_two_contrasts(spec):
 @kernel
 def test_a_nan_beside_the_image_of_dilated_taps_is_noticed(tmp_path, monkeypatch):
     """The pixel that a position outside reads need not lie under dilated taps: cutting off would keep its NaN."""
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     spec = SPECS[3]
     x, weights = random_input(spec, 1, (5, 5)).to(DEVICE), weights_of(spec)
