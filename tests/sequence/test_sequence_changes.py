@@ -8,12 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_sequence_op import image
-from torch import nn
-from torch.nn.utils import parametrizations, prune
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.ops import Conv2dNormActivation
-from whole_models import (
+from support.inputs import image
+from support.models import (
     BW,
     LINEAR,
     MAP_ONLY,
@@ -28,6 +24,10 @@ from whole_models import (
     near,
     other_state,
 )
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.ops import Conv2dNormActivation
 
 from mnv2_fused import fuse, unfuse
 from mnv2_fused.testing import (

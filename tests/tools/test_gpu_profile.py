@@ -1,14 +1,11 @@
 """The profile of the kernels on a GPU, without one: a made-up ncu answers."""
 
 import sys
-from pathlib import Path
 
 import pytest
+from support.source_tree import BENCHMARKS, make_importable
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
+make_importable(BENCHMARKS)
 
 import gpu_profile  # noqa: E402
 from gpu_profile import METRICS, profile, rows_of, table  # noqa: E402

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from conftest import scripted
+from support.models import scripted
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.efficientnet import MBConv, MBConvConfig

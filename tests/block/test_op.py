@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inputs import layouts
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,24 +31,6 @@ SPECS = [
     BlockSpec(3, 18, 1),
 ]
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
-
-
-def layouts(n, c, h, w, dtype=torch.float32):
-    """[n, c, h, w] in memory orders, cuts and expansions that a model or a user can produce."""
-    dense = torch.randn(n, c, h, w, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    last = torch.channels_last
-    yield "nchw", dense
-    yield "channels_last", dense.contiguous(memory_format=last)
-    yield "cropped", F.pad(dense, (1, 2, 3, 1)).contiguous(memory_format=last)[:, :, 3 : 3 + h, 1 : 1 + w]
-    yield "cropped nchw", F.pad(dense, (1, 2, 3, 1))[:, :, 3 : 3 + h, 1 : 1 + w]
-    yield "channel slice", torch.cat([dense, dense], 1).contiguous(memory_format=last)[:, :c]
-    yield "channel slice nchw", torch.cat([dense, dense], 1)[:, :c]
-    yield "permuted", dense.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-    yield "transposed", dense.mT.contiguous(memory_format=last).mT
-    yield "expanded rows", dense[:, :, :1].expand(n, c, h, w)
-    yield "expanded batch", dense[:1].contiguous(memory_format=last).expand(n, c, h, w)
-    yield "expanded channels", dense[:, :1].expand(n, c, h, w)
-    yield "sliced batch", dense.repeat(2, 1, 1, 1).contiguous(memory_format=last)[::2]
 
 
 SHAPES = [(2, 6, 5), (1, 6, 5), (2, 1, 1), (1, 1, 1), (3, 1, 4), (2, 4, 1), (0, 3, 3), (1, 2, 2)]

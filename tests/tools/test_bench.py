@@ -1,10 +1,10 @@
 """The benchmark itself: what it times is right, what is missing is named, and README shows what was measured."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+from support.source_tree import ROOT
 
 pytest.importorskip("torchvision")
 
@@ -13,7 +13,6 @@ from mnv2_fused.tools import bench, engines
 from mnv2_fused.tools.bench import Case, Results, Row, bfloat16
 from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 SMALL = Case((64, 64), engines=(CHANNELS_LAST, FUSED), bfloat16=(FUSED,), v1=True)
 

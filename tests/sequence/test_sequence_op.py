@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.devices import ISAS, by_isa
+from support.inputs import channels_last, image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,15 +22,12 @@ from mnv2_fused.sequence.weights import join
 from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import (
     agreement,
-    available_instruction_sets,
     instruction_set,
     random_weights,
     threads,
 )
 
 op = torch.ops.mnv2_fused.sequence
-ISAS = available_instruction_sets()
-by_isa = pytest.mark.parametrize("isa", ISAS)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 poisoned = pytest.mark.usefixtures("poison")
 pytestmark = pytest.mark.usefixtures("nothing_records")
@@ -123,7 +122,7 @@ def eager(layers, x):
     return x
 
 
-def check(layers, x):
+def check_layers(layers, x):
     """Runs the layers and holds them to the tolerance rule."""
     before = x.clone()
     y = run(layers, x)
@@ -144,16 +143,8 @@ def check_steps(layers, x):
     if x.dtype == torch.float16:  # between layers of one call, nothing is rounded to it
         x = x.float()
     for layer in layers:
-        x = check([layer], x)
+        x = check_layers([layer], x)
     assert torch.equal(y, x.to(y.dtype))
-
-
-def image(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def channels_last(*shape, dtype=torch.float32):
-    return image(*shape, dtype=dtype).to(memory_format=torch.channels_last)
 
 
 CHANNELS = list(itertools.product((1, 3, 4), (8, 16, 24, 32, 33, 48)))
@@ -166,8 +157,8 @@ SIZES = (1, 2, 3, 5, 8, 17, 31)
 def test_stem_channels(c_in, hidden, isa):
     with instruction_set(isa):
         for c_out in (1, 8, 16, 24, 33):
-            check([stem(c_in, hidden, c_out)], channels_last(2, c_in, 9, 12))
-            check([stem(c_in, hidden, c_out, stride=2)], image(1, c_in, 12, 7))
+            check_layers([stem(c_in, hidden, c_out)], channels_last(2, c_in, 9, 12))
+            check_layers([stem(c_in, hidden, c_out, stride=2)], image(1, c_in, 12, 7))
 
 
 @poisoned
@@ -176,8 +167,8 @@ def test_stem_channels(c_in, hidden, isa):
 def test_stem_sizes(c_in, isa):
     with instruction_set(isa):
         for height, width in itertools.product(SIZES, SIZES):
-            check([stem(c_in, 24, 8)], channels_last(1, c_in, height, width))
-            check([stem(c_in, 33, 8, stride=2)], image(1, c_in, height, width))
+            check_layers([stem(c_in, 24, 8)], channels_last(1, c_in, height, width))
+            check_layers([stem(c_in, 33, 8, stride=2)], image(1, c_in, height, width))
 
 
 @poisoned
@@ -186,10 +177,10 @@ def test_stem_sizes(c_in, isa):
 def test_head_channels_and_sizes(pool, isa):
     with instruction_set(isa):
         for c_in, c_out in itertools.product((1, 7, 24), (1, 15, 16, 17, 40, 100)):
-            check([head(c_in, c_out, pool)], channels_last(2, c_in, 5, 4))
+            check_layers([head(c_in, c_out, pool)], channels_last(2, c_in, 5, 4))
         for height, width in ((1, 1), (1, 13), (16, 16), (16, 17), (31, 29)):
             for dtype in (torch.float32, torch.bfloat16):
-                check([head(24, 40, pool)], channels_last(2, 24, height, width, dtype=dtype))
+                check_layers([head(24, 40, pool)], channels_last(2, 24, height, width, dtype=dtype))
 
 
 @poisoned
@@ -198,7 +189,7 @@ def test_head_channels_and_sizes(pool, isa):
 def test_linear(batch, isa):
     with instruction_set(isa):
         for c_in, c_out in ((1, 1), (33, 10), (100, 33)):
-            check([linear(c_in, c_out)], image(batch, c_in, 1, 1))
+            check_layers([linear(c_in, c_out)], image(batch, c_in, 1, 1))
 
 
 @poisoned
@@ -207,8 +198,8 @@ def test_long_sums(isa):
     """As many terms as the classifier's and a wide network's head have round no worse than eager's."""
     with instruction_set(isa):
         for batch in (1, 4):
-            check([linear(1280, 1000)], image(batch, 1280, 1, 1))
-            check([head(448, 1792)], channels_last(batch, 448, 7, 7))
+            check_layers([linear(1280, 1000)], image(batch, 1280, 1, 1))
+            check_layers([head(448, 1792)], channels_last(batch, 448, 7, 7))
 
 
 CHAIN = [
@@ -256,12 +247,12 @@ def test_activations_beside_blocks(activation, isa):
         for dtype, size in itertools.product((torch.float32, torch.bfloat16), ((1, 1), (5, 4), (16, 17))):
             x = channels_last(2, 24, *size, dtype=dtype)
             for c_out in (1, 15, 16, 40, 100):
-                check([head(24, c_out, activation=activation)], x)
-                check([head(24, c_out, pool=True, activation=activation)], x)
-                check([linear(24, c_out, activation=activation)], x[:, :, :1, :1])
+                check_layers([head(24, c_out, activation=activation)], x)
+                check_layers([head(24, c_out, pool=True, activation=activation)], x)
+                check_layers([linear(24, c_out, activation=activation)], x[:, :, :1, :1])
             rgb = image(2, 3, *size, dtype=dtype)
-            check([stem(3, 24, 8, activation=activation)], rgb)
-            check([stem(3, 24, 8, 2, activation=activation, kernel=5, padding="same")], rgb)
+            check_layers([stem(3, 24, 8, activation=activation)], rgb)
+            check_layers([stem(3, 24, 8, 2, activation=activation, kernel=5, padding="same")], rgb)
 
 
 def test_images_that_a_squeeze_and_excite_keeps_apart():
@@ -270,7 +261,7 @@ def test_images_that_a_squeeze_and_excite_keeps_apart():
     x = channels_last(7, 8, 90, 90)
     for count in (1, 2, 3):
         with threads(count):
-            assert torch.equal(check(layers, x), torch.cat([run(layers, one) for one in x.split(1)]))
+            assert torch.equal(check_layers(layers, x), torch.cat([run(layers, one) for one in x.split(1)]))
 
 
 VIEWS = {
@@ -299,11 +290,11 @@ VIEWS = {
 @poisoned
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view):
-    check([stem(3, 24, 8)], view(2, 3))
-    check([stem(1, 8, 3), head(3, 20)], view(2, 1))
-    check([block(BlockSpec(8, 48, 8, residual=True)), head(8, 20, pool=True)], view(2, 8))
-    check([head(8, 20)], view(2, 8))
-    check([linear(8, 20)], view(2, 8)[:, :, 4:5, 4:5])
+    check_layers([stem(3, 24, 8)], view(2, 3))
+    check_layers([stem(1, 8, 3), head(3, 20)], view(2, 1))
+    check_layers([block(BlockSpec(8, 48, 8, residual=True)), head(8, 20, pool=True)], view(2, 8))
+    check_layers([head(8, 20)], view(2, 8))
+    check_layers([linear(8, 20)], view(2, 8)[:, :, 4:5, 4:5])
 
 
 @by_dtype

@@ -2,11 +2,10 @@
 
 import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.source_tree import BENCHMARKS, make_importable
 
 from mnv2_fused import BlockSpec, backends, triton_plan
 from mnv2_fused.testing import mobilenet_v2_blocks
@@ -16,10 +15,7 @@ if importlib.util.find_spec("triton") is None:
 if backends.triton_interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
+make_importable(BENCHMARKS)
 
 from triton_configurations import (  # noqa: E402
     ARCHITECTURES,

@@ -1,19 +1,17 @@
-"""Small whole models and what tests of sequences ask of them."""
+"""Small whole models, what tests of sequences ask of them, and modules through torch.jit.script."""
 
 import copy
 from functools import cache
 
 import torch
-from test_sequence_op import image
 from torch import nn
 from torchvision.models.mobilenetv2 import MobileNetV2
 
 from mnv2_fused import fuse, unfuse
 from mnv2_fused.encoding import LayerKind
-from mnv2_fused.testing import (
-    fit_batch_norm,
-    perturb_batch_norm,
-)
+from mnv2_fused.testing import fit_batch_norm, perturb_batch_norm
+
+from .inputs import image
 
 B, BW, STEM, HEAD, POOLED, LINEAR = (
     LayerKind.BLOCK,
@@ -62,3 +60,16 @@ def calls_of(model, x, ran):
     calls = list(ran)
     assert near(y, unfuse(model)(x))
     return calls
+
+
+def scripted(make):
+    """``make()`` through torch.jit.script, which knows builtins by id(): a tuple may have that of one long gone."""
+    made, builtins = [], torch.jit._builtins._get_builtin_table()
+
+    def mistaken():
+        values = (value for module in made[-1].modules() for value in vars(module).values())
+        return any(isinstance(value, list | tuple) and id(value) in builtins for value in values)
+
+    while not made or mistaken():
+        made.append(make())  # all are kept, so that the next ones have other ids
+    return torch.jit.script(made[-1])

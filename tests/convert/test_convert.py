@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import scripted
+from support.models import scripted
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torchvision.models import mobilenet_v2, resnet18

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.source_tree import BENCHMARKS, make_importable
 from torch import nn
 
 pytest.importorskip("torchvision")
@@ -18,10 +18,7 @@ pytest.importorskip("torchvision")
 from mnv2_fused import testing
 from mnv2_fused.tools import bench
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
+make_importable(BENCHMARKS)
 
 import gpu_report  # noqa: E402
 import gpu_tables  # noqa: E402

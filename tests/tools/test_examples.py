@@ -4,19 +4,16 @@ import itertools
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.source_tree import EXAMPLES, make_importable
 from torch import nn
 
 import mnv2_fused
 from mnv2_fused.testing import fit_batch_norm
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-if not EXAMPLES.is_dir():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(EXAMPLES))
+make_importable(EXAMPLES)
 
 from relu_information_loss import DIMENSIONS, loss, spiral, through_relu  # noqa: E402
 

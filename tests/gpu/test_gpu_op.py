@@ -7,8 +7,18 @@ import sys
 
 import pytest
 import torch
-from test_op import layouts
-from test_triton import DEVICE, DTYPES, REASON, SPECS, kernel, quick_interpreter, weights_of  # noqa: F401
+from support.blocks import SMALL_SPECS
+from support.devices import (
+    DEVICE,
+    NO_CUDA_THERE,
+    NO_TRITON,
+    cuda_kernel_there,
+    cuda_op_there,
+    gpu,
+    triton_kernel,
+    weights_on,
+)
+from support.inputs import by_gpu_dtype, layouts
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,11 +33,9 @@ from mnv2_fused import (
     inverted_residual,
     ops,
     pack,
-    tensors,
     triton_plan,
 )
 from mnv2_fused import inverted_residual_reference as reference
-from mnv2_fused.fold import PackedWeights
 from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.module import packed_cache
 from mnv2_fused.testing import agreement, perturb_batch_norm, random_weights
@@ -36,18 +44,12 @@ OPS = {
     "cuda": torch.ops.mnv2_fused.inverted_residual_cuda,
     "triton": torch.ops.mnv2_fused.inverted_residual_triton,
 }
-NO_CUDA = backends.backend_reasons(torch.device(DEVICE))["cuda"]
-STANDS_IN = NO_CUDA is not None and DEVICE == "cpu" and not backends.triton_interpreted()
-cuda = pytest.mark.skipif(NO_CUDA is not None and not STANDS_IN, reason=f"the CUDA kernel cannot run: {NO_CUDA}")
-cuda_itself = pytest.mark.skipif(NO_CUDA is not None, reason=f"the CUDA kernel cannot run: {NO_CUDA}")
 by_backend = pytest.mark.parametrize(
-    "backend", [pytest.param("triton", marks=kernel), pytest.param("cuda", marks=cuda)]
+    "backend", [pytest.param("triton", marks=triton_kernel), pytest.param("cuda", marks=cuda_op_there)]
 )
 by_kernel = pytest.mark.parametrize(
-    "backend", [pytest.param("triton", marks=kernel), pytest.param("cuda", marks=cuda_itself)]
+    "backend", [pytest.param("triton", marks=triton_kernel), pytest.param("cuda", marks=cuda_kernel_there)]
 )
-gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
 
 
 def make_block(backend, inp=8, oup=8, stride=1, expand_ratio=6, dtype=torch.float32):
@@ -58,28 +60,6 @@ def make_block(backend, inp=8, oup=8, stride=1, expand_ratio=6, dtype=torch.floa
 def make_x(*shape, dtype=torch.float32):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return x.to(DEVICE, dtype).to(memory_format=torch.channels_last)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def stand_in():
-    """Where the CUDA kernel cannot run, the reference does: what is around the kernel is tested all the same."""
-    if not STANDS_IN:
-        yield
-        return
-
-    def inverted_residual_cuda(x, *arguments):
-        packed, (stride, residual) = PackedWeights(*arguments[:10]), arguments[10:12]
-        result = reference(x, packed, stride=stride, residual=residual)
-        return tensors.empty_output(x, *result.shape[1:2], result.shape[2:]).copy_(result)
-
-    library = torch.library.Library("mnv2_fused", "IMPL")
-    library.impl("inverted_residual_cuda", inverted_residual_cuda, "CPU")
-    rule = ops.half_autocast_rule(OPS["cuda"].default, "CPU", (0, 4))
-    library.impl("inverted_residual_cuda", rule, "AutocastCPU")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_cuda_reason", lambda device: None)
-        yield
-    library._destroy()
 
 
 def split_plan(backend, spec, x, splits):
@@ -99,9 +79,9 @@ def within(fused, block, x):
 
 
 @by_backend
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=str)
 def test_fake_strides_are_the_real_ones(backend, spec):
-    packed, seen = pack(weights_of(spec), torch.float16, backend), 0
+    packed, seen = pack(weights_on(DEVICE, spec), torch.float16, backend), 0
     for n, h, w in [(2, 3, 4), (1, 1, 1), (0, 3, 3), (2, 4, 1)]:
         for name, x in layouts(n, spec.in_channels, h, w, torch.float16):
             x = x.to(DEVICE) if DEVICE == "cuda" else x
@@ -118,7 +98,7 @@ def test_fake_strides_are_the_real_ones(backend, spec):
 def test_opcheck(backend):
     pytest.importorskip("expecttest")  # opcheck imports it
     spec = BlockSpec(4, 24, 4, residual=True)
-    packed = [t if t is None else t.requires_grad_() for t in pack(weights_of(spec), torch.float32, backend)]
+    packed = [t if t is None else t.requires_grad_() for t in pack(weights_on(DEVICE, spec), torch.float32, backend)]
     x = make_x(2, 4, 4, 3).requires_grad_()
     torch.library.opcheck(OPS[backend].default, (x, *packed, 1, True))
     plan = split_plan(backend, spec, x, 2).forced()
@@ -126,7 +106,7 @@ def test_opcheck(backend):
 
 
 @by_backend
-@by_dtype
+@by_gpu_dtype
 @pytest.mark.parametrize("spec", [BlockSpec(4, 24, 4, residual=True), BlockSpec(5, 5, 3, 2, expand=False)], ids=str)
 def test_gradients(backend, spec, dtype):
     # One input for every run: on others half precision may fall to the other side of a corner of ReLU6 than eager.
@@ -151,22 +131,22 @@ def test_gradients(backend, spec, dtype):
 @by_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=str)
 def test_autocast(backend, spec, dtype, x_dtype):
     """The products run in autocast's dtype; a wider x that is added back makes the result as wide as in eager."""
-    weights, x = weights_of(spec, dtype=torch.float32), make_x(2, 8, 5, 4, dtype=x_dtype)
+    weights, x = weights_on(DEVICE, spec, dtype=torch.float32), make_x(2, 8, 5, 4, dtype=x_dtype)
     geometry = {"stride": spec.stride, "residual": spec.residual}
     with torch.autocast(DEVICE, dtype=dtype):
         fused = inverted_residual(x, weights, backend=backend, **geometry)
         eager = reference(x, weights, **geometry)
     assert fused.dtype == eager.dtype
-    wide = reference(x.double(), weights_of(spec), **geometry)
+    wide = reference(x.double(), weights_on(DEVICE, spec), **geometry)
     found = agreement(fused.to(dtype), eager.to(dtype), wide)
     assert found.ok, found
 
 
 @by_backend
-@by_dtype
+@by_gpu_dtype
 def test_a_block_follows_its_weights(backend, dtype):
     block, x = make_block(backend, dtype=dtype), make_x(2, 8, 5, 4, dtype=dtype)
     changes = [
@@ -310,8 +290,8 @@ def test_the_environment_chooses(backend, monkeypatch):
 
 @by_kernel
 def test_bad_input(backend):
-    spec, x = SPECS[0], make_x(1, 8, 5, 4)
-    weights = weights_of(spec)
+    spec, x = SMALL_SPECS[0], make_x(1, 8, 5, 4)
+    weights = weights_on(DEVICE, spec)
     packed = pack(weights, torch.float32, backend)
 
     def fails(error, match, *args, **options):
@@ -346,9 +326,9 @@ def test_bad_input(backend):
         OPS[backend](x, None, *packed[1:], 1, True)
 
 
-@pytest.mark.skipif(REASON is None, reason="Triton runs here")
+@pytest.mark.skipif(NO_TRITON is None, reason="Triton runs here")
 def test_where_it_cannot_run_it_says_why():
-    weights, x = random_weights(SPECS[0]), torch.randn(1, 8, 5, 4)
+    weights, x = random_weights(SMALL_SPECS[0]), torch.randn(1, 8, 5, 4)
     with pytest.raises(RuntimeError, match=r"backend='triton'\): triton: .+; move .*backend='eager'"):
         inverted_residual(x, weights, backend="triton")
     with pytest.raises(RuntimeError, match="triton"):
@@ -369,14 +349,14 @@ def test_import_leaves_the_kernel_alone():
 
 @gpu
 def test_gpu_auto_is_cuda_where_it_runs():
-    assert backends.resolve_backend("auto", torch.device("cuda")) == ("cuda" if NO_CUDA is None else "triton")
+    assert backends.resolve_backend("auto", torch.device("cuda")) == ("cuda" if NO_CUDA_THERE is None else "triton")
 
 
 @gpu
 @by_kernel
 def test_gpu_graph_capture_replays(backend):
     spec = BlockSpec(64, 384, 64, residual=True)
-    x, packed = make_x(1, 64, 14, 14, dtype=torch.float16), pack(weights_of(spec), torch.float16, backend)
+    x, packed = make_x(1, 64, 14, 14, dtype=torch.float16), pack(weights_on(DEVICE, spec), torch.float16, backend)
     plan = split_plan(backend, spec, x, 4)  # both kernels
     call = lambda: inverted_residual(x, packed, residual=True, backend=backend, plan=plan)  # noqa: E731
     call()
@@ -405,7 +385,7 @@ def test_gpu_reduce_overhead(backend):
 @gpu
 @by_kernel
 def test_gpu_runs_on_the_current_stream(backend):
-    packed = pack(weights_of(SPECS[0]), torch.float16, backend)
+    packed = pack(weights_on(DEVICE, SMALL_SPECS[0]), torch.float16, backend)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # what runs beside this stream would read x too early
@@ -420,7 +400,7 @@ def test_gpu_runs_on_the_current_stream(backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpu_other_devices(backend):
     x = make_x(2, 8, 9, 9, dtype=torch.float16)
-    packed = pack(weights_of(SPECS[0]), torch.float16, backend)
+    packed = pack(weights_on(DEVICE, SMALL_SPECS[0]), torch.float16, backend)
     y = inverted_residual(x, packed, residual=True, backend=backend)
     there = [t.to("cuda:1") for t in packed]
     assert torch.equal(OPS[backend](x.to("cuda:1"), *there, 1, True).to("cuda:0"), y)
@@ -428,16 +408,16 @@ def test_gpu_other_devices(backend):
 
 
 @gpu
-@kernel
+@triton_kernel
 def test_gpu_autotune_measures_once(monkeypatch, tmp_path):
     from mnv2_fused.triton_backend import tune as triton_tune
 
     monkeypatch.setenv("MNV2_FUSED_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     triton_tune._chosen.clear()
-    spec, x = SPECS[0], make_x(2, 8, 9, 9, dtype=torch.float16)
-    y = inverted_residual(x, weights_of(spec), residual=True, backend="triton")
+    spec, x = SMALL_SPECS[0], make_x(2, 8, 9, 9, dtype=torch.float16)
+    y = inverted_residual(x, weights_on(DEVICE, spec), residual=True, backend="triton")
     assert triton_tune.cache_file().is_file()
     monkeypatch.setattr(triton_tune, "milliseconds", None)
     triton_tune._chosen.clear()
-    assert torch.equal(inverted_residual(x, weights_of(spec), residual=True, backend="triton"), y)
+    assert torch.equal(inverted_residual(x, weights_on(DEVICE, spec), residual=True, backend="triton"), y)

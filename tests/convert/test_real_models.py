@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from support.source_tree import BENCHMARKS, make_importable
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mnv2_fused import FusedBlock, fuse, report, unfuse
 from mnv2_fused.testing import agreement, fit_batch_norm, perturb_batch_norm, threads
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import families
-from zoo import ZOO, build, detector, tensors_in
+make_importable(BENCHMARKS)
+
+import families  # noqa: E402
+from zoo import ZOO, build, detector, tensors_in  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.blocks import DETERMINISM_SPECS, PADDING_SPECS
+from support.checks import check, run, within
+from support.devices import ISAS, by_isa
+from support.inputs import MEMORY_FORMATS, by_cpu_dtype, by_memory_format, random_input
 
-from mnv2_fused import BlockSpec, backends, inverted_residual, inverted_residual_reference, pack, plan
+from mnv2_fused import BlockSpec, backends, inverted_residual_reference, pack, plan
 from mnv2_fused.testing import (
     agreement,
-    available_instruction_sets,
     block_agreement,
     instruction_set,
     mobilenet_v2_blocks,
@@ -19,47 +22,11 @@ from mnv2_fused.testing import (
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-ISAS = available_instruction_sets()
-FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
-HALF = (torch.float16, torch.bfloat16)
-
-by_isa = pytest.mark.parametrize("isa", ISAS)
-by_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
-by_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, *HALF], ids=["float32", "float64", "float16", "bfloat16"]
-)
-
 
 def by_block(resolution):
     blocks = mobilenet_v2_blocks(resolution)
     names = [f"{i}: {spec} at {size[0]}" for i, (spec, size) in enumerate(blocks)]
     return pytest.mark.parametrize(("spec", "size"), blocks, ids=names)
-
-
-def random_input(spec, batch, size, *, dtype=torch.float32, memory_format=torch.channels_last, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, spec.in_channels, *size, generator=generator, dtype=torch.float64)
-    return x.to(dtype).contiguous(memory_format=memory_format)
-
-
-def run(x, weights, spec, **options):
-    return inverted_residual(x, weights, stride=spec.stride, residual=spec.residual, **options)
-
-
-def within(y, x, weights, spec):
-    """The tolerance rule."""
-    found = block_agreement(y, x, weights, spec)
-    assert found.ok, f"{spec} on {list(x.shape)}, {x.dtype}: {found}"
-
-
-def check(x, weights, spec, **options):
-    """Runs the block, holds it to the rule and to the promises of its docstring; returns the result."""
-    before = x.clone()
-    y = run(x, weights, spec, **options)
-    within(y, x, weights, spec)
-    assert y.dtype == x.dtype
-    assert torch.equal(x, before), "x was written"
-    return y
 
 
 def test_poison_reaches_the_ops_own_allocations(poison):
@@ -75,20 +42,20 @@ def test_poison_reaches_the_ops_own_allocations(poison):
 
 
 @by_block(224)
-@by_format
+@by_memory_format
 def test_mobilenet_v2_at_224(spec, size, memory_format):
     y = check(random_input(spec, 1, size, memory_format=memory_format), random_weights(spec), spec)
     assert y.is_contiguous(memory_format=memory_format)
 
 
 @by_isa
-@by_dtype
+@by_cpu_dtype
 @by_block(64)
 def test_mobilenet_v2_at_64(spec, size, isa, dtype):
     weights = random_weights(spec)
     with instruction_set(isa):
         for batch in (1, 3):
-            for memory_format in FORMATS.values():
+            for memory_format in MEMORY_FORMATS:
                 x = random_input(spec, batch, size, dtype=dtype, memory_format=memory_format)
                 y = check(x, weights, spec)
                 assert y.is_contiguous(memory_format=memory_format) or y.shape[-2:] == (1, 1)
@@ -122,7 +89,7 @@ def cases(draw):
         spec,
         (draw(st.integers(0, 3)), c_in, height, width),
         forced,
-        draw(st.sampled_from(list(FORMATS.values()))),
+        draw(st.sampled_from(MEMORY_FORMATS)),
         draw(st.sampled_from([torch.float32, torch.float64])),
         draw(st.sampled_from(ISAS)),
         draw(st.integers(0, 2**31)),
@@ -162,13 +129,6 @@ def test_what_is_large_is_added_last(large, isa):
     assert (y - reference).abs().max() <= 1.01 * most
 
 
-PADDING_SPECS = [
-    BlockSpec(8, 48, 12),
-    BlockSpec(8, 48, 8, residual=True),
-    BlockSpec(8, 48, 12, stride=2),
-]
-
-
 @pytest.mark.parametrize("spec", PADDING_SPECS, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (8, 5)])
 def test_padding_is_of_the_expanded_tensor(spec, size):
@@ -184,7 +144,7 @@ def test_padding_is_of_the_expanded_tensor(spec, size):
 
 
 @by_isa
-@by_dtype
+@by_cpu_dtype
 def test_residual_adds_x_itself(isa, dtype):
     spec = BlockSpec(20, 120, 20, residual=True)
     nothing = random_weights(spec)._replace(
@@ -207,11 +167,6 @@ def test_nothing_given_is_written():
         assert all(torch.equal(a, b) for a, b in zip(given_weights[:6], before, strict=True))
 
 
-DETERMINISM_SPECS = [
-    BlockSpec(24, 144, 24, residual=True),
-    BlockSpec(13, 50, 37, stride=2),
-    BlockSpec(40, 40, 21, expand=False),
-]
 by_spec = pytest.mark.parametrize("spec", DETERMINISM_SPECS, ids=str)
 
 

@@ -5,9 +5,22 @@ import gc
 
 import pytest
 import torch
+from support.models import (
+    HEAD,
+    LINEAR,
+    MAP_ONLY,
+    POOLED,
+    STEM,
+    WHOLE,
+    B,
+    fitted,
+    fused_model,
+    make_x,
+    near,
+    other_state,
+)
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
-from whole_models import HEAD, LINEAR, MAP_ONLY, POOLED, STEM, WHOLE, B, fitted, fused_model, make_x, near, other_state
 
 from mnv2_fused import fuse, unfuse
 from mnv2_fused.module.packed_cache import PackedCache

@@ -4,11 +4,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from support.source_tree import ROOT
 
 
 def test_source_distribution_has_every_source(tmp_path):

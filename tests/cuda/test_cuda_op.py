@@ -10,12 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given
-from test_block import DETERMINISM_SPECS, PADDING_SPECS, random_input, run, within
-from test_inputs import SIZES, VIEWS
-from test_op import layouts
-from test_triton import BLOCKS, DTYPES, FORMATS, SPECS, by_dtype, by_spec, cases
-from test_triton_variants import SPECS as GENERAL_SPECS
-from test_triton_variants import every_pair, spec_of
+from support.blocks import (
+    DETERMINISM_SPECS,
+    GENERAL_SPECS,
+    NUMBERED_BLOCKS,
+    PADDING_SPECS,
+    SMALL_SPECS,
+    by_small_spec,
+    every_pair,
+    gpu_cases,
+    spec_of,
+)
+from support.checks import check, run, within
+from support.devices import NO_CUDA, cuda_kernel, weights_on
+from support.inputs import GPU_DTYPES, MEMORY_FORMATS, SIZES, VIEWS, by_gpu_dtype, layouts, random_input
+from support.source_tree import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mnv2_fused import (
@@ -32,9 +41,6 @@ from mnv2_fused import inverted_residual_reference as reference
 from mnv2_fused.gpus import Gpu
 from mnv2_fused.testing import random_weights
 
-ROOT = Path(__file__).parent.parent
-REASON = backends.backend_reasons()["cuda"]
-kernel = pytest.mark.skipif(REASON is not None, reason=f"the CUDA kernel cannot run: {REASON}")
 op = torch.ops.mnv2_fused.inverted_residual_cuda
 
 PACKED_SPECS = [
@@ -50,7 +56,7 @@ by_packed_spec = pytest.mark.parametrize("spec", PACKED_SPECS, ids=str)
 
 
 @by_packed_spec
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*GPU_DTYPES, torch.float64], ids=str)
 def test_unpack_gives_back_what_was_packed(spec, dtype):
     weights = random_weights(spec, dtype=dtype)
     packed = pack(weights, dtype, "cuda")
@@ -64,7 +70,7 @@ def test_unpack_gives_back_what_was_packed(spec, dtype):
 
 
 @by_packed_spec
-@by_dtype
+@by_gpu_dtype
 def test_a_lane_finds_its_weights(spec, dtype):
     """The layout once more, element by element, as fold's docstring gives it; zeros where there is no channel."""
     weights = random_weights(spec, dtype=dtype)
@@ -92,8 +98,8 @@ def test_a_lane_finds_its_weights(spec, dtype):
 
 
 @by_packed_spec
-@pytest.mark.parametrize("to", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("to", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 def test_fragments_change_their_dtype_and_order(spec, dtype, to):
     weights = random_weights(spec, dtype=dtype)
     rounded = weights._replace(w_project=weights.w_project.to(to))
@@ -135,15 +141,15 @@ def test_packed_weights_that_disagree(field, shape, message):
 
 
 def test_weights_for_another_backend_are_named():
-    x, weights = torch.randn(1, 8, 5, 4), random_weights(SPECS[0], dtype=torch.float32)
+    x, weights = torch.randn(1, 8, 5, 4), random_weights(SMALL_SPECS[0], dtype=torch.float32)
     with pytest.raises(ValueError, match=r"packed for another backend than 'cpu'.*mnv2_fused.pack\(.*'cpu'\)"):
         inverted_residual(x, pack(weights, backend="cuda"))
     with pytest.raises(ValueError, match="must have 8 channels, got 9"):
         inverted_residual(torch.randn(1, 9, 5, 4), pack(weights, backend="cuda"))
 
 
-@by_spec
-@by_dtype
+@by_small_spec
+@by_gpu_dtype
 def test_fake_strides_are_those_of_the_cpu_op(spec, dtype):
     """On fakes of a GPU's tensors, of which none need be here; what the kernel gives is compared in test_gpu_op."""
     packed = pack(random_weights(spec), dtype, "cuda")
@@ -159,7 +165,7 @@ def test_fake_strides_are_those_of_the_cpu_op(spec, dtype):
             assert y.device.type == "cuda"
 
 
-@by_spec
+@by_small_spec
 def test_gradients_have_the_packed_shapes(spec):
     with FakeTensorMode():
         x = torch.empty(2, 8, 5, 4, device="meta", dtype=torch.float16, requires_grad=True)
@@ -251,7 +257,7 @@ def test_requiring_it_without_a_toolkit_stops_the_build(tmp_path):
 def test_import_needs_no_driver():
     """The library asks for CUDA's runtime, the one torch brings, and for no driver."""
     if backends._cuda is None:
-        assert backends._cuda_error and backends._cuda_error == REASON
+        assert backends._cuda_error and backends._cuda_error == NO_CUDA
         return
     library = Path(backends._cuda.__file__).read_bytes()
     assert b"libcudart.so" in library and b"libcuda.so" not in library
@@ -277,9 +283,9 @@ def test_a_library_that_does_not_load_costs_only_its_backend():
     assert "CUDA kernel       none: it " in ran.stdout and "backend cuda      cannot run: it " in ran.stdout
 
 
-@pytest.mark.skipif(REASON is None, reason="the CUDA kernel runs here")
+@pytest.mark.skipif(NO_CUDA is None, reason="the CUDA kernel runs here")
 def test_where_it_cannot_run_it_says_why():
-    weights, x = random_weights(SPECS[0]), torch.randn(1, 8, 5, 4)
+    weights, x = random_weights(SMALL_SPECS[0]), torch.randn(1, 8, 5, 4)
     with pytest.raises(RuntimeError, match=r"backend='cuda'\): cuda: .+; move .*backend='eager'"):
         inverted_residual(x, weights, backend="cuda")
     with pytest.raises(RuntimeError, match="cuda: "):
@@ -378,10 +384,6 @@ def test_tf32_follows_torch():
 # On a GPU.
 
 
-def weights_of(spec, **options):
-    return random_weights(spec)._make(None if t is None else t.cuda() for t in random_weights(spec, **options))
-
-
 def forced(spec, x, group=16, splits=1):
     """The planner's plan with another group and number of splits."""
     gpu = Gpu.of(x.device)
@@ -389,50 +391,39 @@ def forced(spec, x, group=16, splits=1):
     return cuda_plan(spec, x.shape, dtype=x.dtype, gpu=gpu, forced=[*plan, group, splits])
 
 
-def check(x, weights, spec, **options):
-    """Holds the kernel to the rule and to the promises of its docstring; returns the result."""
-    x = x.cuda()
-    before = x.clone()
-    y = run(x, weights, spec, backend="cuda", **options)
-    within(y, x, weights, spec)
-    assert y.dtype == x.dtype
-    assert torch.equal(x, before), "x was written"
-    return y
-
-
 poisoned = pytest.mark.usefixtures("poison")
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@by_dtype
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize(("spec", "size"), [block for _, block in BLOCKS], ids=str)
+@by_gpu_dtype
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize(("spec", "size"), [block for _, block in NUMBERED_BLOCKS], ids=str)
 def test_mobilenet_v2(spec, size, memory_format, dtype):
     x = random_input(spec, 2, size, dtype=dtype, memory_format=memory_format)
-    y = check(x, weights_of(spec), spec)
+    y = check(x, weights_on("cuda", spec), spec, backend="cuda")
     assert y.is_contiguous(memory_format=memory_format)
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@pytest.mark.parametrize(("spec", "size"), [block for _, block in BLOCKS], ids=str)
+@pytest.mark.parametrize(("spec", "size"), [block for _, block in NUMBERED_BLOCKS], ids=str)
 def test_tf32_is_as_good_as_float16(spec, size, monkeypatch):
     """Its products have as many bits. Where torch does not allow it, the same call is exact."""
-    x, weights = random_input(spec, 2, size).cuda(), weights_of(spec)
-    exact = check(x, weights, spec)
+    x, weights = random_input(spec, 2, size).cuda(), weights_on("cuda", spec)
+    exact = check(x, weights, spec, backend="cuda")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     y = run(x, weights, spec, backend="cuda")
     within(y.half(), x.half(), weights, spec)
     assert torch.equal(y, exact) == (torch.cuda.get_device_capability() < (8, 0))
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@given(cases())
+@given(gpu_cases())
 def test_any_shape_group_and_splits(case):
     spec, (batch, _, height, width), values, (memory_format, cropped), dtype, seed = case
-    weights = weights_of(spec, seed=seed, expand_bias=seed % 20)
+    weights = weights_on("cuda", spec, seed=seed, expand_bias=seed % 20)
     x = random_input(spec, batch, (height + 2, width + 1), dtype=dtype, memory_format=memory_format, seed=seed)
     x = x[:, :, 1:-1, 1:] if cropped else x[:, :, 2:, 1:].contiguous(memory_format=memory_format)
     x = x.cuda()
@@ -447,40 +438,33 @@ def test_any_shape_group_and_splits(case):
 # Beyond MobileNetV2's block.
 
 
-def check_general(x, weights, spec, plan=None):
-    x = x.cuda()
-    y = inverted_residual(x, weights, backend="cuda", plan=plan, **spec.geometry)
-    within(y, x, weights, spec)
-    return y
-
-
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("case", every_pair(), ids=lambda case: "")
 def test_every_pair_of_options(case, monkeypatch):
     spec = spec_of(**case)
-    x, weights = random_input(spec, 2, (5, 7), dtype=case["dtype"]), weights_of(spec, expand_bias=3)
-    check_general(x, weights, spec)
+    x, weights = random_input(spec, 2, (5, 7), dtype=case["dtype"]), weights_on("cuda", spec, expand_bias=3)
+    check(x, weights, spec, backend="cuda")
     splits = -(-spec.hidden_channels // 16)
-    check_general(x, weights, spec, forced(spec, x.cuda(), splits=splits))
+    check(x, weights, spec, backend="cuda", plan=forced(spec, x.cuda(), splits=splits))
     if case["dtype"] == torch.float32:
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
         y = inverted_residual(x.cuda(), weights, backend="cuda", **spec.geometry)
         within(y.half(), x.cuda().half(), weights, spec)
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@by_dtype
+@by_gpu_dtype
 @pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
 @pytest.mark.parametrize("size", [(2, 9), (31, 30), (112, 90)], ids=str)
 def test_general_blocks(spec, size, dtype):
-    check_general(random_input(spec, 2, size, dtype=dtype), weights_of(spec), spec)
+    check(random_input(spec, 2, size, dtype=dtype), weights_on("cuda", spec), spec, backend="cuda")
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@by_dtype
+@by_gpu_dtype
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("out_channels", [64, 160, 170])
 def test_every_general_variant(out_channels, kernel_size, dtype):
@@ -488,129 +472,129 @@ def test_every_general_variant(out_channels, kernel_size, dtype):
         spec = BlockSpec(
             *(40, 240, out_channels, stride), kernel=kernel_size, activation="hardswish", squeeze_channels=squeeze
         )
-        check_general(random_input(spec, 2, (14, 13), dtype=dtype), weights_of(spec), spec)
+        check(random_input(spec, 2, (14, 13), dtype=dtype), weights_on("cuda", spec), spec, backend="cuda")
 
 
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("spec", GENERAL_SPECS[:2], ids=str)
 def test_every_run_of_a_squeeze_and_excite_gives_the_same_bits(spec):
-    x, packed = random_input(spec, 2, (28, 29)).cuda(), pack(weights_of(spec), backend="cuda")
+    x, packed = random_input(spec, 2, (28, 29)).cuda(), pack(weights_on("cuda", spec), backend="cuda")
     results = [inverted_residual(x, packed, backend="cuda", **spec.geometry) for _ in range(3)]
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@by_dtype
+@by_gpu_dtype
 @pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_spread_in_general_blocks_as_in_eager(value, spec, dtype):
     x = random_input(spec, 2, (5, 6), dtype=dtype).cuda()
     x[0, 0, 0, 0] = x[0, 7, 4, 5] = value
-    y = inverted_residual(x, weights_of(spec), backend="cuda", **spec.geometry)
-    expected = reference(x, weights_of(spec), **spec.geometry)
+    y = inverted_residual(x, weights_on("cuda", spec), backend="cuda", **spec.geometry)
+    expected = reference(x, weights_on("cuda", spec), **spec.geometry)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("channels", [(200, 210, 33), (17, 40, 700), (330, 64, 16)], ids=str)
 def test_many_channels(channels):
     spec = BlockSpec(*channels)
-    for dtype in DTYPES:
-        check(random_input(spec, 1, (3, 4), dtype=dtype), weights_of(spec), spec)
+    for dtype in GPU_DTYPES:
+        check(random_input(spec, 1, (3, 4), dtype=dtype), weights_on("cuda", spec), spec, backend="cuda")
 
 
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("spec", PADDING_SPECS, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (8, 5)])
 def test_padding_is_of_the_expanded_tensor(spec, size):
-    check(random_input(spec, 2, size), weights_of(spec, expand_bias=50), spec)
+    check(random_input(spec, 2, size), weights_on("cuda", spec, expand_bias=50), spec, backend="cuda")
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@by_dtype
+@by_gpu_dtype
 @pytest.mark.parametrize("splits", [1, 4])
 def test_residual_adds_x_itself(dtype, splits):
     spec = BlockSpec(20, 120, 20, residual=True)
-    nothing = weights_of(spec)._replace(
+    nothing = weights_on("cuda", spec)._replace(
         w_project=torch.zeros(20, 120, 1, 1, device="cuda"), b_project=torch.zeros(20, device="cuda")
     )
     x = (random_input(spec, 2, (5, 6), dtype=dtype) * 100).cuda()
     assert torch.equal(run(x, nothing, spec, backend="cuda", plan=forced(spec, x, splits=splits)), x)
 
 
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("spec", DETERMINISM_SPECS, ids=str)
 def test_every_run_gives_the_same_bits(spec):
-    x, packed = random_input(spec, 2, (6, 5)).cuda(), pack(weights_of(spec), backend="cuda")
+    x, packed = random_input(spec, 2, (6, 5)).cuda(), pack(weights_on("cuda", spec), backend="cuda")
     plan = forced(spec, x, splits=2 if spec.hidden_channels > 16 else 1)
     results = [run(x, packed, spec, backend="cuda", plan=plan) for _ in range(3)]
     assert all(torch.equal(y, results[0]) for y in results)
-    within(results[0], x, weights_of(spec), spec)
+    within(results[0], x, weights_on("cuda", spec), spec)
 
 
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view):
-    for spec in SPECS:
-        check(view(), weights_of(spec), spec)
-        check(view().half(), weights_of(spec), spec)
+    for spec in SMALL_SPECS:
+        check(view(), weights_on("cuda", spec), spec, backend="cuda")
+        check(view().half(), weights_on("cuda", spec), spec, backend="cuda")
 
 
-@kernel
+@cuda_kernel
 @poisoned
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(size):
-    for spec in SPECS:
-        check(random_input(spec, 2, size, dtype=torch.float16), weights_of(spec), spec)
+    for spec in SMALL_SPECS:
+        check(random_input(spec, 2, size, dtype=torch.float16), weights_on("cuda", spec), spec, backend="cuda")
 
 
-@kernel
-@by_dtype
-@pytest.mark.parametrize("memory_format", FORMATS)
+@cuda_kernel
+@by_gpu_dtype
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_empty_batch(dtype, memory_format):
-    for spec in SPECS:
+    for spec in SMALL_SPECS:
         x = torch.empty(0, 8, 9, 7, dtype=dtype, device="cuda").to(memory_format=memory_format)
-        y = run(x, weights_of(spec), spec, backend="cuda")
-        assert (y.shape, y.dtype) == (run(x, weights_of(spec), spec, backend="eager").shape, dtype)
+        y = run(x, weights_on("cuda", spec), spec, backend="cuda")
+        assert (y.shape, y.dtype) == (run(x, weights_on("cuda", spec), spec, backend="eager").shape, dtype)
 
 
-@kernel
+@cuda_kernel
 @poisoned
-@by_spec
+@by_small_spec
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 6e4])
-@by_dtype
+@by_gpu_dtype
 def test_non_finite_values_spread_as_in_eager(value, spec, dtype):
     for where in ((0, 0, 0, 0), (0, 3, 4, 4), (1, 7, 6, 7)):
         x = random_input(spec, 2, (7, 8), dtype=dtype).cuda()
         x[where] = value
-        y = run(x, weights_of(spec), spec, backend="cuda")
-        expected = run(x, weights_of(spec), spec, backend="eager")
+        y = run(x, weights_on("cuda", spec), spec, backend="cuda")
+        expected = run(x, weights_on("cuda", spec), spec, backend="eager")
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.isinf(), expected.isinf())
 
 
-@kernel
+@cuda_kernel
 def test_misaligned_weights_are_named():
-    spec, x = SPECS[0], random_input(SPECS[0], 1, (5, 4), dtype=torch.float16).cuda()
-    packed = pack(weights_of(spec), torch.float16, "cuda")
+    spec, x = SMALL_SPECS[0], random_input(SMALL_SPECS[0], 1, (5, 4), dtype=torch.float16).cuda()
+    packed = pack(weights_on("cuda", spec), torch.float16, "cuda")
     moved = torch.cat([packed.w_project.new_zeros(1), packed.w_project.flatten()])[1:].view(packed.w_project.shape)
     with pytest.raises(RuntimeError, match=r"w_project must start at a multiple of 16 bytes; clone\(\) it"):
         run(x, packed._replace(w_project=moved), spec, backend="cuda")
 
 
-@kernel
+@cuda_kernel
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0), reason="needs Turing"
 )
 def test_bfloat16_is_refused_before_ampere():
-    spec = SPECS[0]
+    spec = SMALL_SPECS[0]
     with pytest.raises(RuntimeError, match=r"bfloat16 needs compute capability 8\.0"):
-        check(random_input(spec, 1, (5, 4), dtype=torch.bfloat16), weights_of(spec), spec)
+        check(random_input(spec, 1, (5, 4), dtype=torch.bfloat16), weights_on("cuda", spec), spec, backend="cuda")

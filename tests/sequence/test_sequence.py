@@ -7,11 +7,8 @@ import warnings
 import pytest
 import torch
 import torchvision
-from test_sequence_op import channels_last, image
-from torch import Tensor, nn
-from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
-from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
-from whole_models import (
+from support.inputs import channels_last, image
+from support.models import (
     BW,
     HEAD,
     LINEAR,
@@ -27,6 +24,9 @@ from whole_models import (
     near,
     other_state,
 )
+from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 from mnv2_fused import FusedInvertedResidual, backends, fuse, models, unfuse
 from mnv2_fused.sequence import FusedSequential

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gpu_op import DEVICE, NO_CUDA, STANDS_IN, cuda, cuda_itself, gpu, stand_in  # noqa: F401
+from support.devices import DEVICE, STANDS_IN, cuda_kernel_there, cuda_op_there, gpu
+from support.inputs import GPU_DTYPES, by_gpu_dtype
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,10 +23,8 @@ from mnv2_fused.sequence.weights import join
 from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import agreement, perturb_batch_norm
 
-pytestmark = cuda
+pytestmark = cuda_op_there
 op = torch.ops.mnv2_fused.sequence_cuda
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
 
 
 class _Reader:
@@ -138,7 +137,7 @@ BLOCK, UNEXPANDED, STEM = (
 )
 
 
-@by_dtype
+@by_gpu_dtype
 @pytest.mark.parametrize("size", [(32, 32), (37, 50)], ids=str)
 def test_mobilenet_v2_is_one_call_from_stem_to_head(counted, size, dtype):
     model = network().to(dtype)
@@ -151,7 +150,7 @@ def test_mobilenet_v2_is_one_call_from_stem_to_head(counted, size, dtype):
     assert [(row.name, row.backend, row.bytes_never_written) for row in told] == [("features.0", "cuda", stem)]
 
 
-@by_dtype
+@by_gpu_dtype
 def test_squeeze_and_excite_networks(counted, dtype):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -265,10 +264,10 @@ def test_fake_strides_are_the_real_ones():
         assert described[0] == described[1]
 
 
-@cuda_itself
+@cuda_kernel_there
 def test_one_call_gives_what_blocks_give_one_by_one():
     """To the bit: the kernels and their plans are the same."""
-    for dtype in DTYPES:
+    for dtype in GPU_DTYPES:
         fused, _ = runs_fused(blocks((16, 16, 1, 6), (16, 24, 2, 6), (24, 24, 1, 1)).to(dtype))
         x = images(3, 16, 15, 13, dtype=dtype).to(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -278,7 +277,7 @@ def test_one_call_gives_what_blocks_give_one_by_one():
         assert torch.equal(y, by_blocks)
 
 
-@cuda_itself
+@cuda_kernel_there
 def test_bad_input():
     fused, _ = runs_fused(blocks((8, 6, 1, 1), (6, 7, 2, 6), stem=(3, 8)))
     x = images(1, 3, 9, 9)
@@ -303,7 +302,7 @@ def test_bad_input():
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_graph_of_a_network_replays():
     model = network().half()
     fused, x = mnv2_fused.fuse(model), images(2, 3, 64, 64, dtype=torch.float16)
@@ -318,7 +317,7 @@ def test_gpu_graph_of_a_network_replays():
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 @pytest.mark.parametrize("graphed", [False, True])
 @pytest.mark.parametrize("kind", ["mobilenet_v2", "mobilenet_v3_small"])
 def test_gpu_kernels_that_start_early_wait_for_each_other(kind, graphed):
@@ -350,7 +349,7 @@ def test_gpu_kernels_that_start_early_wait_for_each_other(kind, graphed):
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_the_first_kernel_of_a_call_waits_for_changed_weights():
     """Blocks' weights are read before their input is there, but never while something else may write them."""
     fused, _ = runs_fused(blocks((64, 64, 1, 6), (64, 64, 1, 6)).half())
@@ -368,7 +367,7 @@ def test_gpu_the_first_kernel_of_a_call_waits_for_changed_weights():
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_what_a_capture_folds_is_not_kept():
     """Captured without a call before: a graph that is not yet replayed has folded nothing."""
     model = network().half()
@@ -389,7 +388,7 @@ def test_gpu_what_a_capture_folds_is_not_kept():
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_folds_once(monkeypatch):
     """Weights on a GPU are always in memory that may be shared, and yet watched."""
     folds, original = [], packed_cache.fold_and_pack
@@ -410,7 +409,7 @@ def test_gpu_folds_once(monkeypatch):
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_a_graph_keeps_the_weights_of_its_capture():
     """They are not freed when others take their place."""
     model = mnv2_fused.fuse(network().half())
@@ -434,7 +433,7 @@ def test_gpu_a_graph_keeps_the_weights_of_its_capture():
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_runs_on_the_current_stream():
     fused, _ = runs_fused(blocks((16, 16, 1, 6), (16, 24, 2, 6)).half())
     with torch.no_grad():
@@ -450,7 +449,7 @@ def test_gpu_runs_on_the_current_stream():
 
 
 @gpu
-@cuda_itself
+@cuda_kernel_there
 def test_gpu_a_network_moves_between_devices(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = network()

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checks import check
+from support.devices import ISAS, by_isa
+from support.inputs import by_cpu_dtype, random_input
 from torch import nn
 
 from mnv2_fused import BlockSpec, BlockWeights, inverted_residual, inverted_residual_reference, pack, plan
@@ -14,7 +17,6 @@ from mnv2_fused.fold import packed_dtypes, unpack
 from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import (
     agreement,
-    available_instruction_sets,
     block_agreement,
     instruction_set,
     peak_activation_bytes,
@@ -24,28 +26,7 @@ from mnv2_fused.testing import (
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-ISAS = available_instruction_sets()
-by_isa = pytest.mark.parametrize("isa", ISAS)
-by_dtype = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16],
-    ids=["float32", "float64", "float16", "bfloat16"],
-)
 op = torch.ops.mnv2_fused.inverted_residual
-
-
-def random_input(spec, batch, size, dtype=torch.float32, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, spec.in_channels, *size, generator=generator, dtype=torch.float64)
-    return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def check(spec, batch, size, dtype=torch.float32, **options):
-    weights, x = random_weights(spec), random_input(spec, batch, size, dtype)
-    y = inverted_residual(x, weights, **spec.geometry, **options)
-    found = block_agreement(y, x, weights, spec)
-    assert found.ok, f"{spec} on {list(x.shape)}, {x.dtype}: {found}"
-    return y
 
 
 SPECS = [
@@ -69,16 +50,16 @@ SPECS = [
 
 
 @by_isa
-@by_dtype
+@by_cpu_dtype
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_kind_of_block(spec, isa, dtype):
     with instruction_set(isa):
         for batch, size in ((1, (14, 14)), (3, (9, 17)), (2, (5, 6))):
-            check(spec, batch, size, dtype)
+            check(random_input(spec, batch, size, dtype=dtype), random_weights(spec), spec)
 
 
 @by_isa
-@by_dtype
+@by_cpu_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_on_large_values(activation, isa, dtype):
     """A channel of x alone, from far below the least exponent to far above the greatest."""
@@ -155,7 +136,7 @@ def cases(draw):
 @given(cases(), st.integers(0, 2**31))
 def test_any_block_and_plan(case, seed):
     spec, (batch, height, width), forced, dtype, isa = case
-    weights, x = random_weights(spec, seed=seed), random_input(spec, batch, (height, width), dtype, seed)
+    weights, x = random_weights(spec, seed=seed), random_input(spec, batch, (height, width), dtype=dtype, seed=seed)
     with instruction_set(isa):
         chosen = forced and plan(spec, x.shape, dtype=dtype, **forced)
         y = inverted_residual(x, weights, **spec.geometry, plan=chosen)
@@ -184,19 +165,19 @@ def test_squeeze_and_excite_keeps_or_computes_again(isa, dtype):
     with instruction_set(isa):
         small, large = (plan(spec, (1, 8, n, n), dtype=dtype) for n in (28, 192))
         assert small.keeps and not large.keeps
-        check(spec, 3, (28, 28), dtype)
-        check(spec, 2, (192, 192), dtype)
+        check(random_input(spec, 3, (28, 28), dtype=dtype), random_weights(spec), spec)
+        check(random_input(spec, 2, (192, 192), dtype=dtype), random_weights(spec), spec)
     # Eager writes e, d and their product with the gate.
     assert large.bytes_never_written == 3 * 64 * 192 * 192 * dtype.itemsize
     assert small.bytes_never_written == 2 * 64 * 28 * 28 * dtype.itemsize
 
 
-@by_dtype
+@by_cpu_dtype
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_call_takes_the_memory_that_the_plan_names(spec, dtype):
     weights = pack(random_weights(spec), dtype)
     for batch, size in ((1, (14, 14)), (19, (40, 33))):
-        x = random_input(spec, batch, size, dtype)
+        x = random_input(spec, batch, size, dtype=dtype)
         copies = x.numel() * 4 if packed_dtypes(dtype, x.device, spec.hidden_channels)[0] != dtype else 0
         y = inverted_residual(x, weights, **spec.geometry)
         copies += y.numel() * 4 * (copies > 0)
@@ -242,7 +223,7 @@ def test_the_reference_is_what_modules_compute():
 def test_same_padding_is_tensorflows(size, kernel):
     """Output size ceil(size / stride), the odd row behind: Keras pads (0, 1) where 3x3 halves an even size."""
     spec = BlockSpec(3, 3, 3, stride=2, expand=False, kernel=kernel, padding="same", activation="identity")
-    weights, x = random_weights(spec), random_input(spec, 1, size, torch.float64)
+    weights, x = random_weights(spec), random_input(spec, 1, size, dtype=torch.float64)
     left, right, top, bottom = spec.padding_of(*size)
     assert (left <= right <= left + 1) and (top <= bottom <= top + 1)
     padded = F.pad(x, (left, right, top, bottom))
@@ -277,7 +258,7 @@ def test_gradients(spec):
     wide = [t for t in random_weights(spec) if t is not None]
 
     def gradients(function, dtype):
-        x = random_input(spec, 2, (7, 6), dtype).requires_grad_()
+        x = random_input(spec, 2, (7, 6), dtype=dtype).requires_grad_()
         given = [t.to(dtype).requires_grad_() for t in wide]
         filled = iter(given)
         weights = BlockWeights(*(None if t is None else next(filled) for t in random_weights(spec)))

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from support.checks import check
+from support.devices import by_isa
+from support.inputs import SIZES, VIEWS, channels_last, image
 
 from mnv2_fused import (
     BlockSpec,
@@ -13,8 +16,6 @@ from mnv2_fused import (
     plan,
 )
 from mnv2_fused.testing import (
-    available_instruction_sets,
-    block_agreement,
     instruction_set,
     perturb_batch_norm,
     random_weights,
@@ -23,58 +24,14 @@ from mnv2_fused.testing import (
 SPEC = BlockSpec(8, 48, 8, residual=True)
 SPECS = [SPEC, BlockSpec(8, 48, 20, stride=2), BlockSpec(8, 8, 5, expand=False)]
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
-by_isa = pytest.mark.parametrize("isa", available_instruction_sets())
 op = torch.ops.mnv2_fused.inverted_residual
-
-
-def check(x, spec, weights=None):
-    weights = random_weights(spec) if weights is None else weights
-    before = x.clone()
-    y = inverted_residual(x, weights, stride=spec.stride, residual=spec.residual)
-    found = block_agreement(y, x, weights, spec)
-    assert found.ok, found
-    assert torch.equal(x, before)
-    return y
-
-
-def base(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def channels_last(*shape):
-    return base(*shape).to(memory_format=torch.channels_last)
-
-
-VIEWS = {
-    "offset": lambda: base(8 * 81 + 3)[3:].view(1, 9, 9, 8).permute(0, 3, 1, 2),
-    "cropped": lambda: channels_last(2, 8, 20, 20)[:, :, 3:12, 5:16],
-    "cropped nchw": lambda: base(2, 8, 20, 20)[:, :, 3:12, 5:16],
-    "channel slice": lambda: channels_last(2, 30, 9, 9)[:, 7:15],
-    "channel slice nchw": lambda: base(2, 30, 9, 9)[:, 7:15],
-    "every second channel": lambda: channels_last(2, 16, 9, 9)[:, ::2],
-    "every second pixel": lambda: channels_last(2, 8, 19, 17)[:, :, ::2, ::3],
-    "every second image": lambda: channels_last(5, 8, 9, 9)[::2],
-    "batch expanded": lambda: channels_last(1, 8, 9, 9).expand(3, 8, 9, 9),
-    "rows expanded": lambda: channels_last(2, 8, 1, 9).expand(2, 8, 9, 9),
-    "columns expanded": lambda: channels_last(2, 8, 9, 1).expand(2, 8, 9, 9),
-    "channels expanded": lambda: base(2, 1, 9, 9).expand(2, 8, 9, 9),
-    "one value": lambda: torch.tensor(0.7).expand(2, 8, 9, 9),
-    "transposed": lambda: channels_last(2, 8, 7, 9).transpose(2, 3),
-    "permuted": lambda: base(9, 2, 8, 7).permute(1, 2, 0, 3),
-    "batch innermost": lambda: base(8, 9, 9, 2).permute(3, 0, 1, 2),
-    "overlapping windows": lambda: base(4000).as_strided((2, 8, 9, 9), (30, 1, 24, 3)),
-    "negated lazily": lambda: torch.imag(torch.randn(2, 8, 9, 9, dtype=torch.complex64).conj()),
-}
 
 
 @pytest.mark.usefixtures("poison")
 @by_spec
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view, spec):
-    check(view(), spec)
-
-
-SIZES = [(1, 1), (1, 13), (13, 1), (2, 2), (1, 2), (2, 1), (3, 3), (5, 31), (17, 4)]
+    check(view(), random_weights(spec), spec)
 
 
 @pytest.mark.usefixtures("poison")
@@ -83,8 +40,8 @@ SIZES = [(1, 1), (1, 13), (13, 1), (2, 2), (1, 2), (2, 1), (3, 3), (5, 31), (17,
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(size, spec, isa):
     with instruction_set(isa):
-        check(channels_last(2, 8, *size), spec)
-        check(base(1, 8, *size), spec)
+        check(channels_last(2, 8, *size), random_weights(spec), spec)
+        check(image(1, 8, *size), random_weights(spec), spec)
 
 
 @by_spec
@@ -156,28 +113,28 @@ def test_offsets_beyond_2_31_elements():
     except RuntimeError:
         pytest.skip("this system does not lend 8 GiB of untouched memory")
     x = memory.as_strided((2, 8, 9, 9), (2**31, 1, 72, 8))
-    x.copy_(base(2, 8, 9, 9))
+    x.copy_(image(2, 8, 9, 9))
     for spec in SPECS:
-        check(x, spec)
+        check(x, random_weights(spec), spec)
 
 
 # What is wrong with x, the exception, and what its message must say.
 BAD_X = {
-    "3-D": (lambda: base(8, 9, 9), ValueError, [r"\[8, 9, 9\]", r"x\[None\]"]),
-    "5-D": (lambda: base(1, 1, 8, 9, 9), ValueError, [r"\[N, C_in, H, W\]", r"\[1, 1, 8, 9, 9\]"]),
-    "channels": (lambda: base(1, 3, 9, 9), ValueError, ["must have 8 channels", "got 3"]),
-    "no channels": (lambda: base(1, 0, 9, 9), ValueError, ["must have 8 channels", "got 0"]),
+    "3-D": (lambda: image(8, 9, 9), ValueError, [r"\[8, 9, 9\]", r"x\[None\]"]),
+    "5-D": (lambda: image(1, 1, 8, 9, 9), ValueError, [r"\[N, C_in, H, W\]", r"\[1, 1, 8, 9, 9\]"]),
+    "channels": (lambda: image(1, 3, 9, 9), ValueError, ["must have 8 channels", "got 3"]),
+    "no channels": (lambda: image(1, 0, 9, 9), ValueError, ["must have 8 channels", "got 0"]),
     "integer": (lambda: torch.ones(1, 8, 9, 9, dtype=torch.int32), TypeError, ["int32", r"x\.float\(\)"]),
     "bool": (lambda: torch.ones(1, 8, 9, 9).bool(), TypeError, ["bool", r"x\.float\(\)"]),
-    "complex": (lambda: base(1, 8, 9, 9) + 0j, TypeError, ["complex64", "floating point"]),
+    "complex": (lambda: image(1, 8, 9, 9) + 0j, TypeError, ["complex64", "floating point"]),
     "float8": (
-        lambda: base(1, 8, 9, 9).to(torch.float8_e4m3fn),
+        lambda: image(1, 8, 9, 9).to(torch.float8_e4m3fn),
         (TypeError, RuntimeError),
         ["float32, float64, float16 or bfloat16", r"x\.float\(\)"],
     ),
-    "no rows": (lambda: base(1, 8, 0, 9), ValueError, ["height", "at least 1", r"\[1, 8, 0, 9\]"]),
-    "no columns": (lambda: base(1, 8, 9, 0), ValueError, ["width", "at least 1", r"\[1, 8, 9, 0\]"]),
-    "meta": (lambda: base(1, 8, 9, 9).to("meta"), RuntimeError, ["meta", r"\.cpu\(\)", "backend='eager'"]),
+    "no rows": (lambda: image(1, 8, 0, 9), ValueError, ["height", "at least 1", r"\[1, 8, 0, 9\]"]),
+    "no columns": (lambda: image(1, 8, 9, 0), ValueError, ["width", "at least 1", r"\[1, 8, 9, 0\]"]),
+    "meta": (lambda: image(1, 8, 9, 9).to("meta"), RuntimeError, ["meta", r"\.cpu\(\)", "backend='eager'"]),
 }
 by_bad_x = pytest.mark.parametrize(("make", "error", "parts"), BAD_X.values(), ids=BAD_X)
 
@@ -206,11 +163,11 @@ def test_bad_x_to_the_module(make, error, parts, grad):
 
 
 BAD_X_TO_OP = {
-    "3-D": (lambda: base(8, 9, 9), [r"\[N, C_in, H, W\]", r"\[8, 9, 9\]"]),
-    "channels": (lambda: base(1, 3, 9, 9), ["8 channels|C_in|w_expand", "3"]),
+    "3-D": (lambda: image(8, 9, 9), [r"\[N, C_in, H, W\]", r"\[8, 9, 9\]"]),
+    "channels": (lambda: image(1, 3, 9, 9), ["8 channels|C_in|w_expand", "3"]),
     "integer": (lambda: torch.ones(1, 8, 9, 9, dtype=torch.int32), [r"x\.float\(\)"]),
-    "no rows": (lambda: base(1, 8, 0, 9), ["height must be at least 1, got 0"]),
-    "float64": (lambda: base(1, 8, 9, 9).double(), ["must be float64", r"mnv2_fused\.pack"]),
+    "no rows": (lambda: image(1, 8, 0, 9), ["height must be at least 1, got 0"]),
+    "float64": (lambda: image(1, 8, 9, 9).double(), ["must be float64", r"mnv2_fused\.pack"]),
 }
 
 
@@ -234,21 +191,21 @@ BAD_WEIGHTS = {
 def test_weights_of_the_wrong_shape(name, function):
     tensor, parts = BAD_WEIGHTS[name]
     weights = random_weights(SPEC)._replace(**{name: tensor})
-    fails(ValueError, parts, function, base(1, 8, 9, 9), weights)
+    fails(ValueError, parts, function, image(1, 8, 9, 9), weights)
 
 
 @pytest.mark.parametrize("name", BlockWeights._fields[:6])
 def test_weights_that_are_scalars(name):
     weights = random_weights(SPEC)._replace(**{name: torch.tensor(1.0)})
-    fails(ValueError, [name, r"\[\]"], inverted_residual, base(1, 8, 9, 9), weights)
+    fails(ValueError, [name, r"\[\]"], inverted_residual, image(1, 8, 9, 9), weights)
 
 
 @pytest.mark.parametrize("missing", ["w_expand", "b_expand"])
 def test_half_an_expansion(missing):
     weights = random_weights(SPEC)._replace(**{missing: None})
-    fails(ValueError, ["w_expand and b_expand must both"], inverted_residual, base(1, 8, 9, 9), weights)
+    fails(ValueError, ["w_expand and b_expand must both"], inverted_residual, image(1, 8, 9, 9), weights)
     packed = pack(random_weights(SPEC))._replace(**{missing: None})
-    fails(RuntimeError, ["w_expand and b_expand must both"], op, base(1, 8, 9, 9), *packed, 1, False)
+    fails(RuntimeError, ["w_expand and b_expand must both"], op, image(1, 8, 9, 9), *packed, 1, False)
 
 
 @pytest.mark.parametrize("name", BlockWeights._fields[:6])
@@ -256,7 +213,7 @@ def test_half_an_expansion(missing):
 def test_packed_weights_of_the_wrong_shape(name, damage):
     packed = pack(random_weights(SPEC))
     packed = packed._replace(**{name: damage(getattr(packed, name))})
-    x = base(1, 8, 9, 9)
+    x = image(1, 8, 9, 9)
     if packed.b_project.shape == (7,):  # not a mistake: the same panels hold a block of seven output channels
         assert inverted_residual(x, packed).shape == (1, 7, 9, 9)
         return
@@ -268,12 +225,12 @@ def test_packed_weights_must_be_contiguous():
     packed = pack(random_weights(SPEC))
     packed = packed._replace(w_expand=packed.w_expand.mT.contiguous().mT)
     parts = [r"w_expand must be contiguous \[3, 8, 16\]", r"mnv2_fused\.pack"]
-    fails(RuntimeError, parts, op, base(1, 8, 9, 9), *packed, 1, False)
+    fails(RuntimeError, parts, op, image(1, 8, 9, 9), *packed, 1, False)
 
 
 def test_weights_on_another_device_are_refused():
     """Never a result from memory that no kernel wrote."""
-    x, weights = base(1, 8, 9, 9), random_weights(SPEC)
+    x, weights = image(1, 8, 9, 9), random_weights(SPEC)
     on_meta = BlockWeights(*(t.to("meta") for t in weights[:6]))
     error = (ValueError, RuntimeError)
     fails(error, ["meta"], inverted_residual, x, on_meta)
@@ -283,7 +240,7 @@ def test_weights_on_another_device_are_refused():
 
 
 def test_packed_weights_of_another_dtype():
-    x, packed = base(1, 8, 9, 9), pack(random_weights(SPEC))
+    x, packed = image(1, 8, 9, 9), pack(random_weights(SPEC))
     fails(RuntimeError, ["must be float64", "pack"], inverted_residual, x.double(), packed)
     wide = pack(random_weights(SPEC), torch.float64)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -294,7 +251,7 @@ def test_packed_weights_of_another_dtype():
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_module_refuses_another_dtype_as_eager_does(dtype, grad):
     block = FusedInvertedResidual(8, 8, 1, 6).eval()
-    x = base(1, 8, 9, 9).to(dtype)
+    x = image(1, 8, 9, 9).to(dtype)
     with torch.set_grad_enabled(grad):
         fails(TypeError, [str(dtype), "float32", "autocast"], block, x)
         fails(RuntimeError, [], block._forward_modules, x)
@@ -303,15 +260,15 @@ def test_the_module_refuses_another_dtype_as_eager_does(dtype, grad):
 @pytest.mark.parametrize("stride", [3, 0, -1])
 def test_stride(stride):
     parts = [f"stride must be 1 or 2, got {stride}", "backend='eager'"]
-    fails(ValueError, parts, inverted_residual, base(1, 8, 9, 9), random_weights(SPEC), stride=stride)
+    fails(ValueError, parts, inverted_residual, image(1, 8, 9, 9), random_weights(SPEC), stride=stride)
     packed = pack(random_weights(SPEC))
-    fails(RuntimeError, parts, op, base(1, 8, 9, 9), *packed, stride, False)
+    fails(RuntimeError, parts, op, image(1, 8, 9, 9), *packed, stride, False)
     fails(ValueError, ["stride", str(stride)], FusedInvertedResidual, 8, 8, stride, 6)
 
 
 def test_residual_without_equal_shapes():
     parts = ["residual needs stride 1", "got stride 2, 8 and 8"]
-    x, weights = base(1, 8, 9, 9), random_weights(SPEC)
+    x, weights = image(1, 8, 9, 9), random_weights(SPEC)
     fails(ValueError, parts, inverted_residual, x, weights, stride=2, residual=True)
     fails(RuntimeError, parts, op, x, *pack(weights), 2, True)
     wider = random_weights(BlockSpec(8, 48, 9))
@@ -352,23 +309,23 @@ def test_bad_spec(values, message):
 )
 def test_plan_out_of_range_to_the_op(forced, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
-        op(base(1, 8, 9, 9), *pack(random_weights(SPEC)), 1, True, forced)
+        op(image(1, 8, 9, 9), *pack(random_weights(SPEC)), 1, True, forced)
 
 
 def test_plan_out_of_range_to_the_function():
     large = plan(SPEC, (1, 8, 30, 30), tile_rows=1, tile_cols=30)
     with pytest.raises(ValueError, match=r"tile_cols must be 1 to 9 .*got 30"):
-        inverted_residual(base(1, 8, 9, 9), random_weights(SPEC), plan=large)
+        inverted_residual(image(1, 8, 9, 9), random_weights(SPEC), plan=large)
 
 
 def test_unknown_backend():
     parts = ["backend must be one of auto, cpu", "got 'tpu'"]
-    fails(ValueError, parts, inverted_residual, base(1, 8, 9, 9), random_weights(SPEC), backend="tpu")
+    fails(ValueError, parts, inverted_residual, image(1, 8, 9, 9), random_weights(SPEC), backend="tpu")
     fails(ValueError, parts, FusedInvertedResidual, 8, 8, 1, 6, backend="tpu")
 
 
 def test_backend_from_the_environment(monkeypatch):
-    x, weights = base(1, 8, 9, 9), random_weights(SPEC)
+    x, weights = image(1, 8, 9, 9), random_weights(SPEC)
     expected = inverted_residual_reference(x, weights, residual=True)
     block = perturb_batch_norm(FusedInvertedResidual(8, 8, 1, 6)).eval()
     monkeypatch.setenv("MNV2_FUSED_BACKEND", "eager")
@@ -390,6 +347,6 @@ def test_what_the_eager_backend_takes_beyond_the_kernel():
 
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
 def test_layouts_other_than_strided(layout):
-    x = base(1, 8, 9, 9)
+    x = image(1, 8, 9, 9)
     x = x.to_sparse() if layout == "sparse" else x.to_mkldnn()
     fails((TypeError, ValueError), [layout, "to_dense"], inverted_residual, x, random_weights(SPEC))
