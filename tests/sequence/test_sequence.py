@@ -659,7 +659,7 @@ def test_other_networks_are_one_call(make, expected, ran, copied):
     plain = perturb_batch_norm(unfuse(make(num_classes=10)).eval())
     plain = fit_batch_norm(plain, torch.randn(4, 3, 64, 64)).to(memory_format=torch.channels_last)
     model, x = copied(fuse(plain)), channels_last(2, 3, 65, 64)
-    assert near(model(x), plain(x))  # tests/test_real_models.py holds them to the rule
+    assert near(model(x), plain(x))  # tests/convert/test_real_models.py holds them to the rule
     assert ran == expected
     assert isinstance(model, type(plain)) and list(model.state_dict()) == list(plain.state_dict())
     back = unfuse(model)

@@ -8,6 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 EXAMPLES = ROOT / "examples"
+# The CPU kernels, which know no torch, and the program that checks them.
+CPU_KERNEL_CHECK = [
+    ROOT / "tests/cpu/cpu_kernel_check.cpp",
+    ROOT / "csrc/plan.cpp",
+    *sorted((ROOT / "csrc/cpu").glob("*.cpp")),
+]
 
 
 def make_importable(folder: Path) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.source_tree import BENCHMARKS, make_importable
+from support.source_tree import BENCHMARKS, ROOT, make_importable
 from torch import nn
 
 pytest.importorskip("torchvision")
@@ -105,7 +105,7 @@ def test_without_a_gpu_it_says_why_before_it_builds(tmp_path):
 def test_make_stops_there_too(tmp_path):
     def make(*arguments):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"CUDA_VISIBLE_DEVICES": ""}
-        command = ["make", "-C", str(BENCHMARKS.parent), "gpu-report", f"PYTHON={sys.executable}", *arguments]
+        command = ["make", "-C", str(ROOT), "gpu-report", f"PYTHON={sys.executable}", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     ran = make(f"OUT={tmp_path / 'out'}")
@@ -373,14 +373,15 @@ def test_counts_of_pytest():
 @pytest.fixture
 def other_tests(monkeypatch, tmp_path):
     """Puts two files of tests in place of the kernels'; returns a function that runs them."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_cuda_op.py").write_text("")
-    (tmp_path / "tests/test_gpu_sequence.py").write_text("")
-    (tmp_path / "pyproject.toml").write_text((BENCHMARKS.parent / "pyproject.toml").read_text())
+    for name in gpu_report.TESTS:
+        assert (ROOT / name).is_file(), f"no such file of tests: {name}"
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
 
     def run(first, second, seconds=60):
-        (tmp_path / "tests/test_gpu_op.py").write_text(first)
-        (tmp_path / "tests/test_triton.py").write_text(second)
+        (tmp_path / "tests/gpu/test_gpu_op.py").write_text(first)
+        (tmp_path / "tests/triton_backend/test_triton.py").write_text(second)
         return gpu_report.run_tests(tmp_path, seconds)
 
     monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
@@ -395,7 +396,7 @@ def test_tests_are_counted(other_tests):
     assert found == {"ok": True, "finished": True, "exit code": 0, "passed": 3, "bad": []}
     found = other_tests(passing, "def test_c(): assert 1 == 2, 'no'")
     assert found["passed"] == 2 and found["failed"] == 1 and not found["ok"]
-    assert found["bad"] == ["tests/test_triton.py::test_c"]
+    assert found["bad"] == ["tests/triton_backend/test_triton.py::test_c"]
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.source_tree import CPU_KERNEL_CHECK
 
 from mnv2_fused.testing import available_instruction_sets
 
-ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT / "tests/cpu_kernel_check.cpp", ROOT / "csrc/plan.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
 # Register tiles of every width but few heights, or the compiler takes minutes over them.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-DMNV2_MOST_ROWS=2"]
 ADDRESS = "-fsanitize=address"
@@ -20,6 +19,8 @@ BOTH = f"{ADDRESS},signed-integer-overflow,shift,integer-divide-by-zero,bounds,f
 # The kernel's template is the same for each instruction set: with both sanitizers the compiler takes minutes over the
 # wide ones' register tiles.
 WIDE = {"avx512", "avx512_bf16", "avx2"}
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def program(tmp_path_factory):
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        objects = list(pool.map(compile_one, CPU_KERNEL_CHECK))
     subprocess.run([compiler, *FLAGS, BOTH, *objects, "-o", build / "check"], check=True)
     return build / "check"
 

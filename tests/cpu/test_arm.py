@@ -4,20 +4,22 @@ import shutil
 import subprocess
 
 import pytest
-from test_sanitizers import SOURCES
+from support.source_tree import CPU_KERNEL_CHECK
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 for tool, package in (COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user"):
     if shutil.which(tool) is None:
         pytest.skip(f"needs {tool}: apt-get install {package}", allow_module_level=True)
-# As in test_sanitizers.py: register tiles of every width but few heights.
+# Register tiles of every width but few heights.
 FLAGS = ["-std=c++20", "-O1", "-g0", "-static", "-Wall", "-Wextra", "-Werror", "-DMNV2_MOST_ROWS=2"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     build = tmp_path_factory.mktemp("arm")
-    objects = [(source, build / f"{source.stem}.o") for source in SOURCES]
+    objects = [(source, build / f"{source.stem}.o") for source in CPU_KERNEL_CHECK]
     started = [subprocess.Popen([COMPILER, *FLAGS, "-c", source, "-o", target]) for source, target in objects]
     assert [compilation.wait() for compilation in started] == [0] * len(objects)
     subprocess.run([COMPILER, *FLAGS, *(target for _, target in objects), "-o", build / "check"], check=True)

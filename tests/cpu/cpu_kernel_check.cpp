@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "../csrc/cpu/isa.h"
+#include "../../csrc/cpu/isa.h"
 
 using namespace mnv2_fused;
 
