@@ -41,7 +41,8 @@ test-pinned: $(VENV)/built
 
 # From tests/, so that the installed wheel is imported and not the source tree.
 test-next: $(VENV_NEXT)/installed
-	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) test_block.py test_general_block.py test_inputs.py test_op.py test_plan.py test_sequence_op.py test_cuda_op.py
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) \
+	  block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
@@ -67,7 +68,7 @@ gpu-profile:
 gpu-sanitize:
 	for tool in memcheck racecheck synccheck; do \
 	  PYTHONPATH=. MNV2_FUSED_FUZZ=10 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -x \
-	    -p no:cacheprovider tests/test_cuda_op.py tests/test_gpu_sequence.py \
+	    -p no:cacheprovider tests/cuda/test_cuda_op.py tests/gpu/test_gpu_sequence.py \
 	    -k "mobilenet or any_shape or channels or sizes" || exit 1; \
 	done
 
