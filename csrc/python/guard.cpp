@@ -334,6 +334,7 @@ bool Guard::check() {
     next_chunk_ = next_chunk_ + 1 == chunks_.size() ? 0 : next_chunk_ + 1;
     if (!chunk_holds(c)) {
       found_late_ = true;
+      note_uncounted_writes();  // other guards may hold the same tensor
       return false;
     }
   }

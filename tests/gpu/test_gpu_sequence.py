@@ -17,7 +17,7 @@ from mnv2_fused import BlockSpec, FusedInvertedResidual, backends, encoding, fol
 from mnv2_fused import inverted_residual_reference as reference
 from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
 from mnv2_fused.module import packed_cache
-from mnv2_fused.module.parameters import lasting
+from mnv2_fused.module.parameters import trackable
 from mnv2_fused.reference import TORCH_ACTIVATIONS
 from mnv2_fused.sequence.weights import join
 from mnv2_fused.spec import ACTIVATIONS, GATES
@@ -462,13 +462,12 @@ def test_gpu_a_network_moves_between_devices(monkeypatch):
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_on_a_gpu_last():
-    def tensor(device, shared, inference=False):
-        return SimpleNamespace(device=torch.device(device), is_shared=lambda: shared, is_inference=lambda: inference)
+def test_which_tensors_a_guard_can_track():
+    def tensor(is_cpu, inference=False):
+        return SimpleNamespace(is_cpu=is_cpu, is_inference=lambda: inference)
 
-    assert lasting([tensor("cuda", True), tensor("cpu", False)])
-    assert not lasting([tensor("cpu", True)])
-    assert not lasting([tensor("cuda", True, True)])
+    assert trackable([tensor(False), tensor(True), tensor(True, inference=True)])
+    assert not trackable([tensor(True), tensor(False, inference=True)])
 
 
 def test_what_a_capture_folds_is_not_kept(counted, monkeypatch):
