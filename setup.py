@@ -112,7 +112,7 @@ def main() -> None:
     extensions = [
         cpp_extension.CppExtension(
             "mnv2_fused._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp"),
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/python/*.cpp", "csrc/cuda/plan.cpp"),
             # pybind11's own headers, before the copy in torch, which refuses stable-ABI builds.
             include_dirs=[pybind11.get_include()],
             extra_compile_args=[*cxx, *([text_define("MNV2_FUSED_NO_CUDA", missing)] if missing else [])],
@@ -127,7 +127,7 @@ def main() -> None:
         extensions.append(
             cpp_extension.CppExtension(  # not CUDAExtension: it guesses folders that nvcc knows
                 "mnv2_fused._cuda",
-                sources("csrc/plan.cpp", "csrc/layers.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+                sources("csrc/block.cpp", "csrc/layers.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
                 include_dirs=toolkit.include_dirs,
                 library_dirs=toolkit.library_dirs,
                 libraries=["torch_cuda", "cudart"],

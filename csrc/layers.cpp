@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "plan.h"
-
 namespace mnv2_fused {
 namespace {
 

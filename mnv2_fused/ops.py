@@ -290,7 +290,7 @@ def _sequence_backward(ctx, grad):
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Torch's own strides test (ambiguous shapes count as contiguous); csrc/binding.cpp has its twin."""
+    """Torch's own strides test (ambiguous shapes count as contiguous); csrc/tensors.h has its twin."""
     if x.stride(1) == 0:
         return False
     least = 0

@@ -1,4 +1,4 @@
-"""The planner of ``csrc/plan.cpp`` as Python sees it."""
+"""The planner of ``csrc/cpu/plan.cpp`` as Python sees it."""
 
 from __future__ import annotations
 

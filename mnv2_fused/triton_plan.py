@@ -1,6 +1,6 @@
 """The Triton kernel's planner: block shape + GPU -> how one call is tiled. Pure; nothing is measured here.
 
-In Python, beside ``csrc/plan.cpp`` for the CPU: what it weighs (powers of two, warps, what Triton keeps where) is
+In Python, beside ``csrc/cpu/plan.cpp`` for the CPU: what it weighs (powers of two, warps, what Triton keeps where) is
 Triton's own, its only caller is Python, and each shape is planned once and kept.
 """
 

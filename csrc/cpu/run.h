@@ -1,10 +1,10 @@
 // One layer at a time, from torch tensors to the CPU kernels: checks, plans, calls.
 #pragma once
 
-#include "cpu/isa.h"
-#include "tensors.h"
+#include "../tensors.h"
+#include "isa.h"
 
-namespace mnv2_fused {
+namespace mnv2_fused::cpu {
 
 // What lies between two layers: sizes, and element strides in the order of the sizes.
 struct ActivationView {
@@ -80,4 +80,4 @@ template <class S>
 void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const void* weight,
                    const void* bias, S* y, Compute<S>* sums, Next next = {});
 
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu

@@ -1,13 +1,13 @@
-#include "binding.h"
+#include "run.h"
 
 #include <algorithm>
 #include <atomic>
 #include <utility>
 
-#include "layers.h"
-#include "plan_cache.h"
+#include "../layers.h"
+#include "../plan_cache.h"
 
-namespace mnv2_fused {
+namespace mnv2_fused::cpu {
 namespace {
 
 // Bytes of one worker's slice of the scratch, which starts on its own cache lines.
@@ -306,4 +306,4 @@ MNV2_INSTANTIATE(float)
 MNV2_INSTANTIATE(double)
 MNV2_INSTANTIATE(BFloat16)
 
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu

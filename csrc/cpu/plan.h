@@ -2,12 +2,13 @@
 // the tests.
 #pragma once
 
-#include <cstdint>
-#include <string>
+#include "args.h"
 
-#include "block.h"
+namespace mnv2_fused::cpu {
 
-namespace mnv2_fused {
+// The most expanded channels whose products one accumulator sums: past it, every further one would be
+// rounded to the size of a long sum.
+constexpr int64_t kLongestProject = 256;
 
 struct Machine {
   int64_t threads;
@@ -91,9 +92,4 @@ Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_row
 // keep is small.
 int64_t squeezed_together(const BlockShape& shape, const Machine& machine);
 
-// Why no kernel takes this shape, or an empty string.
-std::string unsupported(const BlockShape& shape);
-// The part of it that counts elements.
-std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels);
-
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu

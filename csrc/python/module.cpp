@@ -4,13 +4,13 @@
 
 #include <tuple>
 
-#include "binding.h"
-#include "cpu/isa.h"
-#include "cuda/plan.h"
+#include "../cpu/run.h"
+#include "../cuda/plan.h"
 #include "watch.h"
 
 namespace py = pybind11;
 using namespace mnv2_fused;
+using namespace mnv2_fused::cpu;
 
 namespace {
 

@@ -4,9 +4,10 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
-namespace mnv2_fused {
+namespace mnv2_fused::cpu {
 namespace {
 
 // Costs in vector multiply-adds, set by hand and checked by forcing plans over MobileNetV2's 17
@@ -155,9 +156,6 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   return p;
 }
 
-// Past every image that has use for it; an extent stays far from 64 bits.
-constexpr int64_t kMostDilation = int64_t{1} << 16;
-
 // Calls f with the distinct part sizes that split `size` into equal parts: every count up to 8,
 // then ever fewer, down to parts of one.
 template <class F>
@@ -229,67 +227,6 @@ std::optional<Plan> best_plan(const BlockShape& s, const Machine& m, int64_t gro
 
 }  // namespace
 
-std::string unsupported(const BlockShape& s) {
-  const auto text = [](const char* name, int64_t value, const char* limit) {
-    return std::string(name) + " must be " + limit + ", got " + std::to_string(value);
-  };
-  if (s.stride != 1 && s.stride != 2) return text("stride", s.stride, "1 or 2");
-  if (s.batch < 0) return text("batch", s.batch, "at least 0");
-  if (s.height < 1) return text("height", s.height, "at least 1");
-  if (s.width < 1) return text("width", s.width, "at least 1");
-  if (s.in_channels < 1) return text("in_channels", s.in_channels, "at least 1");
-  if (s.hidden_channels < 1) return text("hidden_channels", s.hidden_channels, "at least 1");
-  if (s.out_channels < 1) return text("out_channels", s.out_channels, "at least 1");
-  if (s.expand == Expand::kNone && s.hidden_channels != s.in_channels)
-    return text("hidden_channels", s.hidden_channels, "equal to in_channels without an expansion");
-  if (s.expand == Expand::kStem &&
-      (s.residual || s.height != (s.image_height - 1) / kStemStride + 1 ||
-       s.width != (s.image_width - 1) / kStemStride + 1))
-    return "a stem halves the image and has no residual";
-  if (s.expand == Expand::kStem)
-    if (const std::string why = too_large(s.batch, s.image_height, s.image_width, 1); !why.empty())
-      return why;
-  if (s.kernel != 3 && s.kernel != 5) return text("kernel", s.kernel, "3 or 5");
-  if (s.dilation < 1 || s.dilation > kMostDilation)
-    return text("dilation", s.dilation, "1 to 2^16");
-  if (s.dilation > 1 && s.stride > 1)
-    return text("dilation", s.dilation, "1 where the depthwise convolution has stride 2");
-  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
-    if (pad < 0 || pad >= s.extent())
-      return "padding must be 0 to " + std::to_string(s.extent() - 1) + ", got " +
-             std::to_string(pad);
-  if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
-  if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
-    return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
-           std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
-           std::to_string(s.out_channels);
-  const std::string large =
-      too_large(s.batch, s.height, s.width,
-                std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));
-  if (!large.empty()) return large;
-  if (s.height + s.pad_top + s.pad_bottom < s.extent() ||
-      s.width + s.pad_left + s.pad_right < s.extent())
-    return "with its padding the image must reach the kernel's " + std::to_string(s.extent()) +
-           " rows and columns, got " + std::to_string(s.height) + " and " +
-           std::to_string(s.width) + " without";
-  if (s.residual && (s.out_height() != s.height || s.out_width() != s.width))
-    return "a residual needs padding that keeps the image's size";
-  return "";
-}
-
-std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels) {
-  // Past all memory; below these no product here leaves 64 bits.
-  constexpr int64_t kPixels = int64_t{1} << 36;
-  int64_t pixels = 1;
-  for (const int64_t d : {std::max<int64_t>(batch, 1), height, width}) {
-    if (d > kPixels || pixels > kPixels / std::max<int64_t>(d, 1))
-      return "batch x height x width must be at most 2^36";
-    pixels *= d;
-  }
-  if (channels > int64_t{1} << 18) return "channel counts must be at most 2^18";
-  return "";
-}
-
 int64_t squeezed_together(const BlockShape& s, const Machine& m) {
   const int64_t image = kept_image(s, m);
   const int64_t fit = image <= kMostKept ? kMostKeptTogether / image : 1;
@@ -339,4 +276,4 @@ Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t
   return complete(s, m, tile_rows, tile_cols, group, splits);
 }
 
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu
