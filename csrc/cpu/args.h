@@ -44,7 +44,7 @@ struct BlockArgs {
   // Of a block with a squeeze-and-excite:
   Pass pass = Pass::kLast;
   const T* gate = nullptr;  // [N, E], what the last pass multiplies d by
-  S* kept = nullptr;        // [N, H', W', E/16 * 16] in the tiles' order: d, from pass to pass
+  S* cached = nullptr;      // [N, H', W', E/16 * 16] in the tiles' order: d, from pass to pass
   T* pooled = nullptr;      // [N, H', tiles across, E/16 * 16], d's sums over each tile's rows
 };
 

@@ -30,7 +30,7 @@ constexpr double kFromL2 = 0.3, kFromBeyond = 2.0, kFromOtherCore = 4.0;
 constexpr int64_t kBandPixels = 112;
 // What a squeeze-and-excite may keep of one image, and of several at once, instead of computing it
 // twice: about what caches hold. Past it, memory is what the block is fused for.
-constexpr int64_t kMostKept = int64_t{4} << 20, kMostKeptTogether = int64_t{16} << 20;
+constexpr int64_t kMostCached = int64_t{4} << 20, kMostCachedTogether = int64_t{16} << 20;
 // Vector operations of an activation beside those of ReLU6: of hardswish, and of SiLU with its
 // exponential and division; both come by way of memory.
 constexpr double kHardswish = 6.0, kSilu = 30.0;
@@ -54,8 +54,8 @@ double tile_cost(int64_t vectors, int64_t most) {
   return cost / double(vectors);
 }
 
-// Bytes of d of one image.
-int64_t kept_image(const BlockShape& s, const Machine& m) {
+// Bytes that a squeeze-and-excite's d of one image takes.
+int64_t image_cache_bytes(const BlockShape& s, const Machine& m) {
   return s.out_height() * s.out_width() * s.hidden_panels() * kPanel * m.storage_size;
 }
 
@@ -76,9 +76,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
   const bool narrow = m.storage_size < m.element_size;
-  p.total_aside = narrow && splits == 1 && (p.groups(s) > 1 || group > kLongestProject);
+  p.tile_sums_in_scratch = narrow && splits == 1 && (p.groups(s) > 1 || group > kLongestProject);
   p.scratch_bytes =
-      (p.expanded_elements(s) + p.sum_elements(s) + p.total_elements(s)) * m.element_size +
+      (p.expanded_elements(s) + p.run_sum_elements(s) + p.tile_sum_elements(s)) * m.element_size +
       (p.depthwise_elements() + p.patch_elements(s)) * m.storage_size;
   if (p.scratch_bytes > budget) return p;
 
@@ -86,12 +86,12 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
   if (splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
   const bool squeezes = s.squeeze_channels > 0;
-  p.keeps = squeezes && kept_image(s, m) <= kMostKept;
+  p.caches_depthwise = squeezes && image_cache_bytes(s, m) <= kMostCached;
   const double out_pixels = double(s.out_height()) * double(s.out_width());
   const double hidden = double(s.hidden_channels);
   p.bytes_never_written =
       int64_t(double(s.batch) * hidden * double(m.storage_size) *
-              (out_pixels * (squeezes && !p.keeps ? 2.0 : 1.0) +
+              (out_pixels * (squeezes && !p.caches_depthwise ? 2.0 : 1.0) +
                (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
 
   // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Those between
@@ -143,7 +143,9 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
                       out_pixels * vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +
                       double(s.out_height() * p.tiles_across(s)) * vectors * kRow;
   // Before a squeeze-and-excite d is computed twice, or written, read, and written and read again.
-  const double squeeze = !squeezes ? 0.0 : p.keeps ? out_pixels * vectors * 4 * kFromBeyond : to_d;
+  const double squeeze = !squeezes            ? 0.0
+                         : p.caches_depthwise ? out_pixels * vectors * 4 * kFromBeyond
+                                              : to_d;
   const double image = to_d + squeeze +
                        out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) +
                        again;
@@ -228,8 +230,8 @@ std::optional<Plan> best_plan(const BlockShape& s, const Machine& m, int64_t gro
 }  // namespace
 
 int64_t squeezed_together(const BlockShape& s, const Machine& m) {
-  const int64_t image = kept_image(s, m);
-  const int64_t fit = image <= kMostKept ? kMostKeptTogether / image : 1;
+  const int64_t image = image_cache_bytes(s, m);
+  const int64_t fit = image <= kMostCached ? kMostCachedTogether / image : 1;
   return std::min(s.batch, std::max(fit, m.threads));
 }
 

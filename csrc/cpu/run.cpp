@@ -140,16 +140,16 @@ namespace {
 // What a squeeze-and-excite needs beside its workers' scratch and partial sums, in this order; each
 // starts on its own cache lines.
 struct SqueezeMemory {
-  int64_t kept, pooled, mean, squeezed, gate;  // bytes
+  int64_t cached, pooled, mean, squeezed, gate;  // bytes
 
   SqueezeMemory(const BlockShape& s, const Plan& plan, int64_t sum_size, int64_t storage_size)
-      : kept(room(plan.kept_elements(s) * storage_size)),
+      : cached(room(plan.cached_elements(s) * storage_size)),
         pooled(room(plan.pooled_elements(s) * sum_size)),
         mean(room(s.batch * s.hidden_panels() * kPanel * sum_size)),
         squeezed(room(s.batch * s.squeeze_channels * sum_size)),
         // Read by whole panels, past the last channel.
         gate(room((s.batch * s.hidden_channels + kPanel) * sum_size)) {}
-  int64_t total() const { return kept + pooled + mean + squeezed + gate; }
+  int64_t total() const { return cached + pooled + mean + squeezed + gate; }
 
  private:
   static int64_t room(int64_t bytes) { return round_up(bytes, 256); }
@@ -226,8 +226,8 @@ void run_part(const BlockShape& shape, const Plan& plan, const ActivationView& x
     const SqueezeMemory memory(shape, plan, sizeof(T), sizeof(S));
     char* at = static_cast<char*>(scratch) + round_up(workers_bytes(plan), 256);
     const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
-    char* const kept = take(memory.kept);
-    args.kept = plan.keeps ? reinterpret_cast<S*>(kept) : nullptr;
+    char* const cached = take(memory.cached);
+    args.cached = plan.caches_depthwise ? reinterpret_cast<S*>(cached) : nullptr;
     args.pooled = reinterpret_cast<T*>(take(memory.pooled));
     T* const mean = reinterpret_cast<T*>(take(memory.mean));
     T* const squeezed = reinterpret_cast<T*>(take(memory.squeezed));

@@ -66,7 +66,7 @@ py::dict to_dict(const Plan& p) {
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
                   "band_rows"_a = p.band_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
                   "workers"_a = p.workers, "scratch_bytes"_a = p.scratch_bytes,
-                  "partial_bytes"_a = p.partial_bytes, "keeps"_a = p.keeps,
+                  "partial_bytes"_a = p.partial_bytes, "keeps"_a = p.caches_depthwise,
                   "recompute"_a = p.recompute, "bytes_never_written"_a = p.bytes_never_written,
                   "cost"_a = p.cost);
 }
