@@ -80,7 +80,7 @@ KERNELS := csrc/block.cpp $(filter-out %/op.cpp %/run.cpp %/sequence.cpp,$(wildc
 
 build/kernel_chain: benchmarks/kernel_chain.cpp $(KERNELS) $(shell find csrc -name '*.h')
 	mkdir -p build
-	$(CXX) -std=c++20 -O3 -Wall -Wextra $(filter %.cpp,$^) -o $@
+	$(CXX) -std=c++20 -O3 -Wall -Wextra -Werror=switch $(filter %.cpp,$^) -o $@
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

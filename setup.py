@@ -106,6 +106,7 @@ def main() -> None:
         "-g" if debug else "-g0",
         "-Wall",
         "-Wextra",
+        "-Werror=switch",  # an activation or gate that a kernel or planner does not know
         "-fvisibility=hidden",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     ]

@@ -10,8 +10,14 @@ constexpr int64_t kMostDilation = int64_t{1} << 16;
 
 }  // namespace
 
+std::string kernel_sizes() {
+  std::string all;
+  for (const int64_t size : kKernelSizes) all += (all.empty() ? "" : " or ") + std::to_string(size);
+  return all;
+}
+
 std::string unsupported(const BlockShape& s) {
-  const auto text = [](const char* name, int64_t value, const char* limit) {
+  const auto text = [](const char* name, int64_t value, const std::string& limit) {
     return std::string(name) + " must be " + limit + ", got " + std::to_string(value);
   };
   if (s.stride != 1 && s.stride != 2) return text("stride", s.stride, "1 or 2");
@@ -30,7 +36,7 @@ std::string unsupported(const BlockShape& s) {
   if (s.expand == Expand::kStem)
     if (const std::string why = too_large(s.batch, s.image_height, s.image_width, 1); !why.empty())
       return why;
-  if (s.kernel != 3 && s.kernel != 5) return text("kernel", s.kernel, "3 or 5");
+  if (!is_kernel_size(s.kernel)) return text("kernel", s.kernel, kernel_sizes());
   if (s.dilation < 1 || s.dilation > kMostDilation)
     return text("dilation", s.dilation, "1 to 2^16");
   if (s.dilation > 1 && s.stride > 1)

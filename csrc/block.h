@@ -15,14 +15,24 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // The stem convolution: 3x3, padding 1, this stride.
 constexpr int64_t kStemStride = 2;
 
-// What makes the expanded tensor: the input itself (t = 1), a 1x1 convolution, or the network's stem.
+// Source of the expanded tensor: the input itself (t = 1), a 1x1 convolution, or the network's stem.
 enum class Expand : int8_t { kNone, kPointwise, kStem };
 
-// In the order of block.py's ACTIVATIONS and GATES, which are what the op takes.
+// Numbers that the op takes: in the order of block.py's ACTIVATIONS and GATES.
 enum class Activation : int8_t { kRelu6, kRelu, kIdentity, kHardswish, kSilu };
 constexpr int64_t kActivations = 5;
 enum class Gate : int8_t { kHardsigmoid, kSigmoid };
 constexpr int64_t kGates = 2;
+
+// Sizes of a depthwise kernel, ascending.
+constexpr int64_t kKernelSizes[] = {3, 5};
+constexpr int kKernelSizeCount = sizeof(kKernelSizes) / sizeof(kKernelSizes[0]);
+constexpr int64_t kMostKernelSize = kKernelSizes[kKernelSizeCount - 1];
+constexpr bool is_kernel_size(int64_t size) {
+  for (const int64_t known : kKernelSizes)
+    if (size == known) return true;
+  return false;
+}
 
 // Expand -> depthwise (-> squeeze-and-excite) -> 1x1 project (+ x when residual).
 struct BlockShape {
@@ -58,8 +68,8 @@ struct BlockShape {
   bool operator==(const BlockShape&) const = default;
 };
 
-// A block runs in one pass. With a squeeze-and-excite a first one sums up d, and a last one, with the
-// gate that follows from the sums, multiplies it and projects.
+// Passes of a block: one, the last. With a squeeze-and-excite a first pass sums up the depthwise
+// convolution's result d; the gate follows from the sums; the last pass multiplies d by it and projects.
 enum class Pass : int8_t { kLast, kPool };
 
 // 1x1 convolution -> activation (-> mean over the pixels when pool): the head of the network. Over
@@ -74,9 +84,11 @@ struct PointwiseShape {
   int64_t panels() const { return ceil_div(out_channels, kPanel); }
 };
 
-// Why no kernel takes this shape, or an empty string.
+// Kernel sizes for messages: "3 or 5".
+std::string kernel_sizes();
+// Reason why no kernel takes this shape, or an empty string.
 std::string unsupported(const BlockShape& shape);
-// The part of it that counts elements.
+// The part of that reason which counts elements.
 std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels);
 
 }  // namespace mnv2_fused

@@ -111,9 +111,10 @@ double activated(double v, Activation a) {
       return v * relu6(v + 3) / 6;
     case Activation::kSilu:
       return v / (1 + std::exp(-v));
-    default:
+    case Activation::kIdentity:
       return v;
   }
+  std::abort();
 }
 
 // Packed weights and biases, with something in the padding, too: no result may depend on it.

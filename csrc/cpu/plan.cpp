@@ -54,6 +54,20 @@ double tile_cost(int64_t vectors, int64_t most) {
   return cost / double(vectors);
 }
 
+double activation_cost(Activation a) {
+  switch (a) {
+    case Activation::kRelu6:
+    case Activation::kRelu:
+    case Activation::kIdentity:
+      return 0;
+    case Activation::kHardswish:
+      return kHardswish;
+    case Activation::kSilu:
+      return kSilu;
+  }
+  __builtin_unreachable();
+}
+
 // Bytes that a squeeze-and-excite's d of one image takes.
 int64_t image_cache_bytes(const BlockShape& s, const Machine& m) {
   return s.out_height() * s.out_width() * s.hidden_panels() * kPanel * m.storage_size;
@@ -134,9 +148,7 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
       weights * from(double(p.scratch_bytes) + double(group) * terms * element, l2 * 0.9) +
       x * from(x / groups / tiles * lanes * element, l2 / 4) +
       y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
-  const double act = s.activation == Activation::kSilu        ? kSilu
-                     : s.activation == Activation::kHardswish ? kHardswish
-                                                              : 0.0;
+  const double act = activation_cost(s.activation);
   const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
   const double to_d = in_pixels * vectors *
                           (double(s.expand_terms()) / depth * wide + kExpandEpilogue + expand_act) +

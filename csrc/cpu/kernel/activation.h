@@ -20,16 +20,42 @@ MNV2_INLINE V multiplied(V a, V b) {
   return V::fma(a, b, V::set1(0));
 }
 
-// Bounds of an activation that clips; infinite for one that does not.
+// Whether an activation does nothing but clip.
+constexpr bool is_clip(Activation a) {
+  switch (a) {
+    case Activation::kRelu6:
+    case Activation::kRelu:
+    case Activation::kIdentity:
+      return true;
+    case Activation::kHardswish:
+    case Activation::kSilu:
+      return false;
+  }
+  __builtin_unreachable();
+}
+// Bounds that an activation clips to; infinite for one that does not clip.
 template <class T>
 struct Clip {
-  T low, high;
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  T low = -kInfinity, high = kInfinity;
 
-  explicit Clip(Activation a)
-      : low(a <= Activation::kRelu ? T(0) : -std::numeric_limits<T>::infinity()),
-        high(a == Activation::kRelu6 ? T(6) : std::numeric_limits<T>::infinity()) {}
+  explicit Clip(Activation a) {
+    switch (a) {
+      case Activation::kRelu6:
+        low = 0;
+        high = 6;
+        return;
+      case Activation::kRelu:
+        low = 0;
+        return;
+      case Activation::kIdentity:
+      case Activation::kHardswish:
+      case Activation::kSilu:
+        return;
+    }
+    __builtin_unreachable();
+  }
 };
-constexpr bool is_clip(Activation a) { return a <= Activation::kIdentity; }
 
 // exp(x) = 2^n e^r with the nearest n and |r| <= ln(2) / 2. The series of e^r has as many terms as T
 // has digits for. The result is infinite where T is; below that, the smallest normal number.
@@ -65,20 +91,46 @@ MNV2_INLINE V hardsigmoid(V v) {
 
 template <class V>
 MNV2_INLINE V activated(V v, Activation a) {
-  using T = typename V::T;
-  if (a == Activation::kHardswish) return multiplied(v, hardsigmoid(v));
-  if (a == Activation::kSilu) return V::div(v, one_plus_exp_of_minus(v));
-  const Clip<T> clip(a);
-  return clamp(v, V::set1(clip.low), V::set1(clip.high));
+  switch (a) {
+    case Activation::kRelu6:
+    case Activation::kRelu:
+    case Activation::kIdentity: {
+      const Clip<typename V::T> clip(a);
+      return clamp(v, V::set1(clip.low), V::set1(clip.high));
+    }
+    case Activation::kHardswish:
+      return multiplied(v, hardsigmoid(v));
+    case Activation::kSilu:
+      return V::div(v, one_plus_exp_of_minus(v));
+  }
+  __builtin_unreachable();
 }
 
-// Hardswish or SiLU, in place, of the vectors at `count` places that lie `step` elements apart.
+// What clipping leaves to do of an activation, in place, of the vectors at `count` places that lie `step`
+// elements apart.
 template <class V, class S>
 __attribute__((noinline)) void activate(S* p, int64_t count, int64_t step, Activation a) {
-  if (a == Activation::kHardswish)
-    transform<V>(p, count, step, [](V v) { return activated(v, Activation::kHardswish); });
-  else
-    transform<V>(p, count, step, [](V v) { return activated(v, Activation::kSilu); });
+  switch (a) {
+    case Activation::kRelu6:
+    case Activation::kRelu:
+    case Activation::kIdentity:
+      return;
+    case Activation::kHardswish:
+      return transform<V>(p, count, step, [](V v) { return activated(v, Activation::kHardswish); });
+    case Activation::kSilu:
+      return transform<V>(p, count, step, [](V v) { return activated(v, Activation::kSilu); });
+  }
+}
+
+template <class V>
+MNV2_INLINE V gate_of(V v, Gate gate) {
+  switch (gate) {
+    case Gate::kHardsigmoid:
+      return hardsigmoid(v);
+    case Gate::kSigmoid:
+      return V::div(V::set1(1), one_plus_exp_of_minus(v));
+  }
+  __builtin_unreachable();
 }
 
 }  // namespace

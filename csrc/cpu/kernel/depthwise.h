@@ -14,12 +14,14 @@ template <class V, class O, class T = typename V::T>
 struct DepthwiseRow {
   // Expanded rows under the kernel's, at the first output's first tap. Dilated, at the first column in
   // the image, and null for rows outside.
-  const T* rows[5];
+  const T* rows[kMostKernelSize];
   const T* weights;  // [taps][16]
   const T* bias;
   O* out;
   Activation activation;
-  const T* gate;  // factors of the activation's results, or null
+  const T* gate;                        // factors of the activation's results, or null
+  bool only_clips;                      // the activation does no more, and there is no gate
+  Clip<T> clip{Activation::kIdentity};  // of the activation
   // Dilated rows alone: taps' distance, columns from the first tap to the image's first, its columns.
   int64_t dilation, left, in_image;
 };
@@ -27,10 +29,9 @@ struct DepthwiseRow {
 // Stores C outputs from `first` on, given their sums.
 template <class V, int C, class O>
 MNV2_INLINE void store_cols(const DepthwiseRow<V, O>& t, int64_t first, const V (&acc)[C]) {
-  const Clip<typename V::T> clip(t.activation);
-  const V low = V::set1(clip.low), high = V::set1(clip.high);
+  const V low = V::set1(t.clip.low), high = V::set1(t.clip.high);
   O* const out = t.out + first * kPanel;
-  if (is_clip(t.activation) && !t.gate) {
+  if (t.only_clips) {
     unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
       Elements<V, O>::store(clamp(acc[c], low, high), out + c * kPanel);
     });
@@ -39,7 +40,7 @@ MNV2_INLINE void store_cols(const DepthwiseRow<V, O>& t, int64_t first, const V 
     unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
       clamp(acc[c], low, high).store(results + c * V::kLanes);
     });
-    if (!is_clip(t.activation)) activate<V>(results, C, V::kLanes, t.activation);
+    activate<V>(results, C, V::kLanes, t.activation);
     const V gate = t.gate ? V::load(t.gate) : V::set1(1);
     for (int64_t c = 0; c < C; ++c)
       Elements<V, O>::store(multiplied(V::load(results + c * V::kLanes), gate), out + c * kPanel);
@@ -110,12 +111,16 @@ void depthwise_row(const DepthwiseRow<V, O>& t, int64_t cols) {
 
 template <class V, class O>
 void depthwise_row(const DepthwiseRow<V, O>& t, const BlockShape& s, int64_t cols) {
-  if (s.dilation > 1)
-    s.kernel == 3 ? depthwise_row<V, 3, kDilated>(t, cols) : depthwise_row<V, 5, kDilated>(t, cols);
-  else if (s.kernel == 3)
-    s.stride == 1 ? depthwise_row<V, 3, 1>(t, cols) : depthwise_row<V, 3, 2>(t, cols);
-  else
-    s.stride == 1 ? depthwise_row<V, 5, 1>(t, cols) : depthwise_row<V, 5, 2>(t, cols);
+  unrolled<kKernelSizeCount>([&](auto i) MNV2_INLINE_LAMBDA {
+    constexpr int kSize = int(kKernelSizes[i]);
+    if (s.kernel != kSize) return;
+    if (s.dilation > 1)
+      depthwise_row<V, kSize, kDilated>(t, cols);
+    else if (s.stride == 1)
+      depthwise_row<V, kSize, 1>(t, cols);
+    else
+      depthwise_row<V, kSize, 2>(t, cols);
+  });
 }
 
 // Vectors of the group in rows of a band: from the ring to d, [group/16][band pixels][16].
@@ -125,6 +130,8 @@ void depthwise(const Window<S>& w, const Compute<S>* expanded, S* d, Group group
   const BlockShape& s = w.shape;
   DepthwiseRow<V, S> t{};
   t.activation = s.activation;
+  t.clip = Clip<Compute<S>>(s.activation);
+  t.only_clips = is_clip(s.activation) && !w.gate;
   t.dilation = s.dilation;
   t.left = w.left;
   t.in_image = w.image_cols();

@@ -53,11 +53,8 @@ void activate_all(typename V::T* p, int64_t count, Activation a) {
 
 template <class V>
 void gate_all(typename V::T* p, int64_t count, Gate gate) {
-  for_vectors<V>(count, [&](int64_t i, auto load, auto store) MNV2_INLINE_LAMBDA {
-    const V v = load(p + i);
-    store(gate == Gate::kSigmoid ? V::div(V::set1(1), one_plus_exp_of_minus(v)) : hardsigmoid(v),
-          p + i);
-  });
+  for_vectors<V>(count, [&](int64_t i, auto load, auto store)
+                            MNV2_INLINE_LAMBDA { store(gate_of(load(p + i), gate), p + i); });
 }
 
 }  // namespace
