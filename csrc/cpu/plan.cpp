@@ -76,9 +76,9 @@ int64_t image_cache_bytes(const BlockShape& s, const Machine& m) {
 // Part of L2 the scratch may take; the rest holds x, y and the weights of one group.
 int64_t scratch_budget(const Machine& m) { return m.l2_bytes * 5 / 8; }
 
-// Past the budget for scratch, only what decides that is there.
-Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
-              int64_t group, int64_t splits, int64_t budget = std::numeric_limits<int64_t>::max()) {
+// Limits: how the call is cut, and the scratch that takes.
+Plan cut(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols, int64_t group,
+         int64_t splits) {
   Plan p{};
   p.tile_rows = tile_rows;
   p.tile_cols = tile_cols;
@@ -94,79 +94,113 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.scratch_bytes =
       (p.expanded_elements(s) + p.run_sum_elements(s) + p.tile_sum_elements(s)) * m.element_size +
       (p.depthwise_elements() + p.patch_elements(s)) * m.storage_size;
-  if (p.scratch_bytes > budget) return p;
+  return p;
+}
 
+// Memory beside the scratch: what workers share, and what an unfused block would write.
+void count_memory(Plan& p, const BlockShape& s, const Machine& m) {
   // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
   const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
-  if (splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
+  if (p.splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
   const bool squeezes = s.squeeze_channels > 0;
   p.caches_depthwise = squeezes && image_cache_bytes(s, m) <= kMostCached;
   const double out_pixels = double(s.out_height()) * double(s.out_width());
-  const double hidden = double(s.hidden_channels);
   p.bytes_never_written =
-      int64_t(double(s.batch) * hidden * double(m.storage_size) *
+      int64_t(double(s.batch) * double(s.hidden_channels) * double(m.storage_size) *
               (out_pixels * (squeezes && !p.caches_depthwise ? 2.0 : 1.0) +
                (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
+}
 
-  // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Those between
-  // the first and the last count as inside it.
-  const auto windows = [&](int64_t out, int64_t tile, int64_t size, int64_t pad) {
-    const auto window = [&](int64_t begin, int64_t outs) {
-      const int64_t first = begin * s.stride - pad;
-      const int64_t end = first + (outs - 1) * s.stride + s.extent();
-      return std::max<int64_t>(std::min(end, size) - std::max<int64_t>(first, 0), 0);
-    };
-    const int64_t last = ceil_div(out, tile) - 1;
-    if (last == 0) return window(0, out);
-    const int64_t between = std::min((tile - 1) * s.stride + s.extent(), size);
-    return window(0, tile) + (last - 1) * between + window(last * tile, out - last * tile);
+// Rows (or columns) the expansion computes: every tile's window, clipped to the image. Windows between
+// the first and the last count as inside it.
+int64_t window_sum(const BlockShape& s, int64_t out, int64_t tile, int64_t size, int64_t pad) {
+  const auto window = [&](int64_t begin, int64_t outs) {
+    const int64_t first = begin * s.stride - pad;
+    const int64_t end = first + (outs - 1) * s.stride + s.extent();
+    return std::max<int64_t>(std::min(end, size) - std::max<int64_t>(first, 0), 0);
   };
-  const double in_pixels = double(windows(s.out_height(), tile_rows, s.height, s.pad_top)) *
-                           double(windows(s.out_width(), tile_cols, s.width, s.pad_left));
-  p.recompute = in_pixels / (double(s.height) * double(s.width));
+  const int64_t last = ceil_div(out, tile) - 1;
+  if (last == 0) return window(0, out);
+  const int64_t between = std::min((tile - 1) * s.stride + s.extent(), size);
+  return window(0, tile) + (last - 1) * between + window(last * tile, out - last * tile);
+}
 
-  const double vectors = double(round_up(s.hidden_channels, kPanel)) / double(m.lanes);
-  const double groups = double(p.groups(s));
-  const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
-                             double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
-  const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
-  const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
+// What a plan makes of one image: pixels, and vectors of channels at each of them.
+struct Counts {
+  double in_pixels, out_pixels;  // expanded pixels computed, output pixels
+  double vectors, out_vectors;   // of expanded channels, of output channels
+  double tiles, groups;
+  double sums;    // that an output is the sum of: one of each run of each group
+  double stored;  // size of a stored element over that of a sum
+
+  Counts(const BlockShape& s, const Machine& m, const Plan& p)
+      : in_pixels(double(window_sum(s, s.out_height(), p.tile_rows, s.height, s.pad_top)) *
+                  double(window_sum(s, s.out_width(), p.tile_cols, s.width, s.pad_left))),
+        out_pixels(double(s.out_height()) * double(s.out_width())),
+        vectors(double(round_up(s.hidden_channels, kPanel)) / double(m.lanes)),
+        out_vectors(double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
+                    double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes)),
+        tiles(double(p.tiles_down(s) * p.tiles_across(s))),
+        groups(double(p.groups(s))),
+        sums(groups * double(ceil_div(p.group, kLongestProject))),
+        stored(double(m.storage_size) / double(m.element_size)) {}
+};
+
+// Traffic: vector operations that memory read again takes, of one image. A group's weights are read
+// again by every band, a tile's x and y by every group.
+double read_again(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
   const double lanes = double(m.lanes), element = double(m.storage_size), l2 = double(m.l2_bytes);
-  const double stored = double(m.storage_size) / double(m.element_size);
-  const double depth = double(m.depth);
-  // Read again: a group's weights by every band, a tile's x and y by every group.
   const double terms = double(s.expand_terms() + s.taps() + s.out_channels);
-  const double bands = tiles * double(ceil_div(tile_rows, p.band_rows));
-  const double weights = hidden * terms * stored / lanes * bands;
-  const double x = in_pixels * double(s.in_channels) * stored / lanes * groups;
-  const double sums = groups * double(ceil_div(group, kLongestProject));
-  const double y = out_pixels * out_vectors * (sums - 1) * 2;
+  const double bands = c.tiles * double(ceil_div(p.tile_rows, p.band_rows));
+  const double weights = double(s.hidden_channels) * terms * c.stored / lanes * bands;
+  const double x = c.in_pixels * double(s.in_channels) * c.stored / lanes * c.groups;
+  const double y = c.out_pixels * c.out_vectors * (c.sums - 1) * 2;
   const auto from = [&](double bytes, double room) {
     return bytes <= room ? kFromL2 : kFromBeyond;
   };
-  const double again =
-      weights * from(double(p.scratch_bytes) + double(group) * terms * element, l2 * 0.9) +
-      x * from(x / groups / tiles * lanes * element, l2 / 4) +
-      y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
+  return weights * from(double(p.scratch_bytes) + double(p.group) * terms * element, l2 * 0.9) +
+         x * from(x / c.groups / c.tiles * lanes * element, l2 / 4) +
+         y * from(c.out_pixels / c.tiles * c.out_vectors * lanes * element, l2 / 4);
+}
+
+// Vector operations from x to d, of one image.
+double cost_of_depthwise(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
+  const double wide = tile_cost(p.group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
   const double act = activation_cost(s.activation);
   const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
-  const double to_d = in_pixels * vectors *
-                          (double(s.expand_terms()) / depth * wide + kExpandEpilogue + expand_act) +
-                      out_pixels * vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +
-                      double(s.out_height() * p.tiles_across(s)) * vectors * kRow;
+  return c.in_pixels * c.vectors *
+             (double(s.expand_terms()) / double(m.depth) * wide + kExpandEpilogue + expand_act) +
+         c.out_pixels * c.vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +
+         double(s.out_height() * p.tiles_across(s)) * c.vectors * kRow;
+}
+
+// Time: vector operations on the slowest worker.
+double cost_of(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
+  const double to_d = cost_of_depthwise(s, m, p, c);
   // Before a squeeze-and-excite d is computed twice, or written, read, and written and read again.
-  const double squeeze = !squeezes            ? 0.0
-                         : p.caches_depthwise ? out_pixels * vectors * 4 * kFromBeyond
-                                              : to_d;
-  const double image = to_d + squeeze +
-                       out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) +
-                       again;
+  const double squeeze = s.squeeze_channels == 0 ? 0.0
+                         : p.caches_depthwise    ? c.out_pixels * c.vectors * 4 * kFromBeyond
+                                                 : to_d;
+  const double project = c.out_pixels * c.out_vectors *
+                         (double(s.hidden_channels) / double(m.depth) + c.sums * kProjectEpilogue);
+  const double image = to_d + squeeze + project + read_again(s, m, p, c);
   const double rounds = double(ceil_div(p.tasks, p.workers));
-  const double share = double(ceil_div(p.groups(s), splits)) / groups;
-  p.cost = rounds * (image / tiles * share + kTaskStart);
-  if (splits > 1)
-    p.cost += kBarrier + double(s.batch) * out_pixels * out_vectors * groups * kFromOtherCore /
-                             double(p.workers);
+  const double share = double(ceil_div(p.groups(s), p.splits)) / c.groups;
+  const double tiles = rounds * (image / c.tiles * share + kTaskStart);
+  if (p.splits == 1) return tiles;
+  return tiles + (kBarrier + double(s.batch) * c.out_pixels * c.out_vectors * c.groups *
+                                 kFromOtherCore / double(p.workers));
+}
+
+// The whole plan; past the budget for scratch, only what decides that.
+Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
+              int64_t group, int64_t splits, int64_t budget = std::numeric_limits<int64_t>::max()) {
+  Plan p = cut(s, m, tile_rows, tile_cols, group, splits);
+  if (p.scratch_bytes > budget) return p;
+  count_memory(p, s, m);
+  const Counts counts(s, m, p);
+  p.recompute = counts.in_pixels / (double(s.height) * double(s.width));
+  p.cost = cost_of(s, m, p, counts);
   return p;
 }
 
