@@ -9,7 +9,7 @@ namespace mnv2_fused::cpu {
 struct BFloat16 {
   uint16_t bits;
 };
-// What products of S are summed in.
+// Type in which products of S are summed.
 template <class S>
 struct ComputeOf {
   using T = S;
@@ -41,9 +41,9 @@ struct BlockArgs {
   T* partial;                  // [groups, N, H', W', C_out], when the plan splits the groups
   const void* next = nullptr;  // weights that the next layer reads first, to fetch meanwhile
   int64_t next_bytes = 0;
-  // Of a block with a squeeze-and-excite:
+  // Of a block with a squeeze-and-excite, whose depthwise result is d:
   Pass pass = Pass::kLast;
-  const T* gate = nullptr;  // [N, E], what the last pass multiplies d by
+  const T* gate = nullptr;  // [N, E], the last pass's factors of d
   S* cached = nullptr;      // [N, H', W', E/16 * 16] in the tiles' order: d, from pass to pass
   T* pooled = nullptr;      // [N, H', tiles across, E/16 * 16], d's sums over each tile's rows
 };

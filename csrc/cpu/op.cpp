@@ -6,8 +6,8 @@
 namespace mnv2_fused::cpu {
 namespace {
 
-// Memory that nobody has touched, which the C library takes from the system at every call past this
-// size: page by page it costs a tenth of a large image's time, by huge pages nearly nothing.
+// Bytes from which on the C library takes memory from the system at every call. Page by page its first
+// touch costs a tenth of a large image's time, by huge pages nearly nothing.
 constexpr int64_t kMapped = int64_t{32} << 20;
 Tensor in_huge_pages(Tensor t, int64_t bytes) {
   if (bytes >= kMapped)

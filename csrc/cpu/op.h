@@ -9,9 +9,9 @@ namespace mnv2_fused::cpu {
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool channels_last);
 Tensor buffer(int64_t bytes);
 
-// Calls f with an S that x and packed weights are of: bfloat16 x runs on bfloat16 products where the
-// weights are packed for them, else half precision is widened to float. Whatever fails inside is
-// reported under the op's name.
+// Calls f with the S of the kernels for x and its packed weights. A bfloat16 x runs on bfloat16
+// products where the weights are packed for them; else half precision is widened to float. Errors carry
+// the op's name.
 template <class F>
 Tensor dispatch(const char* op, ScalarType x, ScalarType weights, F f) {
   try {

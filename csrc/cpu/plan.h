@@ -6,8 +6,8 @@
 
 namespace mnv2_fused::cpu {
 
-// The most expanded channels whose products one accumulator sums: past it, every further one would be
-// rounded to the size of a long sum.
+// Expanded channels whose products one accumulator sums at most: past it, every further product would
+// be rounded to the size of a long sum.
 constexpr int64_t kLongestProject = 256;
 
 struct Machine {
@@ -25,8 +25,8 @@ struct Plan {
   int64_t group;                 // expanded channels computed at a time, a multiple of kPanel
   int64_t band_rows;             // output rows that a task works through at a time
   int64_t splits;  // tasks that share a tile's groups; their sums are added up at the end
-  bool tile_sums_in_scratch;    // the sums of a tile's groups do not fit y's elements
-  bool caches_depthwise;        // before a squeeze-and-excite: d, instead of computing it twice
+  bool tile_sums_in_scratch;    // y's elements are too narrow for the sums of a tile's groups
+  bool caches_depthwise;        // a squeeze-and-excite's d stays in memory between its passes
   int64_t tasks;                // images x tiles x splits
   int64_t workers;              // tasks that run at once, each with its own scratch
   int64_t scratch_bytes;        // per worker
@@ -51,16 +51,16 @@ struct Plan {
   // Elements of one worker's scratch buffers.
   int64_t expanded_elements(const BlockShape& s) const { return group * ring_rows(s) * in_cols(s); }
   int64_t depthwise_elements() const { return group * band_rows * tile_cols; }
-  // One band's sum over a group, when it has to be complete before it is added to the groups before.
+  // One band's sum over a group, where that has to be complete before it is added to earlier groups.
   int64_t run_sum_elements(const BlockShape& s) const {
     const bool needed = group > kLongestProject && splits == 1 && groups(s) > 1;
     return needed ? round_up(band_rows * tile_cols * s.out_channels, kPanel) : 0;
   }
-  // A tile's sums, wherever y cannot hold them.
+  // A tile's sums, where y cannot hold them.
   int64_t tile_sum_elements(const BlockShape& s) const {
     return tile_sums_in_scratch ? round_up(tile_rows * tile_cols * s.out_channels, kPanel) : 0;
   }
-  // What a squeeze-and-excite needs from pass to pass: d where it is cached, its rows' sums.
+  // Elements that a squeeze-and-excite needs from pass to pass: d where it is cached, its rows' sums.
   int64_t cached_elements(const BlockShape& s) const {
     const int64_t pixels = s.batch * s.out_height() * s.out_width();
     return caches_depthwise ? pixels * s.hidden_panels() * kPanel : 0;
@@ -88,8 +88,8 @@ Plan make_plan(const BlockShape& shape, const Machine& machine);
 Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_rows,
                int64_t tile_cols, int64_t group, int64_t splits);
 
-// Images of a squeeze-and-excite block that run at once: as many as `threads`, or more where what they
-// keep is small.
+// Images of a squeeze-and-excite block that run at once: as many as `threads`, or more where their d
+// is small.
 int64_t squeezed_together(const BlockShape& shape, const Machine& machine);
 
 }  // namespace mnv2_fused::cpu

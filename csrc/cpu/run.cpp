@@ -21,7 +21,7 @@ const char* name_of() {
                                             : "bfloat16";
 }
 
-// Kernels for S read products' weights stored as S, and the rest in what sums are in.
+// Weights of products are stored as S, all others as the type of sums.
 template <class S, class Packed>
 void check_dtype(const Tensor& weight) {
   if (!weight.is_cpu()) fail("x is on the CPU, so the packed weights must be too");
@@ -40,7 +40,7 @@ void check_product(const char* name, const Tensor& t, int64_t panels, int64_t te
 }
 template <class S>
 constexpr int64_t kProductDims = depth<S> == 1 ? 3 : 4;
-// How to write its sizes, with this many terms.
+// Sizes of a product's weights, for messages.
 template <class S>
 std::string product_layout(const char* panels, const char* terms) {
   return std::string("[") + panels + ", " + terms + (depth<S> == 1 ? ", 16]" : "/2, 16, 2]");
@@ -137,7 +137,7 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
 
 namespace {
 
-// What a squeeze-and-excite needs beside its workers' scratch and partial sums, in this order; each
+// Memory of a squeeze-and-excite behind its workers' scratch and partial sums, in this order; each part
 // starts on its own cache lines.
 struct SqueezeMemory {
   int64_t cached, pooled, mean, squeezed, gate;  // bytes
@@ -186,7 +186,7 @@ int64_t workers_bytes(const Plan& plan) {
   return slice_bytes(plan) * plan.workers + plan.partial_bytes;
 }
 
-// And what a block with a squeeze-and-excite needs behind it.
+// Those, and the memory of a squeeze-and-excite behind them.
 template <class S>
 int64_t part_bytes(const BlockShape& shape, const Plan& plan) {
   if (shape.squeeze_channels == 0) return workers_bytes(plan);

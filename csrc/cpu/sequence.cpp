@@ -10,7 +10,7 @@ namespace {
 
 struct Layer : LayerShape {
   BlockRun run;             // of the block
-  const char* weights[10];  // in the order of the layer's packed tensors, at its end none
+  const char* weights[10];  // in the order of the layer's packed tensors; the rest is null
   int64_t first_bytes;      // of the weights that a kernel reads first
 
   BlockPointers pointers() const {
@@ -27,7 +27,7 @@ struct Layer : LayerShape {
   }
 };
 
-// Hands out a layer's weights from the bytes of all of them; see runs.join.
+// Weights of all layers in one row of bytes, handed out layer by layer; see runs.join.
 class Weights {
  public:
   explicit Weights(const char* first) : first_(first) {}
@@ -118,7 +118,7 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
            weights.numel(), "; pack them for it and join them with mnv2_fused.runs.join");
     if (x.size(0) == 0) return empty(sizes, type, true);
 
-    // What comes and goes between layers starts at the two ends of one buffer, in turn.
+    // Tensors between layers start at the two ends of one buffer, in turn.
     const auto bytes = [](const Layer& l) {
       return round_up(l.y_elements() * int64_t{sizeof(S)}, 256);
     };
