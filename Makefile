@@ -76,9 +76,12 @@ chain: build/kernel_chain
 	build/kernel_chain float32
 	build/kernel_chain bfloat16
 
-build/kernel_chain: benchmarks/kernel_chain.cpp csrc/plan.cpp $(shell find csrc -name '*.h') $(wildcard csrc/cpu/*.cpp)
+# What knows no torch.
+KERNELS := csrc/block.cpp $(filter-out %/op.cpp %/run.cpp %/sequence.cpp,$(wildcard csrc/cpu/*.cpp))
+
+build/kernel_chain: benchmarks/kernel_chain.cpp $(KERNELS) $(shell find csrc -name '*.h')
 	mkdir -p build
-	$(CXX) -std=c++20 -O3 -Wall -Wextra $(filter %.cpp,$^) -o $@
+	$(CXX) -std=c++20 -O3 -Wall -Wextra -Werror=switch $(filter %.cpp,$^) -o $@
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -106,6 +106,7 @@ def main() -> None:
         "-g" if debug else "-g0",
         "-Wall",
         "-Wextra",
+        "-Werror=switch",  # an activation or gate that a kernel or planner does not know
         "-fvisibility=hidden",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     ]
@@ -127,7 +128,7 @@ def main() -> None:
         extensions.append(
             cpp_extension.CppExtension(  # not CUDAExtension: it guesses folders that nvcc knows
                 "mnv2_fused._cuda",
-                sources("csrc/plan.cpp", "csrc/layers.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+                sources("csrc/block.cpp", "csrc/layers.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
                 include_dirs=toolkit.include_dirs,
                 library_dirs=toolkit.library_dirs,
                 libraries=["torch_cuda", "cudart"],

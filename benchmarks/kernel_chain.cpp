@@ -16,6 +16,7 @@
 #include "../csrc/cpu/isa.h"
 
 using namespace mnv2_fused;
+using namespace mnv2_fused::cpu;
 
 namespace {
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_plans.py --threads 2 --dtype bfloat16
 
-The constants of ``csrc/plan.cpp`` are set by hand against this table: what the chosen plan takes over the best one,
+The constants of ``csrc/cpu/plan.cpp`` are set by hand against this table: what the chosen plan takes over the best one,
 and how well the planner's cost ranks all that were tried.
 """
 

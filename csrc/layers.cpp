@@ -3,17 +3,15 @@
 #include <algorithm>
 #include <utility>
 
-#include "plan.h"
-
 namespace mnv2_fused {
 namespace {
 
-// What it tells of each layer: kind, C_in, E (of a block), C_out, stride, residual, and the number of
-// values that follow. None do where the rest is MobileNetV2's, else a block's further ones, or the
-// activation of another layer.
+// Values of each layer: kind, C_in, E (of a block), C_out, stride, residual, and how many values follow.
+// None follow where the rest is MobileNetV2's; else those of set_further, or for a layer that is no
+// block its activation.
 constexpr size_t kValues = 7, kBlockValues = 12;
 
-// The padding that TensorFlow calls SAME, before and behind.
+// Padding that TensorFlow calls SAME, before and behind.
 void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& before,
                        int64_t& behind) {
   const int64_t total = std::max<int64_t>((ceil_div(size, stride) - 1) * stride + extent - size, 0);
@@ -25,7 +23,7 @@ void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& be
 // output, channels of a squeeze-and-excite, its activation and gate, activation of a stem.
 void set_further(BlockShape& s, const int64_t* values) {
   s.kernel = values[0];
-  if (s.kernel != 3 && s.kernel != 5) fail("kernel must be 3 or 5, got ", s.kernel);
+  if (!is_kernel_size(s.kernel)) fail("kernel must be ", kernel_sizes(), ", got ", s.kernel);
   s.squeeze_channels = values[8];
   s.stem_activation = Activation(check_kind("stem activation", values[11], kActivations));
   const bool same = values[2] == -1;

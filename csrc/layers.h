@@ -27,8 +27,8 @@ struct LayerShape {
   int64_t y_elements() const { return y[0] * y[1] * y[2] * y[3]; }
 };
 
-// Those of `layers`, the first of which takes x. Fails where they are not what ops.py says, or no kernel
-// takes one.
+// Shapes of `layers`, the first of which takes x. Fails where the values are not what ops.py says, or no
+// kernel takes one of the layers.
 std::vector<LayerShape> layer_shapes(IntHeaderOnlyArrayRef layers, const Sizes& x);
 
 // Fails, naming value and limit, where no kernel takes a block on x.

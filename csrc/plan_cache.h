@@ -1,4 +1,4 @@
-// Plans that were searched for, by what they are for.
+// Plans found so far, by shape and machine.
 #pragma once
 
 #include <initializer_list>
@@ -14,6 +14,7 @@ inline size_t hash_of(std::initializer_list<int64_t> values, size_t h = 0) {
   return h;
 }
 inline size_t hash_of(const BlockShape& s) {
+  static_assert(kActivations <= 8, "each activation takes three bits of `kinds`");
   const int64_t kinds = int64_t(s.expand) * 2 + int64_t{s.residual} + int64_t(s.activation) * 8 +
                         int64_t(s.out_activation) * 64 + int64_t(s.stem_activation) * 512;
   return hash_of({s.batch, s.height, s.width, s.in_channels, s.hidden_channels, s.out_channels,
@@ -21,7 +22,7 @@ inline size_t hash_of(const BlockShape& s) {
                   s.pad_right, s.pad_top, s.pad_bottom, s.squeeze_channels});
 }
 
-// Key: a BlockShape and what else decides, with a hash() of all of it. Safe to share.
+// Key: a BlockShape and all else that decides a plan, with a hash() of it. Safe to share among threads.
 template <class Key, class Plan>
 class PlanCache {
  public:

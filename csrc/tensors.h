@@ -47,7 +47,7 @@ using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
 inline std::string to_string(const Sizes& sizes) { return list_of(sizes); }
 inline std::string to_string(const Tensor& t) { return list_of(t.sizes()); }
 
-// What the op takes of a block beside tensors, stride, residual and plan; block.py says what it is.
+// Arguments of the op beside tensors, stride, residual and plan; block.py says what each is.
 struct Options {
   int64_t dilation;
   IntHeaderOnlyArrayRef padding;  // left, right, top, bottom; empty for as much as keeps the size
@@ -61,7 +61,7 @@ inline int64_t check_kind(const char* name, int64_t value, int64_t count) {
   return value;
 }
 
-// Sets what `options` tell of a shape whose kernel is known.
+// Options put into a shape whose kernel size is known.
 inline void set_options(BlockShape& s, const Options& options) {
   const auto activation = [](const char* name, int64_t value) {
     return Activation(check_kind(name, value, kActivations));
@@ -83,10 +83,17 @@ inline void set_options(BlockShape& s, const Options& options) {
 
 // The same, with the kernel of depthwise weights [E/16, taps, 16].
 inline void set_options(BlockShape& s, const Options& options, const Tensor& w_depthwise) {
-  if (w_depthwise.dim() != 3 || (w_depthwise.size(1) != 9 && w_depthwise.size(1) != 25))
-    fail("w_depthwise must be [E/16, 9, 16] or [E/16, 25, 16], got ", to_string(w_depthwise),
+  const int64_t taps = w_depthwise.dim() == 3 ? w_depthwise.size(1) : 0;
+  std::string layouts;
+  s.kernel = 0;
+  for (const int64_t size : kKernelSizes) {
+    if (taps == size * size) s.kernel = size;
+    layouts +=
+        (layouts.empty() ? "[E/16, " : " or [E/16, ") + std::to_string(size * size) + ", 16]";
+  }
+  if (s.kernel == 0)
+    fail("w_depthwise must be ", layouts, ", got ", to_string(w_depthwise),
          "; pack weights with mnv2_fused.pack");
-  s.kernel = w_depthwise.size(1) == 25 ? 5 : 3;
   set_options(s, options);
 }
 
@@ -106,8 +113,8 @@ inline void check_sizes(const char* name, const Tensor& t, std::initializer_list
          "; pack weights with mnv2_fused.pack");
 }
 
-// The strides test behind torch's suggest_memory_format, which the stable ABI lacks: channels_last
-// when strides ascend over C, W, H, N, with ambiguous cases going to the contiguous format.
+// Torch's strides test behind suggest_memory_format, which the stable ABI lacks: channels_last where
+// strides ascend over C, W, H, N; ambiguous cases go to the contiguous format.
 inline bool is_channels_last(const Tensor& x) {
   if (x.stride(1) == 0) return false;
   int64_t least = 0;

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../plan.h"
+#include "plan.h"
 
 #if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define MNV2_NEON

@@ -6,7 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../plan.h"
+#include "../block.h"
 #include "launch.h"
 
 namespace mnv2_fused::cuda {

@@ -13,6 +13,7 @@
 #include "../../csrc/cpu/isa.h"
 
 using namespace mnv2_fused;
+using namespace mnv2_fused::cpu;
 
 namespace {
 
@@ -110,9 +111,10 @@ double activated(double v, Activation a) {
       return v * relu6(v + 3) / 6;
     case Activation::kSilu:
       return v / (1 + std::exp(-v));
-    default:
+    case Activation::kIdentity:
       return v;
   }
+  std::abort();
 }
 
 // Packed weights and biases, with something in the padding, too: no result may depend on it.
@@ -174,7 +176,7 @@ std::vector<double> depthwise(const BlockArgs<S>& a, int64_t n) {
         }
         const double v = activated(sum, s.activation);
         // What is kept is rounded before the gate, too, as eager rounds it.
-        d[(c * oh + h) * ow + w] = value(rounded<S>((a.kept ? value(rounded<S>(v)) : v) * gate));
+        d[(c * oh + h) * ow + w] = value(rounded<S>((a.cached ? value(rounded<S>(v)) : v) * gate));
       }
   }
   return d;
@@ -313,10 +315,10 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
     plan = make_plan(s, machine, between(1, s.out_height()), between(1, s.out_width()), group,
                      between(1, ceil_div(s.hidden_channels, group)));
   }
-  if (squeezes) plan.keeps = between(0, 1);
+  if (squeezes) plan.caches_depthwise = between(0, 1);
   std::vector<T> scratch(plan.scratch_bytes / sizeof(T));
   std::vector<T> partial(plan.partial_bytes / sizeof(T), nan);
-  std::vector<S> kept(plan.kept_elements(s), rounded<S>(nan));
+  std::vector<S> kept(plan.cached_elements(s), rounded<S>(nan));
   std::vector<T> pooled(plan.pooled_elements(s), nan);
   const std::vector<T> gate = uniform<T>(s.batch * s.hidden_channels + kPanel, -1, 2);
   BlockArgs<S> args{s,
@@ -341,7 +343,7 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   };
   bool good = true;
   if (squeezes) {
-    args.kept = plan.keeps ? kept.data() : nullptr;
+    args.cached = plan.caches_depthwise ? kept.data() : nullptr;
     args.pooled = pooled.data();
     args.pass = Pass::kPool;
     run_tiles();
@@ -366,9 +368,9 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
       (long long)s.width, (long long)s.image_height, (long long)s.image_width,
       (long long)s.hidden_channels, (long long)s.out_channels, (long long)s.stride, int(s.expand),
       s.residual, (long long)s.kernel, (long long)s.dilation, int(s.stem_activation),
-      int(s.activation), int(s.out_activation), (long long)s.squeeze_channels, plan.keeps,
-      (long long)plan.tile_rows, (long long)plan.tile_cols, (long long)plan.group,
-      (long long)plan.splits);
+      int(s.activation), int(s.out_activation), (long long)s.squeeze_channels,
+      plan.caches_depthwise, (long long)plan.tile_rows, (long long)plan.tile_cols,
+      (long long)plan.group, (long long)plan.splits);
   return false;
 }
 

@@ -234,3 +234,14 @@ def test_without_the_library_it_says_so(monkeypatch):
 def test_sizes_beyond_integers():
     with pytest.raises(ValueError, match=r"less than 2\^63, got"):
         plan(SPEC, (1, 24, 2**63, 1))
+
+
+@pytest.mark.parametrize("value", [-1, 5])
+@pytest.mark.parametrize(
+    ("at", "name"), [(15, "activation"), (16, "out_activation"), (18, "squeeze_activation"), (19, "gate")]
+)
+def test_numbers_that_name_no_activation_or_gate_are_refused(at, name, value):
+    dims = [1, 8, 8, 24, 144, 24, 1, 1, 0, 3, 1, 1, 1, 1, 1, 0, 2, 0, 1, 0]
+    dims[at] = value
+    with pytest.raises(ValueError, match=rf"^{name} must be 0 to \d .*, got {value}$"):
+        backends._C.plan(*dims, threads=1, dtype="float32")

@@ -4,9 +4,10 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
-namespace mnv2_fused {
+namespace mnv2_fused::cpu {
 namespace {
 
 // Costs in vector multiply-adds, set by hand and checked by forcing plans over MobileNetV2's 17
@@ -29,7 +30,7 @@ constexpr double kFromL2 = 0.3, kFromBeyond = 2.0, kFromOtherCore = 4.0;
 constexpr int64_t kBandPixels = 112;
 // What a squeeze-and-excite may keep of one image, and of several at once, instead of computing it
 // twice: about what caches hold. Past it, memory is what the block is fused for.
-constexpr int64_t kMostKept = int64_t{4} << 20, kMostKeptTogether = int64_t{16} << 20;
+constexpr int64_t kMostCached = int64_t{4} << 20, kMostCachedTogether = int64_t{16} << 20;
 // Vector operations of an activation beside those of ReLU6: of hardswish, and of SiLU with its
 // exponential and division; both come by way of memory.
 constexpr double kHardswish = 6.0, kSilu = 30.0;
@@ -53,17 +54,31 @@ double tile_cost(int64_t vectors, int64_t most) {
   return cost / double(vectors);
 }
 
-// Bytes of d of one image.
-int64_t kept_image(const BlockShape& s, const Machine& m) {
+double activation_cost(Activation a) {
+  switch (a) {
+    case Activation::kRelu6:
+    case Activation::kRelu:
+    case Activation::kIdentity:
+      return 0;
+    case Activation::kHardswish:
+      return kHardswish;
+    case Activation::kSilu:
+      return kSilu;
+  }
+  __builtin_unreachable();
+}
+
+// Bytes that a squeeze-and-excite's d of one image takes.
+int64_t image_cache_bytes(const BlockShape& s, const Machine& m) {
   return s.out_height() * s.out_width() * s.hidden_panels() * kPanel * m.storage_size;
 }
 
 // Part of L2 the scratch may take; the rest holds x, y and the weights of one group.
 int64_t scratch_budget(const Machine& m) { return m.l2_bytes * 5 / 8; }
 
-// Past the budget for scratch, only what decides that is there.
-Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
-              int64_t group, int64_t splits, int64_t budget = std::numeric_limits<int64_t>::max()) {
+// Limits: how the call is cut, and the scratch that takes.
+Plan cut(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols, int64_t group,
+         int64_t splits) {
   Plan p{};
   p.tile_rows = tile_rows;
   p.tile_cols = tile_cols;
@@ -75,88 +90,119 @@ Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t 
   p.tasks = s.batch * p.tiles_down(s) * p.tiles_across(s) * splits;
   p.workers = std::max<int64_t>(1, std::min(m.threads, p.tasks));
   const bool narrow = m.storage_size < m.element_size;
-  p.total_aside = narrow && splits == 1 && (p.groups(s) > 1 || group > kLongestProject);
+  p.tile_sums_in_scratch = narrow && splits == 1 && (p.groups(s) > 1 || group > kLongestProject);
   p.scratch_bytes =
-      (p.expanded_elements(s) + p.sum_elements(s) + p.total_elements(s)) * m.element_size +
+      (p.expanded_elements(s) + p.run_sum_elements(s) + p.tile_sum_elements(s)) * m.element_size +
       (p.depthwise_elements() + p.patch_elements(s)) * m.storage_size;
-  if (p.scratch_bytes > budget) return p;
-
-  // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
-  const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
-  if (splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
-  const bool squeezes = s.squeeze_channels > 0;
-  p.keeps = squeezes && kept_image(s, m) <= kMostKept;
-  const double out_pixels = double(s.out_height()) * double(s.out_width());
-  const double hidden = double(s.hidden_channels);
-  p.bytes_never_written =
-      int64_t(double(s.batch) * hidden * double(m.storage_size) *
-              (out_pixels * (squeezes && !p.keeps ? 2.0 : 1.0) +
-               (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
-
-  // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Those between
-  // the first and the last count as inside it.
-  const auto windows = [&](int64_t out, int64_t tile, int64_t size, int64_t pad) {
-    const auto window = [&](int64_t begin, int64_t outs) {
-      const int64_t first = begin * s.stride - pad;
-      const int64_t end = first + (outs - 1) * s.stride + s.extent();
-      return std::max<int64_t>(std::min(end, size) - std::max<int64_t>(first, 0), 0);
-    };
-    const int64_t last = ceil_div(out, tile) - 1;
-    if (last == 0) return window(0, out);
-    const int64_t between = std::min((tile - 1) * s.stride + s.extent(), size);
-    return window(0, tile) + (last - 1) * between + window(last * tile, out - last * tile);
-  };
-  const double in_pixels = double(windows(s.out_height(), tile_rows, s.height, s.pad_top)) *
-                           double(windows(s.out_width(), tile_cols, s.width, s.pad_left));
-  p.recompute = in_pixels / (double(s.height) * double(s.width));
-
-  const double vectors = double(round_up(s.hidden_channels, kPanel)) / double(m.lanes);
-  const double groups = double(p.groups(s));
-  const double out_vectors = double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
-                             double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes);
-  const double wide = tile_cost(group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
-  const double tiles = double(p.tiles_down(s) * p.tiles_across(s));
-  const double lanes = double(m.lanes), element = double(m.storage_size), l2 = double(m.l2_bytes);
-  const double stored = double(m.storage_size) / double(m.element_size);
-  const double depth = double(m.depth);
-  // Read again: a group's weights by every band, a tile's x and y by every group.
-  const double terms = double(s.expand_terms() + s.taps() + s.out_channels);
-  const double bands = tiles * double(ceil_div(tile_rows, p.band_rows));
-  const double weights = hidden * terms * stored / lanes * bands;
-  const double x = in_pixels * double(s.in_channels) * stored / lanes * groups;
-  const double sums = groups * double(ceil_div(group, kLongestProject));
-  const double y = out_pixels * out_vectors * (sums - 1) * 2;
-  const auto from = [&](double bytes, double room) {
-    return bytes <= room ? kFromL2 : kFromBeyond;
-  };
-  const double again =
-      weights * from(double(p.scratch_bytes) + double(group) * terms * element, l2 * 0.9) +
-      x * from(x / groups / tiles * lanes * element, l2 / 4) +
-      y * from(out_pixels / tiles * out_vectors * lanes * element, l2 / 4);
-  const double act = s.activation == Activation::kSilu        ? kSilu
-                     : s.activation == Activation::kHardswish ? kHardswish
-                                                              : 0.0;
-  const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
-  const double to_d = in_pixels * vectors *
-                          (double(s.expand_terms()) / depth * wide + kExpandEpilogue + expand_act) +
-                      out_pixels * vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +
-                      double(s.out_height() * p.tiles_across(s)) * vectors * kRow;
-  // Before a squeeze-and-excite d is computed twice, or written, read, and written and read again.
-  const double squeeze = !squeezes ? 0.0 : p.keeps ? out_pixels * vectors * 4 * kFromBeyond : to_d;
-  const double image = to_d + squeeze +
-                       out_pixels * out_vectors * (hidden / depth + sums * kProjectEpilogue) +
-                       again;
-  const double rounds = double(ceil_div(p.tasks, p.workers));
-  const double share = double(ceil_div(p.groups(s), splits)) / groups;
-  p.cost = rounds * (image / tiles * share + kTaskStart);
-  if (splits > 1)
-    p.cost += kBarrier + double(s.batch) * out_pixels * out_vectors * groups * kFromOtherCore /
-                             double(p.workers);
   return p;
 }
 
-// Past every image that has use for it; an extent stays far from 64 bits.
-constexpr int64_t kMostDilation = int64_t{1} << 16;
+// Memory beside the scratch: what workers share, and what an unfused block would write.
+void count_memory(Plan& p, const BlockShape& s, const Machine& m) {
+  // Saturated: a forced plan of a huge image may ask for more than 64 bits count.
+  const double partial = double(p.groups(s)) * double(s.out_elements()) * double(m.element_size);
+  if (p.splits > 1) p.partial_bytes = int64_t(std::min(partial, 0x1p62));
+  const bool squeezes = s.squeeze_channels > 0;
+  p.caches_depthwise = squeezes && image_cache_bytes(s, m) <= kMostCached;
+  const double out_pixels = double(s.out_height()) * double(s.out_width());
+  p.bytes_never_written =
+      int64_t(double(s.batch) * double(s.hidden_channels) * double(m.storage_size) *
+              (out_pixels * (squeezes && !p.caches_depthwise ? 2.0 : 1.0) +
+               (s.expand == Expand::kNone ? 0.0 : double(s.height) * double(s.width))));
+}
+
+// Rows (or columns) the expansion computes: every tile's window, clipped to the image. Windows between
+// the first and the last count as inside it.
+int64_t window_sum(const BlockShape& s, int64_t out, int64_t tile, int64_t size, int64_t pad) {
+  const auto window = [&](int64_t begin, int64_t outs) {
+    const int64_t first = begin * s.stride - pad;
+    const int64_t end = first + (outs - 1) * s.stride + s.extent();
+    return std::max<int64_t>(std::min(end, size) - std::max<int64_t>(first, 0), 0);
+  };
+  const int64_t last = ceil_div(out, tile) - 1;
+  if (last == 0) return window(0, out);
+  const int64_t between = std::min((tile - 1) * s.stride + s.extent(), size);
+  return window(0, tile) + (last - 1) * between + window(last * tile, out - last * tile);
+}
+
+// What a plan makes of one image: pixels, and vectors of channels at each of them.
+struct Counts {
+  double in_pixels, out_pixels;  // expanded pixels computed, output pixels
+  double vectors, out_vectors;   // of expanded channels, of output channels
+  double tiles, groups;
+  double sums;    // that an output is the sum of: one of each run of each group
+  double stored;  // size of a stored element over that of a sum
+
+  Counts(const BlockShape& s, const Machine& m, const Plan& p)
+      : in_pixels(double(window_sum(s, s.out_height(), p.tile_rows, s.height, s.pad_top)) *
+                  double(window_sum(s, s.out_width(), p.tile_cols, s.width, s.pad_left))),
+        out_pixels(double(s.out_height()) * double(s.out_width())),
+        vectors(double(round_up(s.hidden_channels, kPanel)) / double(m.lanes)),
+        out_vectors(double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
+                    double(std::min<int64_t>(m.lanes, 8)) / double(m.lanes)),
+        tiles(double(p.tiles_down(s) * p.tiles_across(s))),
+        groups(double(p.groups(s))),
+        sums(groups * double(ceil_div(p.group, kLongestProject))),
+        stored(double(m.storage_size) / double(m.element_size)) {}
+};
+
+// Traffic: vector operations that memory read again takes, of one image. A group's weights are read
+// again by every band, a tile's x and y by every group.
+double read_again(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
+  const double lanes = double(m.lanes), element = double(m.storage_size), l2 = double(m.l2_bytes);
+  const double terms = double(s.expand_terms() + s.taps() + s.out_channels);
+  const double bands = c.tiles * double(ceil_div(p.tile_rows, p.band_rows));
+  const double weights = double(s.hidden_channels) * terms * c.stored / lanes * bands;
+  const double x = c.in_pixels * double(s.in_channels) * c.stored / lanes * c.groups;
+  const double y = c.out_pixels * c.out_vectors * (c.sums - 1) * 2;
+  const auto from = [&](double bytes, double room) {
+    return bytes <= room ? kFromL2 : kFromBeyond;
+  };
+  return weights * from(double(p.scratch_bytes) + double(p.group) * terms * element, l2 * 0.9) +
+         x * from(x / c.groups / c.tiles * lanes * element, l2 / 4) +
+         y * from(c.out_pixels / c.tiles * c.out_vectors * lanes * element, l2 / 4);
+}
+
+// Vector operations from x to d, of one image.
+double cost_of_depthwise(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
+  const double wide = tile_cost(p.group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
+  const double act = activation_cost(s.activation);
+  const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
+  return c.in_pixels * c.vectors *
+             (double(s.expand_terms()) / double(m.depth) * wide + kExpandEpilogue + expand_act) +
+         c.out_pixels * c.vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +
+         double(s.out_height() * p.tiles_across(s)) * c.vectors * kRow;
+}
+
+// Time: vector operations on the slowest worker.
+double cost_of(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
+  const double to_d = cost_of_depthwise(s, m, p, c);
+  // Before a squeeze-and-excite d is computed twice, or written, read, and written and read again.
+  const double squeeze = s.squeeze_channels == 0 ? 0.0
+                         : p.caches_depthwise    ? c.out_pixels * c.vectors * 4 * kFromBeyond
+                                                 : to_d;
+  const double project = c.out_pixels * c.out_vectors *
+                         (double(s.hidden_channels) / double(m.depth) + c.sums * kProjectEpilogue);
+  const double image = to_d + squeeze + project + read_again(s, m, p, c);
+  const double rounds = double(ceil_div(p.tasks, p.workers));
+  const double share = double(ceil_div(p.groups(s), p.splits)) / c.groups;
+  const double tiles = rounds * (image / c.tiles * share + kTaskStart);
+  if (p.splits == 1) return tiles;
+  return tiles + (kBarrier + double(s.batch) * c.out_pixels * c.out_vectors * c.groups *
+                                 kFromOtherCore / double(p.workers));
+}
+
+// The whole plan; past the budget for scratch, only what decides that.
+Plan complete(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
+              int64_t group, int64_t splits, int64_t budget = std::numeric_limits<int64_t>::max()) {
+  Plan p = cut(s, m, tile_rows, tile_cols, group, splits);
+  if (p.scratch_bytes > budget) return p;
+  count_memory(p, s, m);
+  const Counts counts(s, m, p);
+  p.recompute = counts.in_pixels / (double(s.height) * double(s.width));
+  p.cost = cost_of(s, m, p, counts);
+  return p;
+}
 
 // Calls f with the distinct part sizes that split `size` into equal parts: every count up to 8,
 // then ever fewer, down to parts of one.
@@ -229,70 +275,9 @@ std::optional<Plan> best_plan(const BlockShape& s, const Machine& m, int64_t gro
 
 }  // namespace
 
-std::string unsupported(const BlockShape& s) {
-  const auto text = [](const char* name, int64_t value, const char* limit) {
-    return std::string(name) + " must be " + limit + ", got " + std::to_string(value);
-  };
-  if (s.stride != 1 && s.stride != 2) return text("stride", s.stride, "1 or 2");
-  if (s.batch < 0) return text("batch", s.batch, "at least 0");
-  if (s.height < 1) return text("height", s.height, "at least 1");
-  if (s.width < 1) return text("width", s.width, "at least 1");
-  if (s.in_channels < 1) return text("in_channels", s.in_channels, "at least 1");
-  if (s.hidden_channels < 1) return text("hidden_channels", s.hidden_channels, "at least 1");
-  if (s.out_channels < 1) return text("out_channels", s.out_channels, "at least 1");
-  if (s.expand == Expand::kNone && s.hidden_channels != s.in_channels)
-    return text("hidden_channels", s.hidden_channels, "equal to in_channels without an expansion");
-  if (s.expand == Expand::kStem &&
-      (s.residual || s.height != (s.image_height - 1) / kStemStride + 1 ||
-       s.width != (s.image_width - 1) / kStemStride + 1))
-    return "a stem halves the image and has no residual";
-  if (s.expand == Expand::kStem)
-    if (const std::string why = too_large(s.batch, s.image_height, s.image_width, 1); !why.empty())
-      return why;
-  if (s.kernel != 3 && s.kernel != 5) return text("kernel", s.kernel, "3 or 5");
-  if (s.dilation < 1 || s.dilation > kMostDilation)
-    return text("dilation", s.dilation, "1 to 2^16");
-  if (s.dilation > 1 && s.stride > 1)
-    return text("dilation", s.dilation, "1 where the depthwise convolution has stride 2");
-  for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
-    if (pad < 0 || pad >= s.extent())
-      return "padding must be 0 to " + std::to_string(s.extent() - 1) + ", got " +
-             std::to_string(pad);
-  if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
-  if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
-    return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
-           std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
-           std::to_string(s.out_channels);
-  const std::string large =
-      too_large(s.batch, s.height, s.width,
-                std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));
-  if (!large.empty()) return large;
-  if (s.height + s.pad_top + s.pad_bottom < s.extent() ||
-      s.width + s.pad_left + s.pad_right < s.extent())
-    return "with its padding the image must reach the kernel's " + std::to_string(s.extent()) +
-           " rows and columns, got " + std::to_string(s.height) + " and " +
-           std::to_string(s.width) + " without";
-  if (s.residual && (s.out_height() != s.height || s.out_width() != s.width))
-    return "a residual needs padding that keeps the image's size";
-  return "";
-}
-
-std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels) {
-  // Past all memory; below these no product here leaves 64 bits.
-  constexpr int64_t kPixels = int64_t{1} << 36;
-  int64_t pixels = 1;
-  for (const int64_t d : {std::max<int64_t>(batch, 1), height, width}) {
-    if (d > kPixels || pixels > kPixels / std::max<int64_t>(d, 1))
-      return "batch x height x width must be at most 2^36";
-    pixels *= d;
-  }
-  if (channels > int64_t{1} << 18) return "channel counts must be at most 2^18";
-  return "";
-}
-
 int64_t squeezed_together(const BlockShape& s, const Machine& m) {
-  const int64_t image = kept_image(s, m);
-  const int64_t fit = image <= kMostKept ? kMostKeptTogether / image : 1;
+  const int64_t image = image_cache_bytes(s, m);
+  const int64_t fit = image <= kMostCached ? kMostCachedTogether / image : 1;
   return std::min(s.batch, std::max(fit, m.threads));
 }
 
@@ -339,4 +324,4 @@ Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t
   return complete(s, m, tile_rows, tile_cols, group, splits);
 }
 
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu

@@ -1,12 +1,12 @@
 // One layer at a time, from torch tensors to the CPU kernels: checks, plans, calls.
 #pragma once
 
-#include "cpu/isa.h"
-#include "tensors.h"
+#include "../tensors.h"
+#include "isa.h"
 
-namespace mnv2_fused {
+namespace mnv2_fused::cpu {
 
-// What lies between two layers: sizes, and element strides in the order of the sizes.
+// A tensor between two layers: sizes, and element strides in the order of the sizes.
 struct ActivationView {
   Sizes sizes, strides;
   const void* data;
@@ -26,8 +26,8 @@ struct BlockPointers {
   const void *w_squeeze = nullptr, *b_squeeze = nullptr, *w_excite = nullptr, *b_excite = nullptr;
 };
 
-// The one whose geometry the packed weights carry. Fails where they are not of S's dtypes, or disagree
-// with each other or with x.
+// Shape of the block whose geometry the packed weights carry. Fails where the weights are not of S's
+// dtypes, or disagree with each other or with x.
 template <class S>
 BlockShape block_shape(const Sizes& x, const BlockTensors& w, int64_t stride, bool residual,
                        const Options& options);
@@ -44,10 +44,10 @@ Machine current_machine();
 // make_plan, searched once per shape and machine.
 Plan cached_plan(const BlockShape& shape, const Machine& machine);
 
-// How a batch of a block's images runs: at once, or with a squeeze-and-excite as many at a time as keep
-// near what it keeps of them.
+// Parts of a batch: all images at once, or with a squeeze-and-excite as many at a time as leave its d
+// in the caches.
 struct BlockRun {
-  BlockShape part, rest;  // rest: images that are left, 0 where the parts divide the batch
+  BlockShape part, rest;  // rest: the images left, 0 where the parts divide the batch
   Plan plan, rest_plan;
   int64_t batch;
 
@@ -62,11 +62,11 @@ struct BlockRun {
     if (rest.batch > 0) rest_plan = plan_of(rest);
   }
 };
-// Bytes of scratch that it needs.
+// Bytes of scratch that a run needs.
 template <class S>
 int64_t scratch_bytes(const BlockRun& run);
 
-// Memory that the layer after this one reads first: fetched into L2 meanwhile.
+// Memory that the next layer reads first: kernels fetch it into L2 meanwhile.
 struct Next {
   const void* data = nullptr;
   int64_t bytes = 0;
@@ -80,4 +80,4 @@ template <class S>
 void run_pointwise(const PointwiseShape& shape, const ActivationView& x, const void* weight,
                    const void* bias, S* y, Compute<S>* sums, Next next = {});
 
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu

@@ -4,15 +4,27 @@
 
 #include <tuple>
 
-#include "binding.h"
-#include "cpu/isa.h"
-#include "cuda/plan.h"
-#include "python/guard.h"
+#include "../cpu/run.h"
+#include "../cuda/plan.h"
+#include "guard.h"
 
 namespace py = pybind11;
 using namespace mnv2_fused;
+using namespace mnv2_fused::cpu;
 
 namespace {
+
+// An activation, or gate, by its number.
+template <class Kind>
+Kind kind_of(const char* name, int64_t value, int64_t count) {
+  if (value < 0 || value >= count)
+    throw py::value_error(std::string(name) + " must be 0 to " + std::to_string(count - 1) +
+                          " (see mnv2_fused.block), got " + std::to_string(value));
+  return Kind(value);
+}
+Activation activation_kind(const char* name, int64_t value) {
+  return kind_of<Activation>(name, value, kActivations);
+}
 
 // From plan.shape_of's values.
 BlockShape block_shape(const py::args& values) {
@@ -27,11 +39,11 @@ BlockShape block_shape(const py::args& values) {
   s.pad_right = at(12);
   s.pad_top = at(13);
   s.pad_bottom = at(14);
-  s.activation = Activation(at(15));
-  s.out_activation = Activation(at(16));
+  s.activation = activation_kind("activation", at(15));
+  s.out_activation = activation_kind("out_activation", at(16));
   s.squeeze_channels = at(17);
-  s.squeeze_activation = Activation(at(18));
-  s.gate = Gate(at(19));
+  s.squeeze_activation = activation_kind("squeeze_activation", at(18));
+  s.gate = kind_of<Gate>("gate", at(19), kGates);
   return s;
 }
 
@@ -41,7 +53,7 @@ using StemValues = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 void put_stem(BlockShape& s, const StemValues& values) {
   int64_t activation = 0;
   std::tie(s.in_channels, s.image_height, s.image_width, activation) = values;
-  s.stem_activation = Activation(activation);
+  s.stem_activation = activation_kind("stem_activation", activation);
   s.expand = Expand::kStem;
 }
 
@@ -66,7 +78,7 @@ py::dict to_dict(const Plan& p) {
   return py::dict("tile_rows"_a = p.tile_rows, "tile_cols"_a = p.tile_cols, "group"_a = p.group,
                   "band_rows"_a = p.band_rows, "splits"_a = p.splits, "tasks"_a = p.tasks,
                   "workers"_a = p.workers, "scratch_bytes"_a = p.scratch_bytes,
-                  "partial_bytes"_a = p.partial_bytes, "keeps"_a = p.keeps,
+                  "partial_bytes"_a = p.partial_bytes, "keeps"_a = p.caches_depthwise,
                   "recompute"_a = p.recompute, "bytes_never_written"_a = p.bytes_never_written,
                   "cost"_a = p.cost);
 }

@@ -1,13 +1,13 @@
-#include "binding.h"
+#include "run.h"
 
 #include <algorithm>
 #include <atomic>
 #include <utility>
 
-#include "layers.h"
-#include "plan_cache.h"
+#include "../layers.h"
+#include "../plan_cache.h"
 
-namespace mnv2_fused {
+namespace mnv2_fused::cpu {
 namespace {
 
 // Bytes of one worker's slice of the scratch, which starts on its own cache lines.
@@ -21,7 +21,7 @@ const char* name_of() {
                                             : "bfloat16";
 }
 
-// Kernels for S read products' weights stored as S, and the rest in what sums are in.
+// Weights of products are stored as S, all others as the type of sums.
 template <class S, class Packed>
 void check_dtype(const Tensor& weight) {
   if (!weight.is_cpu()) fail("x is on the CPU, so the packed weights must be too");
@@ -40,7 +40,7 @@ void check_product(const char* name, const Tensor& t, int64_t panels, int64_t te
 }
 template <class S>
 constexpr int64_t kProductDims = depth<S> == 1 ? 3 : 4;
-// How to write its sizes, with this many terms.
+// Sizes of a product's weights, for messages.
 template <class S>
 std::string product_layout(const char* panels, const char* terms) {
   return std::string("[") + panels + ", " + terms + (depth<S> == 1 ? ", 16]" : "/2, 16, 2]");
@@ -137,19 +137,19 @@ Plan cached_plan(const BlockShape& shape, const Machine& machine) {
 
 namespace {
 
-// What a squeeze-and-excite needs beside its workers' scratch and partial sums, in this order; each
+// Memory of a squeeze-and-excite behind its workers' scratch and partial sums, in this order; each part
 // starts on its own cache lines.
 struct SqueezeMemory {
-  int64_t kept, pooled, mean, squeezed, gate;  // bytes
+  int64_t cached, pooled, mean, squeezed, gate;  // bytes
 
   SqueezeMemory(const BlockShape& s, const Plan& plan, int64_t sum_size, int64_t storage_size)
-      : kept(room(plan.kept_elements(s) * storage_size)),
+      : cached(room(plan.cached_elements(s) * storage_size)),
         pooled(room(plan.pooled_elements(s) * sum_size)),
         mean(room(s.batch * s.hidden_panels() * kPanel * sum_size)),
         squeezed(room(s.batch * s.squeeze_channels * sum_size)),
         // Read by whole panels, past the last channel.
         gate(room((s.batch * s.hidden_channels + kPanel) * sum_size)) {}
-  int64_t total() const { return kept + pooled + mean + squeezed + gate; }
+  int64_t total() const { return cached + pooled + mean + squeezed + gate; }
 
  private:
   static int64_t room(int64_t bytes) { return round_up(bytes, 256); }
@@ -186,7 +186,7 @@ int64_t workers_bytes(const Plan& plan) {
   return slice_bytes(plan) * plan.workers + plan.partial_bytes;
 }
 
-// And what a block with a squeeze-and-excite needs behind it.
+// Those, and the memory of a squeeze-and-excite behind them.
 template <class S>
 int64_t part_bytes(const BlockShape& shape, const Plan& plan) {
   if (shape.squeeze_channels == 0) return workers_bytes(plan);
@@ -226,8 +226,8 @@ void run_part(const BlockShape& shape, const Plan& plan, const ActivationView& x
     const SqueezeMemory memory(shape, plan, sizeof(T), sizeof(S));
     char* at = static_cast<char*>(scratch) + round_up(workers_bytes(plan), 256);
     const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
-    char* const kept = take(memory.kept);
-    args.kept = plan.keeps ? reinterpret_cast<S*>(kept) : nullptr;
+    char* const cached = take(memory.cached);
+    args.cached = plan.caches_depthwise ? reinterpret_cast<S*>(cached) : nullptr;
     args.pooled = reinterpret_cast<T*>(take(memory.pooled));
     T* const mean = reinterpret_cast<T*>(take(memory.mean));
     T* const squeezed = reinterpret_cast<T*>(take(memory.squeezed));
@@ -306,4 +306,4 @@ MNV2_INSTANTIATE(float)
 MNV2_INSTANTIATE(double)
 MNV2_INSTANTIATE(BFloat16)
 
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu

@@ -2,12 +2,13 @@
 // the tests.
 #pragma once
 
-#include <cstdint>
-#include <string>
+#include "args.h"
 
-#include "block.h"
+namespace mnv2_fused::cpu {
 
-namespace mnv2_fused {
+// Expanded channels whose products one accumulator sums at most: past it, every further product would
+// be rounded to the size of a long sum.
+constexpr int64_t kLongestProject = 256;
 
 struct Machine {
   int64_t threads;
@@ -23,13 +24,13 @@ struct Plan {
   int64_t tile_rows, tile_cols;  // output pixels one task computes
   int64_t group;                 // expanded channels computed at a time, a multiple of kPanel
   int64_t band_rows;             // output rows that a task works through at a time
-  int64_t splits;         // tasks that share a tile's groups; their sums are added up at the end
-  bool total_aside;       // the sums of a tile's groups do not fit y's elements
-  bool keeps;             // before a squeeze-and-excite: d, instead of computing it twice
-  int64_t tasks;          // images x tiles x splits
-  int64_t workers;        // tasks that run at once, each with its own scratch
-  int64_t scratch_bytes;  // per worker
-  int64_t partial_bytes;  // the sums of every group, shared by all workers, when splits > 1
+  int64_t splits;  // tasks that share a tile's groups; their sums are added up at the end
+  bool tile_sums_in_scratch;    // y's elements are too narrow for the sums of a tile's groups
+  bool caches_depthwise;        // a squeeze-and-excite's d stays in memory between its passes
+  int64_t tasks;                // images x tiles x splits
+  int64_t workers;              // tasks that run at once, each with its own scratch
+  int64_t scratch_bytes;        // per worker
+  int64_t partial_bytes;        // the sums of every group, shared by all workers, when splits > 1
   int64_t bytes_never_written;  // the expanded tensors an unfused block writes
   double recompute;             // expanded pixels computed / expanded pixels needed
   double cost;                  // estimated vector operations on the slowest worker
@@ -50,19 +51,19 @@ struct Plan {
   // Elements of one worker's scratch buffers.
   int64_t expanded_elements(const BlockShape& s) const { return group * ring_rows(s) * in_cols(s); }
   int64_t depthwise_elements() const { return group * band_rows * tile_cols; }
-  // One band's sum over a group, when it has to be complete before it is added to the groups before.
-  int64_t sum_elements(const BlockShape& s) const {
+  // One band's sum over a group, where that has to be complete before it is added to earlier groups.
+  int64_t run_sum_elements(const BlockShape& s) const {
     const bool needed = group > kLongestProject && splits == 1 && groups(s) > 1;
     return needed ? round_up(band_rows * tile_cols * s.out_channels, kPanel) : 0;
   }
-  // A tile's sums, wherever y cannot hold them.
-  int64_t total_elements(const BlockShape& s) const {
-    return total_aside ? round_up(tile_rows * tile_cols * s.out_channels, kPanel) : 0;
+  // A tile's sums, where y cannot hold them.
+  int64_t tile_sum_elements(const BlockShape& s) const {
+    return tile_sums_in_scratch ? round_up(tile_rows * tile_cols * s.out_channels, kPanel) : 0;
   }
-  // What a squeeze-and-excite needs from pass to pass: d where it is kept, its rows' sums.
-  int64_t kept_elements(const BlockShape& s) const {
+  // Elements that a squeeze-and-excite needs from pass to pass: d where it is cached, its rows' sums.
+  int64_t cached_elements(const BlockShape& s) const {
     const int64_t pixels = s.batch * s.out_height() * s.out_width();
-    return keeps ? pixels * s.hidden_panels() * kPanel : 0;
+    return caches_depthwise ? pixels * s.hidden_panels() * kPanel : 0;
   }
   int64_t pooled_elements(const BlockShape& s) const {
     if (s.squeeze_channels == 0) return 0;
@@ -87,13 +88,8 @@ Plan make_plan(const BlockShape& shape, const Machine& machine);
 Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_rows,
                int64_t tile_cols, int64_t group, int64_t splits);
 
-// Images of a squeeze-and-excite block that run at once: as many as `threads`, or more where what they
-// keep is small.
+// Images of a squeeze-and-excite block that run at once: as many as `threads`, or more where their d
+// is small.
 int64_t squeezed_together(const BlockShape& shape, const Machine& machine);
 
-// Why no kernel takes this shape, or an empty string.
-std::string unsupported(const BlockShape& shape);
-// The part of it that counts elements.
-std::string too_large(int64_t batch, int64_t height, int64_t width, int64_t channels);
-
-}  // namespace mnv2_fused
+}  // namespace mnv2_fused::cpu
