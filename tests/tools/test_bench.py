@@ -1,6 +1,7 @@
-"""The benchmark itself: what it times is right, what is missing is named, and README shows what was measured."""
+"""The benchmark itself: what it times is right, what is missing is named, and docs show what was measured."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -146,12 +147,28 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert "leaves nothing to measure" in capsys.readouterr().err
 
 
-def test_readme_shows_the_kept_results():
-    """Every table of the README comes from the file of results, unchanged."""
+def tables_of(page):
+    """The Markdown tables of a page, each whole."""
+    return re.findall(r"(?:^\|.*\|\n)+", page.read_text() + "\n", re.MULTILINE)
+
+
+def test_docs_show_the_kept_results():
+    """Every table of figures in docs/benchmarks.md comes from the file of results, unchanged, and none is missing."""
     results, _ = bench.load(RESULTS)
-    text = (ROOT / "README.md").read_text()
-    for table in bench.tables(results):
-        assert table in text, table
+    page = ROOT / "docs/benchmarks.md"
+    kept = [table for text in bench.tables(results) for table in text.split("\n\n")]
+    assert all(table in page.read_text() for table in kept)
+    shown = [table.rstrip("\n") for table in tables_of(page)]
+    assert [table for table in shown if not table.startswith("| command |")] == sorted(kept, key=shown.index)
+
+
+def test_readme_shows_the_kept_results():
+    """The README's one table of figures: four rows of the results, unchanged."""
+    results, _ = bench.load(RESULTS)
+    rows = [row for row in results.rows if row.case in ("224", "1088x1920")]
+    assert len(rows) == 4
+    (shown,) = (table for table in tables_of(ROOT / "README.md") if re.search(r"\d (ms|us|MB)\b", table))
+    assert shown.rstrip("\n") == bench.table(rows, (CHANNELS_LAST, *bench.PEERS, FUSED))
 
 
 def test_kept_results_were_right():
