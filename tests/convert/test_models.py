@@ -75,6 +75,7 @@ def test_counts_are_the_published_ones(name, width, resolution, parameters, mult
     assert len(found.report.fused) == BLOCKS[name] and not found.report.skipped
 
 
+@pytest.mark.slow
 @by_torchvisions_name
 @pytest.mark.parametrize("width", [1.0, 0.35, 0.75, 1.4])
 def test_torchvisions_weights_load_and_give_its_logits(name, width):
@@ -106,6 +107,7 @@ by_width_and_size = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @by_name
 @by_width_and_size
 def test_fused_is_within_the_rule(name, width, size):

@@ -108,6 +108,7 @@ def test_linear_bottleneck_is_what_differs_and_what_is_fused(bottleneck):
         bottleneck.check_fused(linear, x_test, others)
 
 
+@pytest.mark.slow
 def test_linear_bottleneck_runs_and_draws(bottleneck, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "bottleneck.png"
@@ -126,6 +127,7 @@ def segmentation():
 
 
 # DeepLabV3+ has separable convolutions in its decoder, which are blocks too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fused_blocks", "share"), [("lraspp", 17, 0.6), ("unet", 17, 0.6), ("deeplabv3plus", 22, 0.75)]
 )
@@ -242,6 +244,7 @@ def test_ways_to_freeze_need_less_memory_and_agree(finetune, pair):
     assert not any(m.training for m in fused.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+@pytest.mark.slow
 def test_finetune_runs_and_draws(finetune, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "finetune.png"
