@@ -158,6 +158,7 @@ def test_results_are_the_same_alone_in_a_batch_and_on_more_threads(spec):
         assert torch.equal(inverted_residual(x, weights, **spec.geometry), whole)
 
 
+@pytest.mark.slow
 @by_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_squeeze_and_excite_keeps_or_computes_again(isa, dtype):
@@ -273,6 +274,7 @@ def test_gradients(spec):
         assert found.ok, found
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_compile(fresh_graphs):
     spec = SPECS[5]
     weights = pack(random_weights(spec))

@@ -71,6 +71,7 @@ def test_opcheck(spec, shape):
             torch.library.opcheck(op.default, (x, *packed, spec.stride, spec.residual))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "dtype"),
     [(SPECS[0], torch.bfloat16), (SPECS[1], torch.float64), (SPECS[2], torch.float32)],
@@ -240,6 +241,7 @@ def eager(block, x):
 compiles = pytest.mark.usefixtures("fresh_graphs")
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize(("grad", "expand_ratio"), [(False, 1), (True, 6)])
 def test_compile_with_inductor(grad, expand_ratio):
@@ -291,6 +293,7 @@ def test_compile_the_functional_form():
         )
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize(("backend", "grad"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
 def test_compiled_code_notices_changed_weights(grad, backend):

@@ -652,6 +652,7 @@ def test_blocks_of_several_families_in_one_sequence():
     assert all(m.fits_sequence() for m in fused)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["torchvision v3", "efficientnet", "timm, same padding", "transformers, stem"])

@@ -75,6 +75,7 @@ def test_counts_are_the_published_ones(name, width, resolution, parameters, mult
     assert len(found.report.fused) == BLOCKS[name] and not found.report.skipped
 
 
+@pytest.mark.slow
 @by_torchvisions_name
 @pytest.mark.parametrize("width", [1.0, 0.35, 0.75, 1.4])
 def test_torchvisions_weights_load_and_give_its_logits(name, width):
@@ -106,6 +107,7 @@ by_width_and_size = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @by_name
 @by_width_and_size
 def test_fused_is_within_the_rule(name, width, size):
@@ -119,6 +121,7 @@ def test_fused_is_within_the_rule(name, width, size):
     assert found.ok, found
 
 
+@pytest.mark.slow
 @by_name
 @by_width_and_size
 def test_each_block_is_within_the_rule_in_float64(name, width, size):
@@ -203,6 +206,7 @@ def test_gradients_in_eval(name):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 @by_name
 def test_weights_that_change_after_a_call_are_noticed(name):
     model, x = build(name, width_mult=0.25, num_classes=5), images(64, 64)
@@ -279,6 +283,7 @@ def test_dropout_is_passed_on():
         assert [m.p for m in dropouts] == [0.4]
 
 
+@pytest.mark.slow
 def test_models_and_cost_without_torchvision():
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
@@ -297,6 +302,7 @@ def test_models_and_cost_without_torchvision():
         assert f"{name} on 1x3x64x64" in ran.stdout and f"{count} blocks, " in ran.stdout
 
 
+@pytest.mark.slow
 def test_cost_as_a_command():
     command = [sys.executable, "-m", "mnv2_fused", "cost", "mobilenet_v1", "--resolution", "224"]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -27,6 +27,7 @@ def _one_thread():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_a_whole_model(name):
     entry = ZOO[name]
@@ -59,6 +60,7 @@ def test_a_whole_model(name):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
 def test_features_are_extracted_with_fused_blocks_as_leaves(name):
     model = perturb_batch_norm(getattr(models, name)(weights=None)).eval()
@@ -119,6 +121,7 @@ def test_the_table_of_one_model(capsys):
     assert sum(line.startswith("| mnv2_fused mobilenet_v3_small | 224 | 11 | 0 | ") for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
 def test_a_whole_detector_finds_the_same_boxes(name):
     """In float64, where no rounding decides which of two boxes is first."""

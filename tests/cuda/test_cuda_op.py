@@ -241,6 +241,7 @@ def test_a_toolkit_is_asked_for_its_folders(setup_py, tmp_path, monkeypatch):
     assert setup_py.find_toolkit(str(tmp_path)) is None
 
 
+@pytest.mark.slow
 @needs_source
 def test_requiring_it_without_a_toolkit_stops_the_build(tmp_path):
     pytest.importorskip("pybind11", reason="setup.py needs it, the installed wheel does not")
@@ -254,6 +255,7 @@ def test_requiring_it_without_a_toolkit_stops_the_build(tmp_path):
 # What was built, and what can run.
 
 
+@pytest.mark.slow
 def test_import_needs_no_driver():
     """The library asks for CUDA's runtime, the one torch brings, and for no driver."""
     if backends._cuda is None:
@@ -267,6 +269,7 @@ def test_import_needs_no_driver():
     assert backends._cuda.architectures.startswith(("sm_", "compute_")) and backends._cuda.toolkit >= 12000
 
 
+@pytest.mark.slow
 def test_a_library_that_does_not_load_costs_only_its_backend():
     code = (
         "import sys, torch; sys.modules['mnv2_fused._cuda'] = None\n"

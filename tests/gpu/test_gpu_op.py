@@ -335,6 +335,7 @@ def test_where_it_cannot_run_it_says_why():
         FusedInvertedResidual(8, 8, 1, 6, backend="triton").eval()(x)
 
 
+@pytest.mark.slow
 def test_info_tells():
     ran = subprocess.run([sys.executable, "-m", "mnv2_fused", "info"], capture_output=True, text=True)
     assert "backend triton" in ran.stdout and "backend cuda" in ran.stdout and "CUDA kernel" in ran.stdout

@@ -464,6 +464,7 @@ def test_a_compiled_graph_calls_the_op_that_keeps_what_it_folds(monkeypatch):
         assert "cached_inverted_residual" not in graph and "mnv2_fused.inverted_residual" in graph
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_transforms_run_the_modules(frozen):

@@ -10,6 +10,7 @@ import pytest
 from support.source_tree import ROOT
 
 
+@pytest.mark.slow
 def test_source_distribution_has_every_source(tmp_path):
     pytest.importorskip("pybind11", reason="setup.py needs it, the installed wheel does not")
     tree = tmp_path / "tree"

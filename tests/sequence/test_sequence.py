@@ -654,6 +654,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "expected"), NETWORKS.values(), ids=NETWORKS)
 def test_other_networks_are_one_call(make, expected, ran, copied):
     plain = perturb_batch_norm(unfuse(make(num_classes=10)).eval())

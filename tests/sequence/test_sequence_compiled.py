@@ -48,6 +48,7 @@ def folds(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_whole_model_is_one_op(backend, called, ran, folds):
@@ -101,6 +102,7 @@ def test_changed_weights_are_noticed(ran):
     assert ran == [WHOLE] * (len(changes) + 1)
 
 
+@pytest.mark.slow
 def test_its_weights_are_folded_while_it_is_traced_and_when_they_change(folds):
     model, x = fused_model(), make_x()
     before_running = []
@@ -123,6 +125,7 @@ IN_TRAINING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_TRAINING)
 def test_a_module_put_into_training_afterwards_is_noticed(name, ran):
     model, x = fused_model(), make_x()
@@ -139,6 +142,7 @@ def test_a_module_put_into_training_afterwards_is_noticed(name, ran):
     assert ran[-1] == WHOLE
 
 
+@pytest.mark.slow
 def test_train_runs_the_modules(ran):
     model, plain, x = fused_model(), copy.deepcopy(fitted()), make_x(4)
     graph = compiled(model)
@@ -152,6 +156,7 @@ def test_train_runs_the_modules(ran):
     torch.testing.assert_close(model.features[2].conv[3].running_mean, plain.features[2].conv[3].running_mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients(frozen, ran):
     model, plain, x = fused_model(), copy.deepcopy(fitted()), make_x()
@@ -176,6 +181,7 @@ def test_gradients(frozen, ran):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+@pytest.mark.slow
 def test_a_trainable_module_between_frozen_ones(ran):
     """What comes after it records, and runs by the modules."""
     model = fused_model().requires_grad_(False)
@@ -194,6 +200,7 @@ def test_a_trainable_module_between_frozen_ones(ran):
     torch.testing.assert_close(found, plain.features[2].weight.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_models_of_one_kind_keep_to_their_own_graphs(ran):
     """Their classes' code is the same, and so is its cache of graphs."""
     first, second = fused_model(), fused_model()
@@ -210,6 +217,7 @@ def test_two_models_of_one_kind_keep_to_their_own_graphs(ran):
     assert WHOLE not in ran and near(y, unfuse(third)(x))
 
 
+@pytest.mark.slow
 def test_copies_have_weights_of_their_own():
     model, x = fused_model(), make_x()
     graph = compiled(model)
@@ -220,6 +228,7 @@ def test_copies_have_weights_of_their_own():
     assert torch.equal(graph(x), model(x))
 
 
+@pytest.mark.slow
 def test_folded_weights_go_with_the_model():
     model = fused_model()
     compiled(model, "eager")(make_x())
@@ -232,6 +241,7 @@ def test_folded_weights_go_with_the_model():
     assert PackedCache.of(token) is None
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_are_one_graph(ran):
     model, graphs = fused_model(), []
     graph = compiled(model, lambda module, _: graphs.append(module) or module, dynamic=True)
@@ -242,6 +252,7 @@ def test_dynamic_shapes_are_one_graph(ran):
     assert ran == [WHOLE] * 6
 
 
+@pytest.mark.slow
 def test_autocast_runs_block_by_block(ran):
     model, x = fused_model(), make_x()
     graph = compiled(model)
@@ -252,6 +263,7 @@ def test_autocast_runs_block_by_block(ran):
     assert torch.equal(graph(x), model(x)) and ran == [WHOLE] * 2
 
 
+@pytest.mark.slow
 def test_an_input_of_another_dtype_raises_as_always():
     model, x = fused_model(), make_x()
     with pytest.raises(Exception, match=r"float64|double"):
@@ -275,6 +287,7 @@ STRUCTURE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTURE)
 def test_other_children_are_noticed(name):
     model, x = fused_model(), make_x()
@@ -286,6 +299,7 @@ def test_other_children_are_noticed(name):
     assert near(y, model(x)) and (y.shape != last.shape or not torch.allclose(y, last))
 
 
+@pytest.mark.slow
 def test_another_backend_of_a_block_is_noticed(ran):
     model, x = fused_model(), make_x()
     graph = compiled(model)
@@ -296,6 +310,7 @@ def test_another_backend_of_a_block_is_noticed(ran):
     assert ran == [[STEM], [B, B, POOLED, LINEAR]]
 
 
+@pytest.mark.slow
 def test_a_childs_name_is_its_own():
     block = fused_model().features[2]
     model = nn.Sequential()
@@ -315,6 +330,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_uncounted_writes_are_noticed_after_train_and_eval(name):
     model, x = fused_model(), make_x()
@@ -325,6 +341,7 @@ def test_uncounted_writes_are_noticed_after_train_and_eval(name):
     assert near(graph(x), unfuse(model)(x))
 
 
+@pytest.mark.slow
 def test_what_is_moved_or_unfused_is_not_kept():
     for change in (lambda model: model.half(), lambda model: unfuse(model, inplace=True)):
         model = fused_model()
@@ -335,6 +352,7 @@ def test_what_is_moved_or_unfused_is_not_kept():
         assert cache._kept is None
 
 
+@pytest.mark.slow
 def test_nothing_runs_twice_before_a_run_that_records():
     """In place, and counting: where the blocks record, what is in front of them has run already."""
     blocks = fused_model().features[2:4]
@@ -357,6 +375,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("kind", ["block", "sequence", "model"])
 def test_modes_are_switched_inside_a_graph(kind, name):
@@ -392,6 +411,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLACED)
 def test_other_layers_of_the_same_weights_are_noticed(name):
     model, x = fused_model(), make_x()
@@ -401,6 +421,7 @@ def test_other_layers_of_the_same_weights_are_noticed(name):
     assert near(graph(x), unfuse(model)(x))
 
 
+@pytest.mark.slow
 def test_another_pool_is_noticed():
     model = nn.Sequential(*fused_model().features[2:], nn.AdaptiveAvgPool2d(1)).eval()
     model, x = fuse(model), torch.randn(2, 8, 9, 10)
@@ -412,6 +433,7 @@ def test_another_pool_is_noticed():
     assert torch.compile(model, backend="aot_eager")(x).shape == (2, 1280, 3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["another block", "fused again"])
 def test_uncounted_writes_to_new_blocks(change):
     model, x = fused_model(), make_x()
@@ -437,6 +459,7 @@ class _Joined(nn.Module):
         return both[0] + both[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_children_that_give_no_tensor(grad):
     block = fused_model().features[2]
@@ -468,6 +491,7 @@ class Rescaled(nn.Module):
         return y1, y2, y3, y4, self.inner(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("what", ["sequence", "block"])
 def test_weights_that_a_graph_computes(what, backend):
@@ -485,6 +509,7 @@ def test_weights_that_a_graph_computes(what, backend):
         torch.testing.assert_close(inner(x), plain.inner(x), rtol=1e-3, atol=1e-4)  # by itself, after the graph
 
 
+@pytest.mark.slow
 def test_what_stands_for_the_modules_tensors_in_a_graph():
     """As CUDA graphs of torch.compile make it: other objects at the same places, which count no changes."""
     block = fused_model().features[2]
@@ -504,6 +529,7 @@ def test_what_stands_for_the_modules_tensors_in_a_graph():
     assert packed(1) is packed(2) is third
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["sequence", "block"])
 def test_forward_mode_after_a_graph_without(what):
     features = fused_model().requires_grad_(False).features
@@ -519,6 +545,7 @@ def test_forward_mode_after_a_graph_without(what):
     torch.testing.assert_close(*tangents, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hooked", "replaced"])
 def test_what_may_not_run_is_found_while_tracing(name, ran):
     model, x = fused_model(), make_x()
@@ -533,6 +560,7 @@ def test_what_may_not_run_is_found_while_tracing(name, ran):
     assert ran and WHOLE not in ran
 
 
+@pytest.mark.slow
 def test_inductors_layers_around_a_sequence(ran):
     """The graph's own layers, and their layouts, between ops."""
 
@@ -550,12 +578,14 @@ def test_inductors_layers_around_a_sequence(ran):
     assert ran == [[STEM, B, B, B, HEAD]] * 2
 
 
+@pytest.mark.slow
 def test_transforms_run_the_modules(ran):
     model, x = fused_model().requires_grad_(False), make_x()
     found = torch.compile(lambda x: torch.func.vmap(model)(x[None])[0], backend="eager")(x)
     assert near(found, fitted()(x)) and not ran
 
 
+@pytest.mark.slow
 def test_parameters_given_from_outside(ran):
     """torch.func.functional_call inside a graph: the op gets the weights that are given."""
     model, x = fused_model(), make_x()
@@ -567,6 +597,7 @@ def test_parameters_given_from_outside(ran):
     assert near(compiled(model)(x), unfuse(model)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_hold_their_weights(strict):
     model, x = fused_model(), make_x()
@@ -575,6 +606,7 @@ def test_exported_programs_hold_their_weights(strict):
     assert "cached_sequence" not in str(program.graph)
 
 
+@pytest.mark.slow
 def test_is_a_sequence_of_its_own():
     """Slices of a fused Sequential run and compile, too."""
     part = fused_model().features[1:4]

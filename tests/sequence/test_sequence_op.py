@@ -161,6 +161,7 @@ def test_stem_channels(c_in, hidden, isa):
             check_layers([stem(c_in, hidden, c_out, stride=2)], image(1, c_in, 12, 7))
 
 
+@pytest.mark.slow
 @poisoned
 @by_isa
 @pytest.mark.parametrize("c_in", [1, 3, 4])
@@ -239,6 +240,7 @@ def test_a_whole_network(name, length, isa, dtype):
         check_steps(CHAINS[name][:length], image(2, 3, 35, 30, dtype=dtype))
 
 
+@pytest.mark.slow
 @poisoned
 @by_isa
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -255,6 +257,7 @@ def test_activations_beside_blocks(activation, isa):
             check_layers([stem(3, 24, 8, 2, activation=activation, kernel=5, padding="same")], rgb)
 
 
+@pytest.mark.slow
 def test_images_that_a_squeeze_and_excite_keeps_apart():
     """More than fit beside each other: the batch runs in parts, the last of them smaller."""
     layers = [block(BlockSpec(8, 160, 8, squeeze_channels=8, residual=True)), head(8, 24, pool=True)]
@@ -369,6 +372,7 @@ def test_any_chain(chain, memory_format, dtype, isa, count):
         check_steps(layers, image(*shape, dtype=dtype).to(memory_format=memory_format))
 
 
+@pytest.mark.slow
 @poisoned
 @by_isa
 @by_length

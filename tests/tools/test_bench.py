@@ -70,6 +70,7 @@ def test_peers_refuse_what_they_cannot_run(engine):
         engines.ENGINES[engine](None, torch.ones(1, 3, 8, 8), torch.float16, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_every_engine_gives_the_network(engine):
     """Where it is installed; torch.compile and the peers are slow to build, so once each."""

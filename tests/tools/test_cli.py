@@ -227,6 +227,7 @@ def test_demo_names_what_else_is_missing(photo, tmp_path, capsys, monkeypatch):
     assert "pip install 'mnv2_fused[demo]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_digits(capsys):
     pytest.importorskip("sklearn")
     assert main(["demo", "--train-digits", "--quick", "--threads", "1"]) == 0

@@ -229,6 +229,7 @@ def test_fused_blocks_make_their_output_alone(batch, size):
     assert found.fused_bytes * 20 < found.eager_bytes and found.fused_peak * 4 < found.eager_peak
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 3, 448, 448), (2, 3, 224, 160)])
@@ -243,6 +244,7 @@ def test_computed_peaks_are_the_measured_ones(threads, shape):
     assert found.scratch_bytes > 0.01 * fused  # without which the last line would not hold
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     "name",
@@ -389,6 +391,7 @@ def test_timm_takes_names_of_weights():
     )
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_the_command():
     command = [sys.executable, "-m", "mnv2_fused", "cost", "mobilenet_v2", "-r", "64x96", "-b", "2", "--measure"]

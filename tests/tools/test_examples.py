@@ -50,6 +50,7 @@ def test_without_loss_the_spiral_comes_back():
     torch.testing.assert_close(through_relu(spiral(50), both)[0] * 2, spiral(50))
 
 
+@pytest.mark.slow
 def test_it_runs_and_draws(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "loss.png"
@@ -91,6 +92,7 @@ def test_linear_bottleneck_counts_dead_filters(bottleneck):
     assert after.dead == 3 and len(after.silent) == len(before.silent) == 400
 
 
+@pytest.mark.slow
 def test_linear_bottleneck_is_what_differs_and_what_is_fused(bottleneck):
     x_train, x_test, y_train, y_test = (t[:64] for t in bottleneck.digits(0))
     linear, relu6 = (
@@ -108,6 +110,7 @@ def test_linear_bottleneck_is_what_differs_and_what_is_fused(bottleneck):
         bottleneck.check_fused(linear, x_test, others)
 
 
+@pytest.mark.slow
 def test_linear_bottleneck_runs_and_draws(bottleneck, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "bottleneck.png"
@@ -126,6 +129,7 @@ def segmentation():
 
 
 # DeepLabV3+ has separable convolutions in its decoder, which are blocks too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fused_blocks", "share"), [("lraspp", 17, 0.6), ("unet", 17, 0.6), ("deeplabv3plus", 22, 0.75)]
 )
@@ -143,6 +147,7 @@ def test_segmentation_agrees_in_less_memory(segmentation, name, fused_blocks, sh
     assert whole[segmentation.FUSED] <= 1.02 * whole[segmentation.EAGER]
 
 
+@pytest.mark.slow
 def test_segmentation_gives_no_speed_for_a_wrong_result(segmentation, monkeypatch):
     def wrong(model):
         fused = mnv2_fused.convert.fuse(model)
@@ -194,6 +199,7 @@ def pair(finetune):
     return eager, mnv2_fused.fuse(eager), second.batch(torch.arange(2), 32)
 
 
+@pytest.mark.slow
 def test_frozen_norms_give_the_gradients_of_eager(finetune, pair):
     eager, fused, batch = pair
     found = finetune.gradient_errors(eager, fused, *batch)
@@ -208,6 +214,7 @@ def test_frozen_norms_give_the_gradients_of_eager(finetune, pair):
     assert wrong.other_gates[finetune.FUSED] > found.other_gates[finetune.FUSED]
 
 
+@pytest.mark.slow
 def test_open_gates_are_those_of_every_relu6(finetune, pair):
     """As hooks on the modules see them."""
     eager, fused, (x, _) = pair
@@ -225,6 +232,7 @@ def test_open_gates_are_those_of_every_relu6(finetune, pair):
     assert 0.2 < torch.cat([g.flatten() for g in expected]).double().mean() < 0.95
 
 
+@pytest.mark.slow
 def test_ways_to_freeze_need_less_memory_and_agree(finetune, pair):
     eager, fused, _ = pair
     found = finetune.measure_memory(eager, fused, batch=2, resolution=96)
@@ -242,6 +250,7 @@ def test_ways_to_freeze_need_less_memory_and_agree(finetune, pair):
     assert not any(m.training for m in fused.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+@pytest.mark.slow
 def test_finetune_runs_and_draws(finetune, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "finetune.png"

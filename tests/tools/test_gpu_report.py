@@ -389,6 +389,7 @@ def other_tests(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_tests_are_counted(other_tests):
     passing = f"import os\ndef test_a(): assert os.environ['MNV2_FUSED_FUZZ'] == '{gpu_tables.FUZZ}'\n"
     passing += "def test_b(): assert 'TRITON_INTERPRET' not in os.environ"
@@ -399,6 +400,7 @@ def test_tests_are_counted(other_tests):
     assert found["bad"] == ["tests/triton_backend/test_triton.py::test_c"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
 def test_tests_that_take_too_long_are_interrupted(other_tests, handler):
     before = signal.signal(signal.SIGINT, handler)

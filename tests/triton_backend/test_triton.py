@@ -28,6 +28,7 @@ from mnv2_fused.testing import block_agreement, random_weights
 pytestmark = pytest.mark.usefixtures("poison")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NO_TRITON is None, reason="the kernel's tests run in this process")
 def test_in_the_interpreter():
     """Every test of the kernel, here and in two other files, in two processes at a time."""

@@ -54,6 +54,7 @@ def hardest(tile, kind, capability):
     return max(found, key=lambda f: f[:3])[3:] if found else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "capability"), CASES, ids=[f"{k}-sm_{c}" for k, c in CASES])
 @pytest.mark.parametrize("tile", TILES, ids=[f"{t[0]}x{t[1]}-{t[2]}-{t[3]}-{t[4]}" for t in TILES])
 def test_fits_and_does_not_spill(tile, kind, capability):
@@ -89,6 +90,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "kind", "capability"), VARIANTS, ids=str)
 def test_variants_fit_and_do_not_spill(spec, kind, capability):
     """As the planner runs single images; of a squeeze-and-excite both passes. More of them are in the table."""
@@ -106,6 +108,7 @@ def test_variants_fit_and_do_not_spill(spec, kind, capability):
         assert pooling.stack <= MOST_STACK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integers", ["i32", "i64", 1])
 def test_every_kind_of_size_compiles(integers):
     """Strides beyond 2^31, and sizes of 1, which triton compiles into the kernel, as of one image of one pixel."""
