@@ -167,7 +167,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures every engine, or shows what was measured before."""
-    from .tools import bench
+    from .tools import bench, bench_results
 
     for name in ("matplotlib", "torchvision"):
         if importlib.util.find_spec(name) is None:
@@ -177,7 +177,7 @@ def run_bench(args: argparse.Namespace) -> int:
         raise RuntimeError(f"the folder of --output {args.output} does not exist; create it first")
     if args.results:
         try:
-            results, _ = bench.load(Path(args.results))
+            results, _ = bench_results.load(Path(args.results))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RuntimeError(f"{args.results} is no result of this benchmark: {error}") from error
         return bench.show(results, plot)
