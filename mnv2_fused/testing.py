@@ -264,8 +264,13 @@ def of_peak(operations: float, timing: Timing, peak: Timing, dtype: torch.dtype 
 
 
 def multiply_adds(spec: BlockSpec, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of one block on [N, C_in, H, W], without halo recompute: the useful work."""
+    """Multiply-adds of one block on [N, C_in, H, W], as the papers count them: no biases, no halo recompute.
+
+    Products with zeros of the padding count, as they do for torch's own convolutions.
+    """
     n, _, height, width = input_shape
-    out_pixels = ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
+    out_height, out_width = spec.out_size(height, width)
     expand = spec.in_channels * height * width if spec.expand else 0
-    return n * spec.hidden_channels * (expand + (9 + spec.out_channels) * out_pixels)
+    squeeze = 2 * spec.squeeze_channels  # two 1x1 products on one pixel
+    after = (spec.kernel**2 + spec.out_channels) * out_height * out_width
+    return n * spec.hidden_channels * (expand + after + squeeze)
