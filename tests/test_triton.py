@@ -291,27 +291,30 @@ MUTATIONS = {
     "order of taps": ("return kernel * row + col if", "return kernel * col + row if"),
     "last rows": ("(given & (r < out_height)", "(given & (r < out_height - 1)"),
     "first clamp": ("tl.minimum(tl.maximum(v, 0.0, propagate_nan=_ALL), cap", "tl.minimum(v, cap"),
-    "second clamp": ("result = _activate(sums[o], ACTIVATION)", "result = sums[o]"),
+    "second clamp": ("result = activate(sums[o], ACTIVATION)", "result = sums[o]"),
 }  # fmt: skip
 
 
 def mutated(tmp_path, original, replacement):
-    """The kernel's module with one line of its source changed."""
-    path = Path(mnv2_fused.__file__).parent / "triton_backend" / "kernels.py"
-    source = path.read_text()
-    assert source.count(original) == 1, original
-    changed = tmp_path / "kernels.py"
-    changed.write_text(source.replace(original, replacement))
-    found = importlib.util.spec_from_file_location("mnv2_fused.triton_backend.mutated_kernels", changed)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    """The kernels' module with one line of its source, or of the parts', changed."""
+    folder = Path(mnv2_fused.__file__).parent / "triton_backend"
+    sources = {name: (folder / f"{name}.py").read_text() for name in ("parts", "kernels")}
+    assert sum(source.count(original) for source in sources.values()) == 1, original
+    for name, source in sources.items():
+        changed = tmp_path / f"{name}.py"
+        source = source.replace("from .parts import", "from .mutated_parts import")
+        changed.write_text(source.replace(original, replacement))
+        found = importlib.util.spec_from_file_location(f"mnv2_fused.triton_backend.mutated_{name}", changed)
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # where the kernels look for the parts
+        found.loader.exec_module(module)
     return module
 
 
 @kernel
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     spec = BlockSpec(8, 48, 8, residual=True)
     x, weights = random_input(spec, 2, (6, 6)).to(DEVICE), weights_of(spec, expand_bias=5)
@@ -328,7 +331,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
 
 @kernel
 def test_infinite_input_shows_unmasked_padding_channels(tmp_path, monkeypatch):
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     spec = SPECS[1]  # 50 channels: 14 of the last group are padding
     x, weights = random_input(spec, 1, (5, 5)).to(DEVICE), weights_of(spec)

@@ -280,10 +280,10 @@ MUTATIONS = {
     "columns before": ("* DILATION - left", "* DILATION - top", SPECS[4]),
     "fifth tap": ("0 <= row < kernel and", "0 <= row < 3 and", SPECS[0]),
     "order of taps": ("return kernel * row + col if", "return 3 * row + col if", SPECS[0]),
-    "halo": ("tl.where((cap > 0.0)[:, None], _activate(e, ACTIVATION), 0.0)", "_activate(e, ACTIVATION)", SPECS[0]),
+    "halo": ("tl.where((cap > 0.0)[:, None], activate(e, ACTIVATION), 0.0)", "activate(e, ACTIVATION)", SPECS[0]),
     "hardswish": ("_relu6(v + 3.0, 6.0)", "_relu6(v + 2.9, 6.0)", SPECS[0]),
     "silu": ("tl.exp(-v)", "tl.exp(-1.05 * v)", SPECS[1]),
-    "output's activation": ("result = _activate(result, OUT_ACTIVATION)", "pass", SPECS[2]),
+    "output's activation": ("result = activate(result, OUT_ACTIVATION)", "pass", SPECS[2]),
     "gate": ("(d[o] * gates)", "(d[o])", SPECS[0]),
     "gate of another image": ("gate + image[:, None] * HIDDEN", "gate + 0 * image[:, None] * HIDDEN", SPECS[0]),
     "border in the pool": ("tl.where(there[:, None], d[o], 0.0)", "d[o]", SPECS[0]),
@@ -300,7 +300,7 @@ def test_two_contrasts(spec):
 @kernel
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     original, replacement, spec = MUTATIONS[name]
     broken = mutated(tmp_path, original, replacement)
@@ -319,7 +319,7 @@ def of_two_contrasts(spec):
 @kernel
 def test_a_nan_beside_the_image_of_dilated_taps_is_noticed(tmp_path, monkeypatch):
     """The pixel that a position outside reads need not lie under dilated taps: cutting off would keep its NaN."""
-    from mnv2_fused import triton_launch
+    from mnv2_fused.triton_backend import launch as triton_launch
 
     spec = SPECS[3]
     x, weights = random_input(spec, 1, (5, 5)).to(DEVICE), weights_of(spec)
