@@ -5,7 +5,8 @@
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
 # make gpu-profile OUT=folder  there, too: what bounds the CUDA kernel in its three slowest blocks, by Nsight Compute
 # make gpu-sanitize   there, too: NVIDIA's memcheck, racecheck and synccheck over the CUDA kernel's tests
-# make test   the whole test suite, under the pinned torch and under a newer one
+# make quick  what one runs between edits: some tests of every folder, in less than two minutes on two processors
+# make test   the whole test suite, under the pinned torch and under a newer one; which lines of Python it runs
 # Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed. Where a CUDA
 # toolkit is at hand, the CUDA kernel is built too; MNV2_FUSED_CUDA=0 leaves it out.
 
@@ -28,20 +29,24 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(shell find mnv2_fused -name '*.py')
 
-.PHONY: demo test test-pinned test-next bench families gpu-report gpu-profile gpu-sanitize chain lint format clean
+.PHONY: demo quick test test-pinned test-next bench families gpu-report gpu-profile gpu-sanitize chain lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/python -m mnv2_fused demo
 
+quick: $(VENV)/built
+	MNV2_FUSED_FUZZ=10 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
 test: test-pinned test-next
 
 test-pinned: $(VENV)/built
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) --cov=mnv2_fused --cov-report=term
 
 # From tests/, so that the installed wheel is imported and not the source tree.
 test-next: $(VENV_NEXT)/installed
-	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) test_block.py test_general_block.py test_inputs.py test_op.py test_plan.py test_sequence_op.py test_cuda_op.py
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) \
+	  block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
@@ -67,7 +72,7 @@ gpu-profile:
 gpu-sanitize:
 	for tool in memcheck racecheck synccheck; do \
 	  PYTHONPATH=. MNV2_FUSED_FUZZ=10 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -x \
-	    -p no:cacheprovider tests/test_cuda_op.py tests/test_gpu_sequence.py \
+	    -p no:cacheprovider tests/cuda/test_cuda_op.py tests/gpu/test_gpu_sequence.py \
 	    -k "mobilenet or any_shape or channels or sizes" || exit 1; \
 	done
 
@@ -92,8 +97,8 @@ format: $(VENV)/built
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) $(TORCHVISION) setuptools wheel ninja pybind11
-	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-xdist pytest-benchmark hypothesis expecttest \
-	  scikit-learn matplotlib tqdm ruff clang-format
+	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-xdist pytest-benchmark pytest-cov hypothesis expecttest \
+	  scikit-learn matplotlib tqdm ruff clang-format import-linter
 	$(BIN)/pip install -q --disable-pip-version-check $(FAMILIES)
 	touch $@
 

@@ -27,6 +27,13 @@ from gpu_tables import FUZZ, Report, draw
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("torch", "torchvision", "triton", "pytest", "hypothesis", "pybind11", "setuptools")
+# Of what runs on a GPU, what comes first.
+TESTS = (
+    "tests/cuda/test_cuda_op.py",
+    "tests/gpu/test_gpu_op.py",
+    "tests/gpu/test_gpu_sequence.py",
+    "tests/triton_backend/test_triton.py",
+)
 _PHOTO, _SQUARE = (1088, 1920), (224, 224)
 
 
@@ -136,7 +143,7 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    command += ["tests/test_cuda_op.py", "tests/test_gpu_op.py", "tests/test_gpu_sequence.py", "tests/test_triton.py"]
+    command += TESTS
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MNV2_FUSED_BACKEND")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment |= {"MNV2_FUSED_FUZZ": str(FUZZ), "PYTHONPATH": path}
@@ -278,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mnv2_fused.tools import bench_results
 
     if not gpu_timing.runnable_backends():
-        print(f"no GPU report: {gpu_timing.ops.backend_reasons(gpu_timing.torch.device('cuda'))}", file=sys.stderr)
+        print(f"no GPU report: {gpu_timing.backends.backend_reasons(gpu_timing.torch.device('cuda'))}", file=sys.stderr)
         return 1
     report = Report(seconds={"build": round(built, 1)})
     found = sections(report, options.output, budget)

@@ -14,8 +14,11 @@ import hypothesis
 import pytest
 import torch
 
-from mnv2_fused import encoding, ops
+from mnv2_fused import backends, encoding, ops
 from mnv2_fused.encoding import LayerKind
+
+# So that a failed assertion in them shows its values, as one in a test does.
+pytest.register_assert_rewrite("support.checks", "support.models")
 
 # Without it cuBLAS refuses to run on a GPU once a test asks for deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -46,6 +49,29 @@ def exact_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter patches triton.language anew for each helper a kernel calls: half of the time.
+
+    For helpers of the kernel's own module, patching at the kernel is enough.
+    """
+    if not backends.triton_interpreted():
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching = InterpretedFunction.__call__
+
+    def call(self, *args, **options):
+        if self.fn.__module__.startswith("mnv2_fused."):
+            return self.rewrite()(*args, **options)
+        return patching(self, *args, **options)
+
+    InterpretedFunction.__call__ = call
+    yield
+    InterpretedFunction.__call__ = patching
+
+
 @pytest.fixture
 def fresh_graphs():
     """For tests that compile: none sees another's graphs."""
@@ -64,19 +90,6 @@ def poison():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
-
-
-def scripted(make):
-    """``make()`` through torch.jit.script, which knows builtins by id(): a tuple may have that of one long gone."""
-    made, builtins = [], torch.jit._builtins._get_builtin_table()
-
-    def mistaken():
-        values = (value for module in made[-1].modules() for value in vars(module).values())
-        return any(isinstance(value, list | tuple) and id(value) in builtins for value in values)
-
-    while not made or mistaken():
-        made.append(make())  # all are kept, so that the next ones have other ids
-    return torch.jit.script(made[-1])
 
 
 def through_pickle(module):

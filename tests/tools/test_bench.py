@@ -1,0 +1,170 @@
+"""The benchmark itself: what it times is right, what is missing is named, and README shows what was measured."""
+
+import importlib.util
+
+import pytest
+import torch
+from support.source_tree import ROOT
+
+pytest.importorskip("torchvision")
+
+from mnv2_fused.__main__ import main
+from mnv2_fused.tools import bench, bench_results, bench_tables, engines
+from mnv2_fused.tools.bench import Case
+from mnv2_fused.tools.bench_results import V1, Results, Row, bfloat16
+from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED
+
+RESULTS = ROOT / "benchmarks/results/cpu.json"
+SMALL = Case((64, 64), engines=(CHANNELS_LAST, FUSED), bfloat16=(FUSED,), v1=True)
+
+
+@pytest.fixture(scope="module")
+def row():
+    return bench.measure(SMALL, seconds=0.5)
+
+
+def test_measure(row):
+    assert (row.case, row.threads, row.batch, row.pixels) == ("64", 1, 1, 64 * 64)
+    names = {CHANNELS_LAST, FUSED, bfloat16(FUSED), V1}
+    assert row.milliseconds.keys() == row.over_fused.keys() == row.over_bfloat16.keys() == names
+    assert all(ms > 0 for ms in row.milliseconds.values())
+    assert row.over_fused[FUSED] == row.over_bfloat16[bfloat16(FUSED)] == 1
+    assert row.over_fused[V1] * row.over_bfloat16[FUSED] == pytest.approx(row.over_bfloat16[V1], rel=0.5)
+    assert row.peak_bytes[FUSED] < row.peak_bytes[CHANNELS_LAST]
+    assert row.error.keys() == names - {V1}
+    assert row.missing == {}
+
+
+def test_measure_leaves_threads_as_they_were():
+    before = torch.get_num_threads()
+    bench.measure(Case((32, 32), threads=before + 1, engines=(FUSED,), bfloat16=()), seconds=0.1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("engine", [FUSED, CHANNELS_LAST])
+@pytest.mark.parametrize("wrong", [lambda y: y + 0.1, lambda y: y * float("nan"), lambda y: y.roll(1, 1)])
+def test_wrong_results_are_not_timed(monkeypatch, engine, wrong):
+    right = engines.ENGINES[engine]
+
+    def build(*args):
+        call = right(*args)
+        return lambda: wrong(call())
+
+    monkeypatch.setitem(engines.ENGINES, engine, build)
+    with pytest.raises(RuntimeError, match=f"{engine} is wrong"):
+        bench.measure(Case((32, 32), engines=(engine,), bfloat16=()), seconds=0.1)
+
+
+def test_a_missing_engine_is_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("openvino", "onnx") else find(name))
+    row = bench.measure(Case((32, 32), engines=(*engines.PEERS, FUSED), bfloat16=("OpenVINO",)), seconds=0.1)
+    assert row.milliseconds.keys() == {FUSED}
+    assert row.missing.keys() == {"OpenVINO", "ONNX Runtime", bfloat16("OpenVINO")}
+    assert all("pip install 'mnv2_fused[peers]'" in reason for reason in row.missing.values())
+
+
+@pytest.mark.parametrize("engine", engines.PEERS)
+def test_peers_refuse_what_they_cannot_run(engine):
+    with pytest.raises(engines.EngineMissing, match=r"float16"):
+        engines.ENGINES[engine](None, torch.ones(1, 3, 8, 8), torch.float16, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_every_engine_gives_the_network(engine):
+    """Where it is installed; torch.compile and the peers are slow to build, so once each."""
+    model, x = bench.mobilenet_v2(0.35), torch.randn(1, 3, 32, 32)
+    try:
+        call = engines.ENGINES[engine](model, x, torch.float32, 1)
+    except engines.EngineMissing as missing:
+        pytest.skip(str(missing))
+    with torch.no_grad():
+        torch.testing.assert_close(engines.as_tensor(call()), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_growth_is_per_pixel():
+    growth = bench.measure_growth(sizes=((32, 32), (64, 32)), rounds=1)
+    assert {CHANNELS_LAST, FUSED, bfloat16(FUSED)} <= growth.keys()
+    assert all(found.keys() == {"32x32", "64x32"} and min(found.values()) > 0 for found in growth.values())
+
+
+def test_resident_growth_is_that_of_one_process():
+    grown = bench.resident_growth(CHANNELS_LAST, torch.float32, (512, 512), 1)
+    assert 20e6 < grown < 500e6  # eager's largest pair of tensors is 50 MB
+    with pytest.raises(RuntimeError, match="measuring abacus failed"):
+        bench.resident_growth("abacus", torch.float32, (8, 8), 1)
+
+
+def test_results_come_back_as_they_were_kept(tmp_path, row):
+    path = tmp_path / "new folder" / "cpu.json"
+    results = Results([row], {FUSED: 10**6}, {FUSED: {"8x8": 1.5}})
+    bench_results.save(path, results, bench_block=[{"block": "1"}])
+    found, everything = bench_results.load(path)
+    assert found == results
+    assert everything["bench_block"] == [{"block": "1"}]
+    assert everything["machine"]["torch"] == torch.__version__
+    assert {"processor", "cores", "instruction set", "commit"} <= everything["machine"].keys()
+
+
+def test_tables(row):
+    results = Results([row], {FUSED: 12_000_000}, {FUSED: {"8x8": 1.0, "16x8": 1.25}, "OpenVINO": {"16x8": 3.0}})
+    first, second, memory, puzzle, growth = bench_tables.tables(results)
+    assert first.splitlines()[0] == (
+        "| MobileNetV2 | threads | eager | eager channels_last | torch.compile | ONNX Runtime | OpenVINO | fused |"
+    )
+    fused_ms = f"{row.milliseconds[FUSED]:.2f} ms"
+    assert first.splitlines()[2].startswith("| 64 | 1 |  | ") and first.endswith(f"x |  |  |  | **{fused_ms}** |")
+    assert "fused bfloat16" in second and "x less" in memory and "12 MB" in memory
+    assert puzzle.splitlines()[2].startswith("| 64 | 1 | ")
+    assert growth.splitlines()[0] == "| ns per pixel | 8x8 | 16x8 | most over least |"
+    assert growth.splitlines()[2:] == ["| fused | 1.0 | 1.2 | 1.25 |", "| OpenVINO |  | 3.0 | 1.00 |"]
+
+
+def test_the_command_line_shows_results(tmp_path, capsys, row):
+    path, plot = tmp_path / "cpu.json", tmp_path / "bench.png"
+    bench_results.save(path, Results([row, Row("224", 1, 1, 50176, missing={"OpenVINO": "not here"})], {FUSED: 10**6}))
+    assert main(["bench", "--results", str(path), "--output", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert "| 64 | 1 |" in out and "not measured: OpenVINO: not here" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"models": [{"no": 1}], "resident": {}}'])
+def test_the_command_line_refuses_other_files(tmp_path, capsys, content):
+    path = tmp_path / "cpu.json"
+    path.write_text(content)
+    assert main(["bench", "--results", str(path), "--output", str(tmp_path / "bench.png")]) == 1
+    assert "is no result of this benchmark" in capsys.readouterr().err
+
+
+def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):
+    assert main(["bench", "--results", str(tmp_path / "none.json")]) == 1
+    assert "none.json is no result" in capsys.readouterr().err
+    assert main(["bench", "--output", str(tmp_path / "no" / "folder.png")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    monkeypatch.setenv("MNV2_FUSED_BACKEND", "eager")
+    assert main(["bench", "--output", str(tmp_path / "bench.png")]) == 1
+    assert "leaves nothing to measure" in capsys.readouterr().err
+
+
+def test_readme_shows_the_kept_results():
+    """Every table of the README comes from the file of results, unchanged."""
+    results, _ = bench_results.load(RESULTS)
+    text = (ROOT / "README.md").read_text()
+    for table in bench_tables.tables(results):
+        assert table in text, table
+
+
+def test_kept_results_were_right():
+    """Every engine's error was kept beside its time, and every time belongs to an engine that is known."""
+    results, everything = bench_results.load(RESULTS)
+    names = [*engines.ENGINES, *map(bfloat16, engines.ENGINES), V1]
+    for row in results.rows:
+        assert set(row.milliseconds) <= set(names)
+        assert row.error.keys() == row.milliseconds.keys() - {V1}
+        assert row.over_fused.keys() == row.milliseconds.keys()
+        if bfloat16(FUSED) in row.milliseconds:
+            assert row.error[bfloat16(FUSED)] > row.error[FUSED]
+    assert set(results.resident) | set(results.growth) <= set(names)
+    assert len(everything["machine"]["commit"]) >= 7
