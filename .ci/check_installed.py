@@ -1,4 +1,7 @@
-"""Fused blocks of an installed wheel against eager: exits with an error where the wheel does not work."""
+"""Fused blocks of an installed wheel against eager: exits with an error where the wheel does not work.
+
+The only argument is the folder that the package has to be imported from; without it the environment of this Python.
+"""
 
 import sys
 from pathlib import Path
@@ -8,9 +11,10 @@ import torch
 import mnv2_fused
 from mnv2_fused import BlockSpec, backends, inverted_residual, models, report, testing, unfuse
 
-package = Path(mnv2_fused.__file__).parent
-if not package.is_relative_to(sys.prefix):
-    sys.exit(f"{package} was imported, not the wheel that is installed in {sys.prefix}; run from another folder")
+package = Path(mnv2_fused.__file__).resolve().parent
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else sys.prefix).resolve()
+if not package.is_relative_to(folder):
+    sys.exit(f"{package} was imported, not the wheel that is installed in {folder}")
 if (why := backends.backend_reasons()["cpu"]) is not None:
     sys.exit(f"the CPU kernel cannot run: {why}")
 
