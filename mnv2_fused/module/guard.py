@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import backends
@@ -32,7 +32,7 @@ class Watch:
         modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
         self.next_hook = next_hook
         tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
-        self.tensors = [t for t in tensors if t is not None and t.is_floating_point()]
+        self.tensors: list[Tensor] = [t for t in tensors if t is not None and t.is_floating_point()]
         # Aliases keep the storages alive, so that no other tensor can appear at the same address.
         self._aliases = [t.detach() for t in self.tensors]
         self._native = backends._C.Watch(
@@ -49,7 +49,7 @@ class Watch:
         return RemovableHandle.next_id == self.next_hook and self._native.holds()
 
 
-def hooks_of(module: nn.Module) -> list[dict]:
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """The dictionaries that hold a module's hooks."""
     return [
         module._forward_hooks,

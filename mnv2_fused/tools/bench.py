@@ -212,7 +212,7 @@ def measure_growth(sizes: Sequence[tuple[int, int]] = GROWTH, rounds: int = 5) -
     engines = [(e, torch.float32) for e in _TORCH_AND_PEERS] + [(e, torch.bfloat16) for e in ("OpenVINO", FUSED)]
     calls: dict[tuple[str, tuple[int, int]], Call] = {}
     with testing.threads(1), torch.inference_mode(False), torch.no_grad():
-        features = mobilenet_v2(1.0).features
+        features: Any = mobilenet_v2(1.0).features
         for size in sizes:
             x = torch.randn(1, 3, *size)
             for engine, dtype in engines:

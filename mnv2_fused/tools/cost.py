@@ -13,6 +13,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ class Cost:
 
     def __str__(self) -> str:
         header = "layer|type|output|params|M madds|eager MiB|fused MiB|eager live|fused live|separable"
-        rows = [header.split("|")]
+        rows: list[list[str]] = [list(header.split("|"))]
         for layer in self.layers:
             rows.append(
                 [
@@ -194,7 +195,7 @@ def _fused_storages(
     works: dict[str, int] = defaultdict(int)  # bytes, by a run's first module
     runs = _runs(model)
     for block in found.blocks:
-        if block.bytes_never_written is None:
+        if block.spec is None or block.bytes_never_written is None:
             continue
         kernels[block.name] = 0
         first = runs.get(block.name, [block.name])[0]
@@ -236,10 +237,11 @@ def _runs(model: nn.Module) -> dict[str, list[str]]:
     for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
         if not sequence.layers_now():
             continue
-        for is_run, entries in itertools.groupby(
+        for _, entries in itertools.groupby(
             layers_of(sequence.fusable_children()[0]), lambda entry: isinstance(entry, Layer)
         ):
-            modules = [names[m] for layer in entries for m in layer.modules if m in names] if is_run else []
+            layers = [entry for entry in entries if isinstance(entry, Layer)]
+            modules = [names[m] for layer in layers for m in layer.modules if m in names]
             for name in modules:
                 runs.setdefault(name, modules)
     return runs
@@ -309,7 +311,8 @@ def _compared(eager: int, fused: int) -> str:
 
 def measured_peaks(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
     """The most bytes that torch's allocator holds in a call of eager, in channels_last, and of ``fuse(model)``."""
-    plain = unfuse(model).eval().to(memory_format=torch.channels_last)
+    plain: Any = unfuse(model).eval()
+    plain = plain.to(memory_format=torch.channels_last)
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     x = torch.randn(*input_shape).to(dtype)
     if x.dim() == 4:

@@ -49,7 +49,7 @@ class Call:
 
     first: int
     last: int
-    input_shape: torch.Size | None
+    input_shape: torch.Size  # of the first tensor given; empty without one
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Product:
     row: int
     multiply_adds: int
     elements: int  # that it puts out
-    weight_shape: torch.Size | None = None  # of a convolution, not transposed
+    weight_shape: tuple[int, ...] = ()  # of a convolution that is not transposed, else empty
     groups: int = 1
     same_pixels: bool = False  # it puts out as many as it takes
     source: Product | None = None  # whose output it takes, perhaps through norms and activations
@@ -68,12 +68,12 @@ class Product:
     def depthwise(self) -> bool:
         """k x k, one filter a channel."""
         w = self.weight_shape
-        return w is not None and self.groups == w[0] > 1 and w[1] == 1 and math.prod(w[2:]) > 1
+        return bool(w) and self.groups == w[0] > 1 and w[1] == 1 and math.prod(w[2:]) > 1
 
     @property
     def pointwise(self) -> bool:
         w = self.weight_shape
-        return w is not None and self.groups == 1 and math.prod(w[2:]) == 1 and self.same_pixels
+        return bool(w) and self.groups == 1 and math.prod(w[2:]) == 1 and self.same_pixels
 
 
 class Trace(TorchDispatchMode):
@@ -82,7 +82,7 @@ class Trace(TorchDispatchMode):
     def __init__(self, model: nn.Module, x: Tensor, counter: FlopCounterMode) -> None:
         super().__init__()
         self.rows: list[Row] = []
-        self.ops = 0  # so far
+        self.ops: int = 0  # so far
         self.storages: list[Storage] = []
         self.calls: dict[str, list[Call]] = defaultdict(list)
         self.products: list[Product] = []
@@ -91,18 +91,18 @@ class Trace(TorchDispatchMode):
         self._outside = {_key(t) for t in (*model.parameters(), *model.buffers(), x)}
         self._live: dict[int, Storage] = {}
         self._sources: dict[int, Product] = {}  # of what is live now
-        self._stack: list[tuple[str, nn.Module, int, int, torch.Size | None]] = []
+        self._stack: list[tuple[str, nn.Module, int, int, torch.Size]] = []
         self._numbers = itertools.count()
         for name, module in model.named_modules():
             self._watch(name, module)
 
     def _watch(self, name: str, module: nn.Module) -> None:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+            shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.Size())
             self._stack.append((name, module, next(self._numbers), self.ops, shape))
 
         def leave(*_: Any) -> None:
-            *_, first, shape = self._stack.pop()
+            _name, _module, _number, first, shape = self._stack.pop()
             self.calls[name].append(Call(first, self.ops - 1, shape))
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
