@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 
 try:
     _C: Any = importlib.import_module("mnv2_fused._C")
-except ImportError as error:  # a source checkout that was never built, or a torch older than the build
+except ImportError as _error:  # a source checkout that was never built, or a torch older than the build
     _C = None
-    _load_error: str | None = str(error)
+    _load_error: str | None = str(_error)
 else:
     _load_error = None
 

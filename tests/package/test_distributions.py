@@ -30,7 +30,7 @@ def test_a_wheel_gets_every_module_of_the_package_and_nothing_else(tmp_path):
 @pytest.mark.skipif(not DISTRIBUTIONS, reason="make test-sdist builds them")
 def test_a_finished_wheel():
     (wheel,) = (path for path in DISTRIBUTIONS if path.suffix == ".whl")
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name and name[-1] != "/"}
     (library,) = names - PACKAGE
     assert names - {library} == PACKAGE
     assert library.startswith("mnv2_fused/_C.") and library.endswith(".so")
