@@ -7,7 +7,8 @@
 # make gpu-sanitize   there, too: NVIDIA's memcheck, racecheck and synccheck over the CUDA kernel's tests
 # make quick  what one runs between edits: some tests of every folder, in less than two minutes on two processors
 # make coverage  the same, and which lines of Python ran
-# make test   the whole test suite, under the pinned torch and under a newer one
+# make wheels  what a release uploads, for every Python: see CONTRIBUTING.md
+# make test   the whole test suite, under the pinned torch and under a newer one, and a build from the sdist
 # Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed. Where a CUDA
 # toolkit is at hand, the CUDA kernel is built too; MNV2_FUSED_CUDA=0 leaves it out.
 
@@ -27,10 +28,14 @@ FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
 # environment; pip install without make takes all.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 
+# Pythons that a release has wheels for, each as a command.
+WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(shell find mnv2_fused -name '*.py')
 
-.PHONY: demo quick coverage test test-pinned test-next bench families gpu-report gpu-profile gpu-sanitize chain lint format clean
+.PHONY: demo quick coverage test test-pinned test-next test-sdist wheels bench families gpu-report gpu-profile gpu-sanitize chain \
+  lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -43,7 +48,7 @@ quick: $(VENV)/built
 coverage: $(VENV)/built
 	MNV2_FUSED_FUZZ=10 $(BIN)/python -m pytest -m "not slow" $(PARALLEL) --cov=mnv2_fused --cov-report=term
 
-test: test-pinned test-next
+test: test-pinned test-next test-sdist
 
 test-pinned: $(VENV)/built
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -52,6 +57,23 @@ test-pinned: $(VENV)/built
 test-next: $(VENV_NEXT)/installed
 	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) \
 	  block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py
+
+# The source distribution, built as pip builds it for a user: in an environment of its own, with the newer torch. Its
+# wheel has to run under the pinned torch, which is older. The constraint keeps pip from fetching any other torch.
+test-sdist: dist/sdist $(VENV)/packages
+	rm -rf build/from-sdist
+	mkdir -p build/from-sdist
+	echo '$(TORCH_NEXT)' > build/from-sdist/constraints.txt
+	MNV2_FUSED_CUDA=0 PIP_CONSTRAINT=$(CURDIR)/build/from-sdist/constraints.txt \
+	  $(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w build/from-sdist dist/sdist/*.tar.gz
+	MNV2_FUSED_DISTRIBUTIONS="$$(echo $(CURDIR)/dist/sdist/*.tar.gz $(CURDIR)/build/from-sdist/*.whl)" \
+	  $(BIN)/python -m pytest tests/package/test_distributions.py
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -t build/from-sdist/installed build/from-sdist/*.whl
+	PYTHONPATH=build/from-sdist/installed $(BIN)/python .ci/check_installed.py build/from-sdist/installed
+
+# Wheels of a release, audited and run: see CONTRIBUTING.md.
+wheels: dist/sdist
+	TORCH='$(TORCH_NEXT)' .ci/wheels dist/sdist/*.tar.gz dist/wheels $(WHEEL_PYTHONS)
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
@@ -96,6 +118,8 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
@@ -106,7 +130,8 @@ $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) $(TORCHVISION) setuptools wheel ninja pybind11
 	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-xdist pytest-benchmark pytest-cov hypothesis expecttest \
-	  scikit-learn matplotlib tqdm ruff clang-format import-linter
+	  scikit-learn matplotlib tqdm
+	$(BIN)/pip install -q --disable-pip-version-check ruff clang-format import-linter 'pyright[nodejs]' pre-commit build
 	$(BIN)/pip install -q --disable-pip-version-check $(FAMILIES)
 	touch $@
 
@@ -118,8 +143,12 @@ $(VENV)/peers: $(VENV)/built
 	$(BIN)/pip install -q --disable-pip-version-check onnx onnxruntime==1.32.0 openvino==2026.4.1
 	touch $@
 
+dist/sdist: $(VENV)/packages $(PACKAGE) MANIFEST.in
+	rm -rf $@
+	$(BIN)/python -m build --sdist --no-isolation --outdir $@ .
+
 dist/stamp: $(VENV)/packages $(PACKAGE)
-	rm -rf dist
+	rm -f dist/*.whl
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 	touch $@
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnv2_fused.tools import bench
+from mnv2_fused.tools import bench_results, bench_tables
 
-_kept = bench.Results()
+_kept = bench_results.Results()
 _tables: dict[str, list[dict[str, str]]] = defaultdict(list)
 
 
@@ -19,7 +19,7 @@ def table(request):
 
 
 @pytest.fixture
-def keep() -> bench.Results:
+def keep() -> bench_results.Results:
     """Whole networks' results, printed at the end and written with --results."""
     return _kept
 
@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 def pytest_sessionfinish(session):
     path = session.config.getoption("--results")
     if path and (_kept.rows or _tables):
-        bench.save(Path(path), _kept, **_tables)
+        bench_results.save(Path(path), _kept, **_tables)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def inference():
 def pytest_terminal_summary(terminalreporter):
     if _kept.rows:
         terminalreporter.section("bench_model")
-        terminalreporter.write_line("\n\n".join(bench.tables(_kept)))
+        terminalreporter.write_line("\n\n".join(bench_tables.tables(_kept)))
     for name, rows in _tables.items():
         terminalreporter.section(name)
         columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from zoo import ZOO, Entry, build, tensors_in
 
 from mnv2_fused import fuse, report, testing
-from mnv2_fused.tools import bench
+from mnv2_fused.tools import bench_results
+from mnv2_fused.tools.engines import Call
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/families.json"
@@ -89,7 +90,7 @@ def measure(name: str, entry: Entry, seconds: float) -> Row:
     )
 
 
-def _call(model: nn.Module, x: Tensor) -> bench.Call:
+def _call(model: nn.Module, x: Tensor) -> Call:
     def call() -> object:
         with torch.inference_mode():
             return model(x)
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(measure(name, ZOO[name], options.seconds))
         print(f"{name}: {rows[-1].ratio}, {rows[-1].eager_peak / rows[-1].fused_peak:.1f}x less", file=sys.stderr)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    content = {"machine": {**bench.machine(), **versions}, "models": [asdict(row) for row in rows]}
+    content = {"machine": {**bench_results.machine(), **versions}, "models": [asdict(row) for row in rows]}
     if options.only is not None:
         print(page(content))
         return 0

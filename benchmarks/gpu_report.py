@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     import gpu_timing
 
-    from mnv2_fused.tools import bench
+    from mnv2_fused.tools import bench_results
 
     if not gpu_timing.runnable_backends():
         print(f"no GPU report: {gpu_timing.backends.backend_reasons(gpu_timing.torch.device('cuda'))}", file=sys.stderr)
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(seconds={"build": round(built, 1)})
     found = sections(report, options.output, budget)
     report.machine = {"date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"}
-    report.machine |= gpu_timing.device() | {"driver": driver_version()} | bench.machine()
+    report.machine |= gpu_timing.device() | {"driver": driver_version()} | bench_results.machine()
     run_sections(found, report, budget, lambda: report.save(options.output))
     print((options.output / "gpu.md").read_text())
     return 0 if report.ok else 1

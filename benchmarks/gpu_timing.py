@@ -19,6 +19,7 @@ from triton_prediction import Prediction
 from mnv2_fused import backends, cuda_plan, testing
 from mnv2_fused.testing import Timing
 from mnv2_fused.tools import bench, engines
+from mnv2_fused.tools.bench_results import V1
 from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED, Call
 
 GRAPHED = ", graphed"
@@ -171,8 +172,8 @@ def network_builders(model: nn.Module, v1: nn.Module, x: Tensor, modes: Sequence
     if modes:
         return builders | {COMPILED + mode: lambda mode=mode: compiled(model, x, mode) for mode in modes}
     builders["eager"] = lambda: engines.eager(model, x.contiguous(), dtype, 1)
-    builders[bench.V1] = lambda: channels_last(v1)
-    builders[bench.V1 + GRAPHED] = lambda: Graphed(channels_last(v1))
+    builders[V1] = lambda: channels_last(v1)
+    builders[V1 + GRAPHED] = lambda: Graphed(channels_last(v1))
     return builders
 
 
@@ -201,7 +202,7 @@ def build(builders: Builders, ends: Callable[[Tensor], Tensor], expected: tuple[
             with torch.inference_mode():
                 call().fill_(float("nan"))
                 y = call()
-                if not name.startswith(bench.V1):
+                if not name.startswith(V1):
                     row.error[name] = bench.check(name, engines.as_tensor(ends(y)), *expected)
         except bench.WrongResult as wrong:
             row.wrong[name] = str(wrong)
@@ -247,7 +248,7 @@ class Networks:
     def __init__(self, device: str = "cuda") -> None:
         self.device = device
         self.v2 = bench.mobilenet_v2(1.0).to(device)
-        v1 = testing.perturb_batch_norm(bench.mobilenet_v1().eval())
+        v1 = testing.perturb_batch_norm(bench.mobilenet_v1())
         self.v1 = testing.fit_batch_norm(v1, torch.randn(8, 3, 224, 224)).to(device)
 
     def images(self, batch: int, size: tuple[int, int], dtype: str) -> Tensor:
@@ -265,7 +266,7 @@ class Networks:
         x = self.images(batch, size, dtype)
         model, peaks = copy.deepcopy(self.v2).to(DTYPES[dtype]), {}
         for name, builder in network_builders(model, self.v1, x).items():
-            if GRAPHED in name or name.startswith(bench.V1):  # a graph's memory is its own, and lasting
+            if GRAPHED in name or name.startswith(V1):  # a graph's memory is its own, and lasting
                 continue
             call = builder()
             call()
@@ -327,7 +328,7 @@ def limits(flush: Call) -> dict[str, float]:
 
 
 def device() -> dict[str, str]:
-    """The GPU, its driver and the versions that decide, beside :func:`mnv2_fused.bench.machine`."""
+    """The GPU, its driver and the versions that decide, beside :func:`mnv2_fused.tools.bench_results.machine`."""
     import triton
 
     p = torch.cuda.get_device_properties(0)

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import mnv2_fused
 from mnv2_fused import BlockSpec, TritonPlan, triton_plan
 from mnv2_fused.gpus import H200, Gpu
 from mnv2_fused.testing import mobilenet_v2_blocks
@@ -194,10 +195,11 @@ OTHERS = [
 
 
 def digest() -> str:
-    """Of the code that decides the table: kernel, planner, GPUs and this file, without comments and docstrings."""
-    package = Path(triton_kernels.__file__).parent
+    """Of the code that decides the table, without comments and docstrings: kernels, planner, GPUs and this file."""
+    package = Path(mnv2_fused.__file__).parent
     text = ""
-    for file in (package / "triton_kernels.py", package / "triton_plan.py", package / "gpus.py", Path(__file__)):
+    names = "triton_backend/kernels.py", "triton_backend/parts.py", "plans/triton.py", "gpus.py"
+    for file in (*(package / name for name in names), Path(__file__)):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:

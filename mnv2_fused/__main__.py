@@ -94,7 +94,8 @@ def info(args: argparse.Namespace) -> int:
 def print_gpu_plans(args: argparse.Namespace) -> int:
     """Prints how the CUDA kernel tiles each of MobileNetV2's 17 blocks on a GPU, and how long it expects to take."""
     header = "block|spec|input|tile|images|group|splits|thread blocks|warps|shared KiB|recompute|us|MiB never written"
-    rows, seconds, never_written = [header.split("|")], 0.0, 0
+    rows: list[list[str]] = [list(header.split("|"))]
+    seconds, never_written = 0.0, 0
     gpu, dtype = GPUS[args.gpu], DTYPES[args.dtype or "float16"]
     for i, (spec, (height, width)) in enumerate(testing.mobilenet_v2_blocks(args.resolution), start=1):
         p = cuda_plan(spec, (args.batch, spec.in_channels, height, width), dtype=dtype, gpu=gpu)
@@ -120,7 +121,8 @@ def print_plans(args: argparse.Namespace) -> int:
         return print_gpu_plans(args)
     dtype = args.dtype or "float32"
     header = "block|spec|input|tile|group|splits|workers|scratch KiB|recompute|MiB never written"
-    rows, total = [header.split("|")], 0
+    rows: list[list[str]] = [list(header.split("|"))]
+    total = 0
     for i, (spec, (height, width)) in enumerate(testing.mobilenet_v2_blocks(args.resolution), start=1):
         shape = (args.batch, spec.in_channels, height, width)
         p = plan(spec, shape, dtype=DTYPES[dtype], threads=args.threads)
@@ -167,7 +169,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures every engine, or shows what was measured before."""
-    from .tools import bench
+    from .tools import bench, bench_results
 
     for name in ("matplotlib", "torchvision"):
         if importlib.util.find_spec(name) is None:
@@ -177,7 +179,7 @@ def run_bench(args: argparse.Namespace) -> int:
         raise RuntimeError(f"the folder of --output {args.output} does not exist; create it first")
     if args.results:
         try:
-            results, _ = bench.load(Path(args.results))
+            results, _ = bench_results.load(Path(args.results))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RuntimeError(f"{args.results} is no result of this benchmark: {error}") from error
         return bench.show(results, plot)

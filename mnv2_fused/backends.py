@@ -17,14 +17,14 @@ from torch.autograd import forward_ad
 
 try:
     _C: Any = importlib.import_module("mnv2_fused._C")
-except ImportError as error:  # a source checkout that was never built, or a torch older than the build
+except ImportError as _error:  # a source checkout that was never built, or a torch older than the build
     _C = None
-    _load_error: str | None = str(error)
+    _load_error: str | None = str(_error)
 else:
     _load_error = None
 
 
-def _load_cuda():
+def _load_cuda() -> tuple[Any, str | None]:
     """The CUDA kernel's library, or why there is none. It needs CUDA's own, which another torch may not bring."""
     if _C is None:
         return None, f"the compiled library does not load: {_load_error}"
@@ -176,11 +176,11 @@ def tf32_allowed() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:  # set by torch's newer names, for convolutions and recurrent networks unlike
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def within_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def transformed() -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable, Iterator, Sequence
-
-from torch import Tensor
+from typing import Any
 
 from .fold import conv_norms
 from .spec import ACTIVATIONS, GATES, BlockSpec
@@ -47,7 +46,7 @@ def op_rest(spec: BlockSpec) -> list[int]:
     """What neither weights nor MobileNetV2's block tell of ``spec``; :func:`spec_of_rest` reads it."""
     if spec.options(8, 8) == ():
         return []
-    padding = [-1] if spec.padding == "same" else list(spec.padding or ())
+    padding = [-1] if isinstance(spec.padding, str) else list(spec.padding or ())
     names = spec.activation, spec.out_activation, spec.squeeze_activation
     return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding]
 
@@ -64,9 +63,10 @@ def make_spec(
     rest: tuple[int, ...],
 ) -> BlockSpec:
     dilation, activation, out_activation, squeeze_activation, gate, *padding = rest or (1, 0, 2, 1, 0)
+    sides: Any = "same" if padding == [-1] else tuple(padding) or None
     return BlockSpec(
         *(in_channels, hidden, out_channels, stride, stages == 3, residual, kernel, dilation),
-        padding="same" if padding == [-1] else tuple(padding) or None,
+        padding=sides,
         activation=ACTIVATIONS[activation],
         out_activation=ACTIVATIONS[out_activation],
         squeeze_channels=squeezed,
@@ -75,11 +75,11 @@ def make_spec(
     )
 
 
-cached_spec = functools.lru_cache(maxsize=1024)(make_spec)
+cached_spec: Callable[..., BlockSpec] = functools.lru_cache(maxsize=1024)(make_spec)
 
 
 def spec_of_rest(
-    sources: list[Tensor | None],
+    sources: Sequence[Any],  # tensors, or None for a bias that is not there
     stages: int,
     stride: int,
     residual: bool,

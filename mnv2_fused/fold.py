@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +205,7 @@ def in_fragments(packed: PackedWeights) -> bool:
 
 def fragment_channels(packed: PackedWeights) -> int:
     """C_in of weights packed in fragments."""
-    if packed.w_expand is None:
+    if packed.w_expand is None or packed.b_expand is None:
         return hidden_channels(packed)
     return packed.b_expand.shape[0] - PANEL * packed.w_expand.shape[0]
 
@@ -256,10 +256,12 @@ def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str
     if backend == "cuda":
         w_project = w_project.transpose(0, 1).contiguous()
         b_depthwise = F.pad(weights.b_depthwise.to(others), (0, PANEL))
-        b_expand = None if b_expand is None else F.pad(b_expand, (0, weights.w_expand.shape[1]))
+        if weights.w_expand is not None and b_expand is not None:
+            b_expand = F.pad(b_expand, (0, weights.w_expand.shape[1]))
     squeeze: list[Tensor] = []
     if weights.w_squeeze is not None:
-        for weight, bias in (weights[6:8], weights[8:10]):
+        pairs: Any = weights[6:8], weights[8:10]
+        for weight, bias in pairs:
             squeeze += [_panels(weight.to(others).flatten(1)), padded(bias)]
     return PackedWeights(
         w_expand,
@@ -328,12 +330,14 @@ def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeight
         b_expand = packed.b_expand[:hidden]
     squeeze: list[Tensor] = []
     if packed.w_squeeze is not None:
-        channels = packed.w_excite.shape[1]
+        given: Any = packed[6:]
+        w_squeeze, b_squeeze, w_excite, b_excite = given
+        channels = w_excite.shape[1]
         squeeze = [
-            rows(packed.w_squeeze, channels)[:, :, None, None],
-            packed.b_squeeze[:channels],
-            rows(packed.w_excite, hidden)[:, :, None, None],
-            packed.b_excite[:hidden],
+            rows(w_squeeze, channels)[:, :, None, None],
+            b_squeeze[:channels],
+            rows(w_excite, hidden)[:, :, None, None],
+            b_excite[:hidden],
         ]
     kernel = math.isqrt(packed.w_depthwise.shape[1])
     return BlockWeights(

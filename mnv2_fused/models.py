@@ -94,7 +94,7 @@ def _conv(
     return nn.Sequential(conv, norm(out_channels), *([] if activation is None else [activation(inplace=True)]))
 
 
-def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """MobileNetV1's block: depthwise, then 1x1, each with norm and ReLU6."""
     depthwise = _conv(in_channels, in_channels, 3, stride, groups=in_channels)
     return fuse_in_place(nn.Sequential(depthwise, _conv(in_channels, out_channels)), read_sequential)
@@ -108,9 +108,9 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expand_ratio
         layers: list[nn.Module] = [] if expand_ratio == 1 else [_conv(in_channels, hidden)]
         layers.append(_conv(hidden, hidden, 3, stride, groups=hidden))
-        self.conv = nn.Sequential(*layers, *_conv(hidden, out_channels, activation=None))
+        self.conv: nn.Sequential = nn.Sequential(*layers, *_conv(hidden, out_channels, activation=None))
         self.stride = stride
-        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.use_res_connect: bool = stride == 1 and in_channels == out_channels
         self.out_channels = out_channels
         self._is_cn = stride > 1
 
@@ -133,11 +133,11 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
-        self.activation = nn.ReLU()
-        self.scale_activation = nn.Hardsigmoid()
+        self.avgpool: nn.AdaptiveAvgPool2d = nn.AdaptiveAvgPool2d(1)
+        self.fc1: nn.Conv2d = nn.Conv2d(channels, squeezed, 1)
+        self.fc2: nn.Conv2d = nn.Conv2d(squeezed, channels, 1)
+        self.activation: nn.ReLU = nn.ReLU()
+        self.scale_activation: nn.Hardsigmoid = nn.Hardsigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x))))) * x
@@ -159,12 +159,12 @@ class InvertedResidualV3(nn.Module):
     ) -> None:
         super().__init__()
         conv = functools.partial(_conv, norm=_V3_NORM)
-        layers = [] if hidden == in_channels else [conv(in_channels, hidden, activation=activation)]
+        layers: list[nn.Module] = [] if hidden == in_channels else [conv(in_channels, hidden, activation=activation)]
         layers.append(conv(hidden, hidden, kernel, stride, groups=hidden, activation=activation))
         if squeeze:
             layers.append(SqueezeExcitation(hidden, _make_divisible(hidden // 4)))
-        self.block = nn.Sequential(*layers, conv(hidden, out_channels, activation=None))
-        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.block: nn.Sequential = nn.Sequential(*layers, conv(hidden, out_channels, activation=None))
+        self.use_res_connect: bool = stride == 1 and in_channels == out_channels
         self.out_channels = out_channels
         self._is_cn = stride > 1
 
@@ -178,9 +178,9 @@ class MobileNet(nn.Module):
 
     def __init__(self, features: Iterable[nn.Module], classifier: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.features = FusedSequential(*features)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(*classifier)
+        self.features: FusedSequential = FusedSequential(*features)
+        self.avgpool: nn.AdaptiveAvgPool2d = nn.AdaptiveAvgPool2d(1)
+        self.classifier: nn.Sequential = nn.Sequential(*classifier)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -188,7 +188,7 @@ class MobileNet(nn.Module):
                 nn.init.normal_(module.weight, 0, 0.01)
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, num_classes]
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
@@ -217,7 +217,7 @@ def mobilenet_v1(width_mult: float = 1.0, num_classes: int = 1000, dropout: floa
     """
     _check(width_mult, num_classes)
     channels = _make_divisible(32 * width_mult)
-    features = [_conv(3, channels, 3, 2)]
+    features: list[nn.Module] = [_conv(3, channels, 3, 2)]
     for out, stride in _V1:
         out_channels = _make_divisible(out * width_mult)
         features.append(_separable(channels, out_channels, stride))

@@ -10,7 +10,7 @@ the Triton kernel (:mod:`mnv2_fused.triton_backend.launch`).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -149,16 +149,17 @@ def _backward(ctx, grad: Tensor):
 
     def block(x: Tensor, *given: Tensor) -> Tensor:
         tensors = iter(given)
-        weights = unpack(PackedWeights(*(None if t is None else next(tensors) for t in packed)), spec.in_channels)
+        parts: list[Any] = [None if t is None else next(tensors) for t in packed]
+        weights = unpack(PackedWeights(*parts), spec.in_channels)
         return in_torch(x.to(dtype), weights._make(None if t is None else t.to(dtype) for t in weights), spec)
 
-    _, pullback = torch.func.vjp(block, x, *(t for t in packed if t is not None))
+    _, pullback, *_ = torch.func.vjp(block, x, *(t for t in packed if t is not None))
     x_grad, *grads = pullback(grad.to(dtype))
     left = iter(grads)
     return x_grad, *(None if t is None else next(left).contiguous() for t in packed), *[None] * len(ctx.others)
 
 
-def autocast_rule(op: torch._ops.OpOverload):
+def autocast_rule(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
     """Under autocast the kernel keeps float32 and only its result takes autocast's dtype, as a conv's would.
 
     Weights that are packed as bfloat16 have no more precision to keep.
@@ -179,7 +180,7 @@ def autocast_rule(op: torch._ops.OpOverload):
     return run
 
 
-def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequence[int] = ()):
+def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequence[int] = ()) -> Callable[..., Tensor]:
     """Under autocast the kernel computes in autocast's dtype, as a GPU's convolutions do.
 
     ``products``: which of the arguments after x are weights of 1x1 products, to be cast with it.

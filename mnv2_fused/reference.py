@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +14,7 @@ from .fold import BlockWeights, PackedWeights, unpack
 from .spec import BlockSpec, Geometry
 from .tensors import channels_of, check_input
 
-TORCH_ACTIVATIONS = {
+TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "relu": F.relu,
     "identity": lambda t: t,
@@ -38,7 +41,8 @@ def inverted_residual_reference(
     check_input(x, spec.in_channels, spec)
     if isinstance(weights, PackedWeights):
         weights = unpack(weights, spec.in_channels)
-    return in_torch(x, BlockWeights(*(None if t is None else t.to(x.dtype) for t in weights)), spec)
+    tensors: list[Any] = [None if t is None else t.to(x.dtype) for t in weights]
+    return in_torch(x, BlockWeights(*tensors), spec)
 
 
 def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
@@ -55,7 +59,7 @@ def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
             expanded, w.w_depthwise, w.b_depthwise, spec.stride, around, spec.dilation, groups=spec.hidden_channels
         )
     )
-    if w.w_squeeze is not None:
+    if w.w_squeeze is not None and w.w_excite is not None:
         squeezed = F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze)
         squeezed = TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
         d = d * TORCH_ACTIVATIONS[spec.gate](F.conv2d(squeezed, w.w_excite, w.b_excite))

@@ -117,7 +117,8 @@ class BlockSpec:
     @property
     def geometry(self) -> Geometry:
         """The keyword arguments that, with weights, make this block."""
-        return {name: getattr(self, name) for name in Geometry.__annotations__}
+        found: Any = {name: getattr(self, name) for name in Geometry.__annotations__}
+        return found
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(left, right, top, bottom) for an image of this size."""
@@ -171,13 +172,14 @@ class BlockSpec:
         gate: int = 0,
     ) -> BlockSpec:
         """The block that the op's arguments describe, its plan left out: what :meth:`options` makes, read back."""
+        sides: Any = tuple(padding) or None
         return BlockSpec.of(
             packed,
             in_channels,
             stride=stride,
             residual=residual,
             dilation=dilation,
-            padding=tuple(padding) or None,
+            padding=sides,
             activation=_named("activation", activation, ACTIVATIONS),
             out_activation=_named("out_activation", out_activation, ACTIVATIONS),
             squeeze_activation=_named("squeeze_activation", squeeze_activation, ACTIVATIONS),
@@ -229,17 +231,15 @@ class BlockSpec:
             hidden, out_channels = hidden_channels(weights), weights.b_project.shape[0]
         else:
             hidden, out_channels = weights.w_depthwise.shape[0], weights.w_project.shape[0]
-        given, in_channels = in_channels, hidden if weights.w_expand is None else weights.w_expand.shape[1]
+        channels = hidden if weights.w_expand is None else weights.w_expand.shape[1]
         if pairs and weights.w_expand is not None:
-            in_channels = given if given == 2 * in_channels - 1 else 2 * in_channels
-        if fragments:
-            in_channels = fragment_channels(weights)
+            channels = 2 * channels - 1 if in_channels == 2 * channels - 1 else 2 * channels
+        if fragments and isinstance(weights, PackedWeights):
+            channels = fragment_channels(weights)
         panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
         taps = 25 if packed and weights.w_depthwise.shape[1] == 25 else 9
         kernel = 5 if not packed and weights.w_depthwise.shape[2:] == (5, 5) else math.isqrt(taps)
-        squeezed = 0
-        if squeeze:
-            squeezed = weights.w_excite.shape[1]
+        squeezed = 0 if weights.w_excite is None else weights.w_excite.shape[1]
         squeezed_panels = -(-squeezed // PANEL)
 
         def product(panels: int, terms: int) -> tuple[int, ...]:
@@ -247,8 +247,8 @@ class BlockSpec:
 
         if fragments:
             shapes = [
-                (panels, -(-in_channels // PANEL), FRAGMENT),
-                (panels * PANEL + in_channels,),
+                (panels, -(-channels // PANEL), FRAGMENT),
+                (panels * PANEL + channels,),
                 (panels, taps, PANEL),
                 (hidden + PANEL,),
                 (panels, out_panels, FRAGMENT),
@@ -256,7 +256,7 @@ class BlockSpec:
             ]
         elif packed:
             shapes = [
-                product(panels, in_channels),
+                product(panels, channels),
                 (panels * PANEL,),
                 (panels, taps, PANEL),
                 (panels * PANEL,),
@@ -265,7 +265,7 @@ class BlockSpec:
             ]
         else:
             shapes = [
-                (hidden, in_channels, 1, 1),
+                (hidden, channels, 1, 1),
                 (hidden,),
                 (hidden, 1, kernel, kernel),
                 (hidden,),
@@ -287,7 +287,7 @@ class BlockSpec:
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         return BlockSpec(
-            in_channels,
+            channels,
             hidden,
             out_channels,
             expand=weights.w_expand is not None,

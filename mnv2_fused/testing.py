@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from .reference import inverted_residual_reference
 from .spec import BlockSpec
 from .workloads import MOBILENET_V2_STAGES as MOBILENET_V2_STAGES
 from .workloads import mobilenet_v2_blocks as mobilenet_v2_blocks
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 def random_weights(
@@ -51,6 +54,7 @@ def perturb_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
     """Gives every batch norm statistics and an affine that matter, in place; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        norm: Any
         for norm in model.modules():
             if getattr(norm, "running_mean", None) is None:
                 continue
@@ -174,15 +178,15 @@ class Timing:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]],
+    candidates: Mapping[_Name, Callable[[], object]],
     *,
     rounds: int = 20,
     warmup: int = 2,
-    calls: dict[str, int] | None = None,
-    threads: dict[str, int] | None = None,
+    calls: Mapping[_Name, int] | None = None,
+    threads: Mapping[_Name, int] | None = None,
     settle: float = 0.0,
     on_round: Callable[[], None] = lambda: None,
-) -> dict[str, Timing]:
+) -> dict[_Name, Timing]:
     """Times candidates in turn, round by round, so that a noisy machine is equally unfair to all of them.
 
     ``calls`` runs a quick candidate several times per measurement. ``threads`` gives a candidate its own number of
@@ -227,6 +231,7 @@ def peak_activation_bytes(call: Callable[[], object]) -> int:
     call()  # lazily created buffers and packed weights are not activations
     # Kineto reports on stderr that it found no GPU driver, which nobody asked.
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    profile: Any
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result
@@ -264,8 +269,13 @@ def of_peak(operations: float, timing: Timing, peak: Timing, dtype: torch.dtype 
 
 
 def multiply_adds(spec: BlockSpec, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of one block on [N, C_in, H, W], without halo recompute: the useful work."""
+    """Multiply-adds of one block on [N, C_in, H, W], as the papers count them: no biases, no halo recompute.
+
+    Products with zeros of the padding count, as they do for torch's own convolutions.
+    """
     n, _, height, width = input_shape
-    out_pixels = ((height - 1) // spec.stride + 1) * ((width - 1) // spec.stride + 1)
+    out_height, out_width = spec.out_size(height, width)
     expand = spec.in_channels * height * width if spec.expand else 0
-    return n * spec.hidden_channels * (expand + (9 + spec.out_channels) * out_pixels)
+    squeeze = 2 * spec.squeeze_channels  # two 1x1 products on one pixel
+    after = (spec.kernel**2 + spec.out_channels) * out_height * out_width
+    return n * spec.hidden_channels * (expand + after + squeeze)

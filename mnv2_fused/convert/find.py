@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -36,7 +36,8 @@ def is_torchvisions(block: nn.Module, family: Family) -> bool:
     """Whether a ``FusedInvertedResidual`` takes its place: layers nested, and a sum, as torchvision's."""
     if family.read is not read_mobilenet_v2 or not isinstance(getattr(block, "use_res_connect", None), bool):
         return False
-    return reading.is_plain(block.conv) and reading.is_plain(block.conv._modules.get("0"))
+    conv: Any = block.conv
+    return reading.is_plain(conv) and reading.is_plain(conv._modules.get("0"))
 
 
 def blocks_of(

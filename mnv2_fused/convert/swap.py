@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fu
 from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import RunsTraced, forget
 from .find import NOT_FOUND, Match, blocks_of, computed_tensors, is_torchvisions
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def fuse(
@@ -62,7 +65,7 @@ def fuse(
             skipped[found] += 1
         elif filter_fn is not None and not filter_fn(name, block):
             left_out["filter_fn left it out"] += 1
-        else:
+        elif found is not None:
             matches[block] = found
     nothing_fused = not (matches or already_fused)
     reasons = "; ".join(f"{n} x {reason}" for reason, n in (skipped + left_out).items())
@@ -125,8 +128,9 @@ def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> Fus
     if not is_torchvisions(block, match.family):
         options = {"backend": backend, "recompute": recompute}
         return fuse_in_place(block, match.family.read, **options, base=match.family.base)
+    conv: Any = block.conv
     fused = FusedInvertedResidual.adopt(
-        block.conv,
+        conv,
         stride=match.spec.stride,
         residual=match.spec.residual,
         backend=backend,
@@ -140,7 +144,7 @@ def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> Fus
 def _unfused(block: FusedBlock) -> nn.Module:
     if isinstance(block, FusedInPlace):
         return block.unfused()
-    original = next(iter(block._original), None)
+    original: Any = next(iter(vars(block)["_original"]), None)
     if original is None:
         try:
             from torchvision.models.mobilenetv2 import InvertedResidual
@@ -155,7 +159,7 @@ def _unfused(block: FusedBlock) -> nn.Module:
     return _with_state_of(block, original)
 
 
-def _with_state_of(source: nn.Module, target: nn.Module) -> nn.Module:
+def _with_state_of(source: nn.Module, target: _M) -> _M:
     """``target`` with ``source``'s mode, attributes and very hook dictionaries: handles still work."""
     own = {name for name in (*vars(nn.Module()), *FusedBlock.OWN) if "_hook" not in name} - {"training"}
     vars(target).update({name: value for name, value in vars(source).items() if name not in own})

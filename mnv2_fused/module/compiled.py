@@ -59,7 +59,7 @@ _library.impl(
 
 
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
-def _(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
+def _fake(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
     spec = spec_of_rest(
         sources, len(eps), stride, residual, rest, make_spec
     )  # sizes may be symbols, which have no hash

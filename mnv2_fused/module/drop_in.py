@@ -79,7 +79,7 @@ class FusedInvertedResidual(FusedBlock):
         self._is_cn = stride > 1
         self._original: tuple[nn.Module, ...] = ()  # the block that fuse() replaced; a tuple, so no submodule
         self._start(backend, recompute)
-        self.out_channels = self._pairs[-1][0].out_channels
+        self.out_channels: int = self._pairs[-1][0].out_channels
 
     def _read(self) -> Parts:
         return reading.read_chain([self.conv], residual=self.use_res_connect)

@@ -82,9 +82,9 @@ def _span(t: Tensor) -> int:
 @functools.cache
 def _warn_of_late_writes() -> None:
     warnings.warn(
-        "a weight of a fused block was written, in part, behind torch's back (tensor.data, NumPy, another process ...); "
-        "calls since then may have used the weight as it was before. After such a write call model.eval(), which makes "
-        "the next call look at everything",
+        "part of a weight of a fused block was written behind torch's back (tensor.data, NumPy, another process ...); "
+        "calls since then may have used the weight as it was before. After such a write call model.eval(), which "
+        "makes the next call look at everything",
         stacklevel=5,
     )
 
@@ -103,7 +103,7 @@ def _note_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         backends._C.note_uncounted_writes()
 
 
-def hooks_of(module: nn.Module) -> list[dict]:
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """The dictionaries that hold a module's hooks."""
     return [
         module._forward_hooks,

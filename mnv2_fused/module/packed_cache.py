@@ -89,7 +89,7 @@ class PackedCache:
         self._kept: _Kept | None = None  # one value, so that threads see it whole
         self._cleared = 0  # what another thread folded meanwhile was made before
         self._captured: list[_Packed] = []
-        self.token = next(self._tokens)
+        self.token: int = next(self._tokens)
         self._by_token[self.token] = self
 
     @classmethod

@@ -29,7 +29,7 @@ class Plan:
     keeps: bool  # before a squeeze-and-excite: the depthwise results, instead of computing them twice
     recompute: float  # expanded pixels computed / expanded pixels needed (tiles overlap by their halo)
     bytes_never_written: int  # the expanded tensors that an unfused block writes
-    cost: float  # estimated vector operations of the slowest worker
+    cost: float  # of the slowest worker, estimated in vector instructions: it ranks plans and is not a time
     call_bytes: int  # all that a call works in: of every worker, of every group, of a squeeze-and-excite
 
     def __str__(self) -> str:

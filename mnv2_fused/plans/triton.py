@@ -333,7 +333,7 @@ def best_plans(
             _plan_of(spec, shape, dtype.itemsize, matrix, gpu, tile, splits) for splits in _SPLITS if splits <= groups
         ]
         if found[0] is not None:
-            best[tile] = min(found, key=lambda p: p.seconds)
+            best[tile] = min((p for p in found if p is not None), key=lambda p: p.seconds)
     if not best:
         raise ValueError(
             f"no configuration of the Triton kernel fits {spec} into {gpu.shared_per_block} bytes of shared memory "
@@ -361,7 +361,8 @@ def triton_plan(
     """
     if len(input_shape) != 4:
         raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
-    n, channels, height, width = shape = tuple(input_shape)
+    n, channels, height, width = input_shape
+    shape = n, channels, height, width
     if channels != spec.in_channels:
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
     if n < 0 or height < 1 or width < 1:

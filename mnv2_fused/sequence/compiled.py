@@ -146,5 +146,5 @@ _library.impl("cached_sequence", _cached_sequence, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mnv2_fused::cached_sequence")
-def _(x, sources, eps, layers, cache, backend, site):
+def _fake(x, sources, eps, layers, cache, backend, site):
     return ops.sequence_fake(x, sources[0], layers)

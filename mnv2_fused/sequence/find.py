@@ -179,4 +179,5 @@ def sequence_backend(device: torch.device) -> str | None:
 
 
 # What a network may do by functions between its two modules, as modules.
-POOL, FLATTEN = nn.AdaptiveAvgPool2d(1).eval(), nn.Flatten().eval()
+POOL: nn.Module = nn.AdaptiveAvgPool2d(1).eval()
+FLATTEN: nn.Module = nn.Flatten().eval()

@@ -6,34 +6,26 @@ fused model never writes is what :func:`mnv2_fused.report` says of it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
-import importlib
-import importlib.util
-import inspect
 import itertools
 import math
 import warnings
-import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from ..convert import Report, fuse, report, unfuse
-from ..convert.find import computed_tensors
 from ..plans.cpu import plan
 from ..sequence import RunsFused
 from ..sequence.find import Layer, layers_of
 from ..testing import peak_activation_bytes
+from .named_models import named_model
 from .tables import aligned
+from .trace import Storage, Trace, traced
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class Cost:
 
     def __str__(self) -> str:
         header = "layer|type|output|params|M madds|eager MiB|fused MiB|eager live|fused live|separable"
-        rows = [header.split("|")]
+        rows: list[list[str]] = [list(header.split("|"))]
         for layer in self.layers:
             rows.append(
                 [
@@ -169,7 +161,7 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
         raise ValueError(f"input_shape must be integers of at least 1, got {shape}; for images it is (N, C, H, W)")
     plain = unfuse(model).eval()
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
-    trace = _traced(plain, shape, dtype)
+    trace = traced(plain, shape, dtype)
     fused = _fused(model).eval()  # blocks that are fused already stay so
     found = report(fused, shape)
     kept, scratch = _fused_storages(trace, fused, found, shape[0], dtype)
@@ -195,205 +187,15 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     return Cost(tuple(layers), shape, dtype, parameters, most, _expanded_share(trace), found)
 
 
-@dataclass
-class _Row:
-    name: str
-    kind: str
-    call: int | None  # which call of a module without children
-    first: int  # op
-    last: int
-    output_shape: tuple[int, ...] = ()
-    parameters: int = 0
-    multiply_adds: int = 0
-
-
-@dataclass
-class _Storage:
-    """A tensor's memory, live while the ops from ``first`` to ``last`` run."""
-
-    bytes: int
-    row: int  # that made it
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The ops of one call of a module."""
-
-    first: int
-    last: int
-    input_shape: torch.Size | None
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A convolution or a matrix product."""
-
-    row: int
-    multiply_adds: int
-    elements: int  # that it puts out
-    weight_shape: torch.Size | None = None  # of a convolution, not transposed
-    groups: int = 1
-    same_pixels: bool = False  # it puts out as many as it takes
-    source: _Product | None = None  # whose output it takes, perhaps through norms and activations
-
-    @property
-    def depthwise(self) -> bool:
-        """k x k, one filter a channel."""
-        w = self.weight_shape
-        return w is not None and self.groups == w[0] > 1 and w[1] == 1 and math.prod(w[2:]) > 1
-
-    @property
-    def pointwise(self) -> bool:
-        w = self.weight_shape
-        return w is not None and self.groups == 1 and math.prod(w[2:]) == 1 and self.same_pixels
-
-
-class _Trace(TorchDispatchMode):
-    """Notes each op: which module calls it, what it makes and multiplies, and how long what it made lives."""
-
-    def __init__(self, model: nn.Module, x: Tensor, counter: FlopCounterMode) -> None:
-        super().__init__()
-        self.rows: list[_Row] = []
-        self.ops = 0  # so far
-        self.storages: list[_Storage] = []
-        self.calls: dict[str, list[_Call]] = defaultdict(list)
-        self.products: list[_Product] = []
-        self._counter = counter
-        self._parameters = {_key(p): p.numel() for p in model.parameters()}
-        self._outside = {_key(t) for t in (*model.parameters(), *model.buffers(), x)}
-        self._live: dict[int, _Storage] = {}
-        self._sources: dict[int, _Product] = {}  # of what is live now
-        self._stack: list[tuple[str, nn.Module, int, int, torch.Size | None]] = []
-        self._numbers = itertools.count()
-        for name, module in model.named_modules():
-            self._watch(name, module)
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-            self._stack.append((name, module, next(self._numbers), self.ops, shape))
-
-        def leave(*_: Any) -> None:
-            *_, first, shape = self._stack.pop()
-            self.calls[name].append(_Call(first, self.ops - 1, shape))
-
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self._counter.get_total_flops()
-        out = func(*args, **(kwargs or {}))
-        multiply_adds = (self._counter.get_total_flops() - before) // 2
-        op = func._overloadpacket
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if op is torch.ops.aten.native_batch_norm:
-            made = made[:1]  # the statistics behind it are empty in eval, on the meta device they are not
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        new = [t for t in made if _key(t) not in self._live and _key(t) not in self._outside]
-        tick = self.ops
-        if multiply_adds or func._schema.is_mutable or any(t.untyped_storage().nbytes() for t in new):
-            row = self._row(op.__name__, tick)
-            self.rows[row].multiply_adds += multiply_adds
-            self.rows[row].parameters += sum(self._parameters.pop(_key(t), 0) for t in given)
-            self.rows[row].output_shape = tuple(made[0].shape) if made else ()
-            for t in new:
-                self._born(t, row, tick)
-            if multiply_adds:
-                self.products.append(self._product(op, args, made[0], row, multiply_adds))
-                self._sources[_key(made[0])] = self.products[-1]
-            elif made:
-                self._follow(op, given, made[0])
-        self.ops += 1
-        return out
-
-    def _row(self, op: str, tick: int) -> int:
-        name, module, call, *_ = self._stack[-1] if self._stack else ("", None, 0)
-        leaf = module is not None and next(module.children(), None) is None
-        if leaf and self.rows and self.rows[-1].call == call:
-            self.rows[-1].last = tick
-        else:
-            kind = type(module).__name__ if leaf else op
-            self.rows.append(_Row(name, kind, call if leaf else None, tick, tick))
-        return len(self.rows) - 1
-
-    def _born(self, t: Tensor, row: int, tick: int) -> None:
-        storage, key = t.untyped_storage(), _key(t)
-        if key in self._live:  # the op gave it twice
-            return
-        self._live[key] = record = _Storage(storage.nbytes(), row, tick, tick)
-        self.storages.append(record)
-        weakref.finalize(storage, self._died, key).atexit = False
-
-    def _died(self, key: int) -> None:
-        self._sources.pop(key, None)
-        if key in self._live:
-            self._live.pop(key).last = self.ops - 1
-
-    def finish(self) -> None:
-        """What is live now outlives the last op."""
-        for record in self._live.values():
-            record.last = self.ops
-        self._live.clear()
-
-    def _follow(self, op: Any, given: list[Tensor], y: Tensor) -> None:
-        """Notes which product's output ``y`` still is, channel by channel, if it is one's."""
-        found = []
-        if not any(word in op.__name__ for word in ("mean", "pool")):
-            sources = [self._sources.get(_key(t)) for t in given if t.shape[:2] == y.shape[:2]]
-            found = [p for p in self.products if any(p is s for s in sources)]
-        # A gate is computed from what it scales, so that is the product that ran first.
-        if len(found) == 1 or (found and op is torch.ops.aten.mul):
-            self._sources[_key(y)] = found[0]
-        else:
-            self._sources.pop(_key(y), None)
-
-    def _product(self, op: Any, args: Any, y: Tensor, row: int, multiply_adds: int) -> _Product:
-        if op is not torch.ops.aten.convolution or args[6]:  # transposed
-            return _Product(row, multiply_adds, y.numel())
-        x, weight = args[:2]
-        source = self._sources.get(_key(x))
-        return _Product(row, multiply_adds, y.numel(), weight.shape, args[8], x.shape[2:] == y.shape[2:], source)
-
-
-def _key(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-def _traced(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> _Trace:
-    """One run of a copy of ``model`` on the meta device, without its hooks."""
-    # Tensors that the copy finds in its memo are not copied: no weight is.
-    memo = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers(), *computed_tensors(model))}
-    try:
-        meta = copy.deepcopy(model, memo)
-        for module in meta.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        x = torch.empty(*shape, dtype=dtype, device="meta")
-        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-            trace = _Trace(meta, x, counter)
-            with trace:
-                y = meta(x)
-            trace.finish()
-            del y
-    except Exception as error:
-        raise ValueError(
-            f"the model does not run on one input of shape {list(shape)} on the meta device: {error}; give the shape "
-            "of its only input, batch first"
-        ) from error
-    return trace
-
-
 def _fused_storages(
-    trace: _Trace, model: nn.Module, found: Report, batch: int, dtype: torch.dtype
-) -> tuple[list[_Storage], list[int]]:
+    trace: Trace, model: nn.Module, found: Report, batch: int, dtype: torch.dtype
+) -> tuple[list[Storage], list[int]]:
     """What the fused ``model`` makes of eager's storages, and at each op the bytes its kernel works in."""
     kernels: dict[str, int] = {}  # modules, and the bytes they put out that the kernel does not
     works: dict[str, int] = defaultdict(int)  # bytes, by a run's first module
     runs = _runs(model)
     for block in found.blocks:
-        if block.bytes_never_written is None:
+        if block.spec is None or block.bytes_never_written is None:
             continue
         kernels[block.name] = 0
         first = runs.get(block.name, [block.name])[0]
@@ -435,16 +237,17 @@ def _runs(model: nn.Module) -> dict[str, list[str]]:
     for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:
         if not sequence.layers_now():
             continue
-        for is_run, entries in itertools.groupby(
+        for _, entries in itertools.groupby(
             layers_of(sequence.fusable_children()[0]), lambda entry: isinstance(entry, Layer)
         ):
-            modules = [names[m] for layer in entries for m in layer.modules if m in names] if is_run else []
+            layers = [entry for entry in entries if isinstance(entry, Layer)]
+            modules = [names[m] for layer in layers for m in layer.modules if m in names]
             for name in modules:
                 runs.setdefault(name, modules)
     return runs
 
 
-def _live(storages: list[_Storage], ops: int) -> list[int]:
+def _live(storages: list[Storage], ops: int) -> list[int]:
     """Bytes live during each op."""
     changes = [0] * (ops + 2)
     for s in storages:
@@ -453,7 +256,7 @@ def _live(storages: list[_Storage], ops: int) -> list[int]:
     return list(itertools.accumulate(changes))[:ops]
 
 
-def _separable(trace: _Trace) -> dict[int, Separable]:
+def _separable(trace: Trace) -> dict[int, Separable]:
     """The pairs by the row of their 1x1 convolution; of several behind one depthwise, the first."""
     pairs: dict[int, Separable] = {}
     paired: set[int] = set()
@@ -471,7 +274,7 @@ def _separable(trace: _Trace) -> dict[int, Separable]:
     return pairs
 
 
-def _expanded_share(trace: _Trace) -> float:
+def _expanded_share(trace: Trace) -> float:
     """Elements of expanded tensors, over those that convolutions and linear layers put out.
 
     Expanded are what a depthwise convolution puts out when the 1x1 behind it projects that to fewer channels, and
@@ -508,7 +311,8 @@ def _compared(eager: int, fused: int) -> str:
 
 def measured_peaks(model: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
     """The most bytes that torch's allocator holds in a call of eager, in channels_last, and of ``fuse(model)``."""
-    plain = unfuse(model).eval().to(memory_format=torch.channels_last)
+    plain: Any = unfuse(model).eval()
+    plain = plain.to(memory_format=torch.channels_last)
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     x = torch.randn(*input_shape).to(dtype)
     if x.dim() == 4:
@@ -522,51 +326,6 @@ def _fused(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"fuse\(\) fused nothing")  # the report says so
         return fuse(model)
-
-
-def named_model(name: str) -> nn.Module:
-    """A model with random weights: of torchvision, of this package's ``models``, or of timm as ``timm:NAME``.
-
-    Raises ValueError for an unknown name, and RuntimeError when torchvision or timm is missing.
-    """
-    library, _, rest = name.rpartition(":")
-    if library == "timm":
-        timm = _imported("timm", "timm")
-        known = timm.list_models()
-        if rest.partition(".")[0] in known:  # behind the dot is the name of weights
-            return timm.create_model(rest, pretrained=False)
-        raise ValueError(f"unknown model {name!r}{_close(rest, known)}; timm.list_models() has {len(known)}")
-    own = _own_models()
-    if name in own and (name == "mobilenet_v1" or importlib.util.find_spec("torchvision") is None):
-        return own[name]()  # torchvision's of the same name run their heads in one call with their blocks
-    torchvision = _imported("torchvision", "mnv2_fused[demo]").models
-    known = [m for module in (torchvision, torchvision.segmentation) for m in torchvision.list_models(module=module)]
-    if name in known:
-        builder = torchvision.get_model_builder(name)
-        backbone = "weights_backbone" in inspect.signature(builder).parameters
-        return builder(weights=None, **({"weights_backbone": None} if backbone else {}))
-    known = sorted({*known, *own})
-    raise ValueError(f"unknown model {name!r}{_close(name, known)}; known are {', '.join(known)} and timm:NAME")
-
-
-def _imported(module: str, install: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RuntimeError(f"this model needs {module} ({error}): pip install '{install}'") from error
-
-
-def _own_models() -> dict[str, Callable[[], nn.Module]]:
-    if importlib.util.find_spec("mnv2_fused.models") is None:
-        return {}
-    module = importlib.import_module("mnv2_fused.models")
-    found = inspect.getmembers(module, inspect.isfunction)
-    return {name: f for name, f in found if f.__module__ == module.__name__ and not name.startswith("_")}
-
-
-def _close(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known)
-    return f", close to {', '.join(close)}" if close else ""
 
 
 def run(name: str, input_shape: Sequence[int], dtype: torch.dtype, *, measure: bool = False) -> int:

@@ -1,6 +1,7 @@
 """The Triton kernel with a plan of few programs, and with changed source."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import mnv2_fused
@@ -18,13 +19,16 @@ def forced(spec, x, **values):
 
 
 def mutated(tmp_path, original, replacement):
-    """The kernel's module with one line of its source changed."""
-    path = Path(mnv2_fused.__file__).parent / "triton_backend" / "kernels.py"
-    source = path.read_text()
-    assert source.count(original) == 1, original
-    changed = tmp_path / "kernels.py"
-    changed.write_text(source.replace(original, replacement))
-    found = importlib.util.spec_from_file_location("mnv2_fused.triton_backend.mutated_kernels", changed)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    """The kernels' module with one line of its source, or of the parts', changed."""
+    folder = Path(mnv2_fused.__file__).parent / "triton_backend"
+    sources = {name: (folder / f"{name}.py").read_text() for name in ("parts", "kernels")}
+    assert sum(source.count(original) for source in sources.values()) == 1, original
+    for name, source in sources.items():
+        changed = tmp_path / f"{name}.py"
+        source = source.replace("from .parts import", "from .mutated_parts import")
+        changed.write_text(source.replace(original, replacement))
+        found = importlib.util.spec_from_file_location(f"mnv2_fused.triton_backend.mutated_{name}", changed)
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # where the kernels look for the parts
+        found.loader.exec_module(module)
     return module

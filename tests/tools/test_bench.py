@@ -10,9 +10,10 @@ from support.source_tree import ROOT
 pytest.importorskip("torchvision")
 
 from mnv2_fused.__main__ import main
-from mnv2_fused.tools import bench, engines
-from mnv2_fused.tools.bench import Case, Results, Row, bfloat16
-from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED
+from mnv2_fused.tools import bench, bench_results, bench_tables, engines
+from mnv2_fused.tools.bench import Case
+from mnv2_fused.tools.bench_results import V1, Results, Row, bfloat16
+from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED, PEERS
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 SMALL = Case((64, 64), engines=(CHANNELS_LAST, FUSED), bfloat16=(FUSED,), v1=True)
@@ -25,13 +26,13 @@ def row():
 
 def test_measure(row):
     assert (row.case, row.threads, row.batch, row.pixels) == ("64", 1, 1, 64 * 64)
-    names = {CHANNELS_LAST, FUSED, bfloat16(FUSED), bench.V1}
+    names = {CHANNELS_LAST, FUSED, bfloat16(FUSED), V1}
     assert row.milliseconds.keys() == row.over_fused.keys() == row.over_bfloat16.keys() == names
     assert all(ms > 0 for ms in row.milliseconds.values())
     assert row.over_fused[FUSED] == row.over_bfloat16[bfloat16(FUSED)] == 1
-    assert row.over_fused[bench.V1] * row.over_bfloat16[FUSED] == pytest.approx(row.over_bfloat16[bench.V1], rel=0.5)
+    assert row.over_fused[V1] * row.over_bfloat16[FUSED] == pytest.approx(row.over_bfloat16[V1], rel=0.5)
     assert row.peak_bytes[FUSED] < row.peak_bytes[CHANNELS_LAST]
-    assert row.error.keys() == names - {bench.V1}
+    assert row.error.keys() == names - {V1}
     assert row.missing == {}
 
 
@@ -99,8 +100,8 @@ def test_resident_growth_is_that_of_one_process():
 def test_results_come_back_as_they_were_kept(tmp_path, row):
     path = tmp_path / "new folder" / "cpu.json"
     results = Results([row], {FUSED: 10**6}, {FUSED: {"8x8": 1.5}})
-    bench.save(path, results, bench_block=[{"block": "1"}])
-    found, everything = bench.load(path)
+    bench_results.save(path, results, bench_block=[{"block": "1"}])
+    found, everything = bench_results.load(path)
     assert found == results
     assert everything["bench_block"] == [{"block": "1"}]
     assert everything["machine"]["torch"] == torch.__version__
@@ -109,7 +110,7 @@ def test_results_come_back_as_they_were_kept(tmp_path, row):
 
 def test_tables(row):
     results = Results([row], {FUSED: 12_000_000}, {FUSED: {"8x8": 1.0, "16x8": 1.25}, "OpenVINO": {"16x8": 3.0}})
-    first, second, memory, puzzle, growth = bench.tables(results)
+    first, second, memory, puzzle, growth = bench_tables.tables(results)
     assert first.splitlines()[0] == (
         "| MobileNetV2 | threads | eager | eager channels_last | torch.compile | ONNX Runtime | OpenVINO | fused |"
     )
@@ -123,7 +124,7 @@ def test_tables(row):
 
 def test_the_command_line_shows_results(tmp_path, capsys, row):
     path, plot = tmp_path / "cpu.json", tmp_path / "bench.png"
-    bench.save(path, Results([row, Row("224", 1, 1, 50176, missing={"OpenVINO": "not here"})], {FUSED: 10**6}))
+    bench_results.save(path, Results([row, Row("224", 1, 1, 50176, missing={"OpenVINO": "not here"})], {FUSED: 10**6}))
     assert main(["bench", "--results", str(path), "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "| 64 | 1 |" in out and "not measured: OpenVINO: not here" in out
@@ -155,9 +156,9 @@ def tables_of(page):
 
 def test_docs_show_the_kept_results():
     """Every table of figures in docs/benchmarks.md comes from the file of results, unchanged, and none is missing."""
-    results, _ = bench.load(RESULTS)
+    results, _ = bench_results.load(RESULTS)
     page = ROOT / "docs/benchmarks.md"
-    kept = [table for text in bench.tables(results) for table in text.split("\n\n")]
+    kept = [table for text in bench_tables.tables(results) for table in text.split("\n\n")]
     assert all(table in page.read_text() for table in kept)
     shown = [table.rstrip("\n") for table in tables_of(page)]
     assert [table for table in shown if not table.startswith("| command |")] == sorted(kept, key=shown.index)
@@ -165,20 +166,20 @@ def test_docs_show_the_kept_results():
 
 def test_readme_shows_the_kept_results():
     """The README's one table of figures: four rows of the results, unchanged."""
-    results, _ = bench.load(RESULTS)
+    results, _ = bench_results.load(RESULTS)
     rows = [row for row in results.rows if row.case in ("224", "1088x1920")]
     assert len(rows) == 4
     (shown,) = (table for table in tables_of(ROOT / "README.md") if re.search(r"\d (ms|us|MB)\b", table))
-    assert shown.rstrip("\n") == bench.table(rows, (CHANNELS_LAST, *bench.PEERS, FUSED))
+    assert shown.rstrip("\n") == bench_tables.table(rows, (CHANNELS_LAST, *PEERS, FUSED))
 
 
 def test_kept_results_were_right():
     """Every engine's error was kept beside its time, and every time belongs to an engine that is known."""
-    results, everything = bench.load(RESULTS)
-    names = [*engines.ENGINES, *map(bfloat16, engines.ENGINES), bench.V1]
+    results, everything = bench_results.load(RESULTS)
+    names = [*engines.ENGINES, *map(bfloat16, engines.ENGINES), V1]
     for row in results.rows:
         assert set(row.milliseconds) <= set(names)
-        assert row.error.keys() == row.milliseconds.keys() - {bench.V1}
+        assert row.error.keys() == row.milliseconds.keys() - {V1}
         assert row.over_fused.keys() == row.milliseconds.keys()
         if bfloat16(FUSED) in row.milliseconds:
             assert row.error[bfloat16(FUSED)] > row.error[FUSED]

@@ -16,8 +16,9 @@ from torch import nn
 import mnv2_fused
 from mnv2_fused import backends, testing
 from mnv2_fused.__main__ import main
-from mnv2_fused.tools import cost as cost_module
-from mnv2_fused.tools.cost import cost, measured_peaks, named_model
+from mnv2_fused.tools import named_models
+from mnv2_fused.tools.cost import cost, measured_peaks
+from mnv2_fused.tools.named_models import named_model
 
 torchvision = pytest.importorskip("torchvision")
 needs_kernels = pytest.mark.skipif(backends._C is None, reason="the compiled library is missing")
@@ -362,7 +363,7 @@ def test_unknown_names(name, said, capsys):
 @pytest.mark.parametrize("name, library", [("mobilenet_v2", "torchvision"), ("timm:mobilenetv2_100", "timm")])
 def test_a_missing_library(name, library, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr(cost_module, "models", own_models())
+    monkeypatch.setattr(named_models, "models", own_models())
     assert main(["cost", name]) == 1
     assert re.match(rf"error: this model needs {library} .+: pip install ", capsys.readouterr().err)
 

@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("torchvision")
 
 from mnv2_fused import testing
-from mnv2_fused.tools import bench
+from mnv2_fused.tools.bench_results import V1
 
 make_importable(BENCHMARKS)
 
@@ -197,10 +197,10 @@ def test_every_candidate_is_checked_before_it_is_timed():
         "peer off": lambda: lambda: right * 1.01,
         "peer NaN": lambda: lambda: right * float("nan"),
         "broken": broken,
-        bench.V1: lambda: lambda: torch.ones(3, 5),
+        V1: lambda: lambda: torch.ones(3, 5),
     }
     calls = gpu_timing.build(builders, lambda t: t[::2], (right[::2], right[::2].double()), row)
-    assert list(calls) == ["fused", "eager", bench.V1]
+    assert list(calls) == ["fused", "eager", V1]
     assert row.wrong.keys() == {"fused off", "fused unwritten", "peer off", "peer NaN"}
     assert row.missing == {"broken": "RuntimeError: no such kernel"}
     assert row.error == {"fused": 0.0, "eager": 0.0}
@@ -219,7 +219,7 @@ def on_the_cpu(monkeypatch):
 
 def test_whole_networks_are_built_and_checked(on_the_cpu):
     row = gpu_timing.Networks("cpu").measure(2, (64, 64), "fp32", on_the_cpu.flush)
-    names = ["fused cpu, graphed", "fused cpu", "eager channels_last", EAGER, "eager", bench.V1, bench.V1 + ", graphed"]
+    names = ["fused cpu, graphed", "fused cpu", "eager channels_last", EAGER, "eager", V1, V1 + ", graphed"]
     assert (row.wrong, row.missing) == ({}, {})
     assert list(row.microseconds["cold"]) == list(row.microseconds["warm"]) == names
     assert row.rounds == gpu_timing._ROUNDS[0] and row.shape == [2, 3, 64, 64]
