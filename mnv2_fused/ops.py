@@ -2,7 +2,7 @@
 
 ``torch.ops.mnv2_fused.inverted_residual`` takes packed weights (see :mod:`mnv2_fused.fold`). Its schema and CPU
 kernel are registered from C++ (``csrc/ops.cpp``); everything here is what the C++ stable ABI has no call for.
-``inverted_residual_cuda`` is the same by the CUDA kernel (``csrc/cuda/binding.cpp``), ``inverted_residual_triton`` by
+``inverted_residual_cuda`` is the same by the CUDA kernel (``csrc/cuda/op.cpp``), ``inverted_residual_triton`` by
 the Triton kernel (:mod:`mnv2_fused.triton_launch`).
 """
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnv2_fused import BlockSpec, cuda_plan
+from mnv2_fused import BlockSpec, cuda_plan, ops
+from mnv2_fused.block import ACTIVATIONS, GATES
 from mnv2_fused.gpus import GPUS, H200
+from mnv2_fused.plan import shape_of
 from mnv2_fused.testing import mobilenet_v2_blocks
 
 KINDS = {"float16": {}, "bfloat16": {"dtype": torch.bfloat16}, "float32": {"dtype": torch.float32}}
@@ -156,6 +158,22 @@ def test_a_bad_plan_names_the_value_and_the_limit(forced, message):
 def test_what_no_kernel_takes(spec, shape, options, message):
     with pytest.raises(ValueError, match=message):
         cuda_plan(spec, shape, **options)
+
+
+def test_an_unknown_kind_is_refused_by_name():
+    """Behind Python's own checks, which know the kinds by name."""
+    values = shape_of(SPEC, *SHAPE[:1], *SHAPE[2:])
+    places = {"activation": 15, "out_activation": 16, "squeeze_activation": 18}
+    options = {"precision": "float16", "gpu": H200[1:9]}
+    for name, place in places.items():
+        unknown = [len(ACTIVATIONS) if i == place else value for i, value in enumerate(values)]
+        with pytest.raises(ValueError, match=rf"takes {name} 0 to 4, got 5; use backend='eager'"):
+            ops._C.cuda_plan(*unknown, **options)
+    with pytest.raises(ValueError, match=r"takes gate 0 to 1, got 2; use backend='eager'"):
+        ops._C.cuda_plan(*values[:19], len(GATES), **options)
+    behind_a_stem = shape_of(BlockSpec(32, 32, 16, expand=False), 1, 7, 7)
+    with pytest.raises(ValueError, match=r"takes stem_activation 0 to 4, got 5; use backend='eager'"):
+        ops._C.cuda_plan(*behind_a_stem, stem=(3, 14, 14, len(ACTIVATIONS)), **options)
 
 
 def test_small_batches_fill_the_processors():
