@@ -72,7 +72,7 @@ MNV2_DEVICE LoadedTile load_tile(const Args& a) {
 }
 
 // e of a group: the expansion's, or x itself. Returns whether d must avoid products with diagonal
-// matrices, which would spread an infinity or NaN of e to other channels.
+// matrices, which would spread an infinity or NaN of e to other channels; ReLU6 leaves none in e.
 template <class C>
 MNV2_DEVICE bool fill_e(const Args& a, const LoadedTile& tile, const Group& g) {
   const SharedLayout& l = a.shared;
@@ -82,7 +82,7 @@ MNV2_DEVICE bool fill_e(const Args& a, const LoadedTile& tile, const Group& g) {
     if constexpr (C::kGeneral && C::kPairs)
       infinite = barrier_any(found);  // e is there
     else
-      barrier();  // e is there, too: its ReLU6 leaves no infinity
+      barrier();  // e is there, too
   } else {
     copy_x<C>(a, tile_of<C>(a), g.panel, g.panels, {l.e, l.e_panel, l.places});
     wait_copies();

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "error.h"
+#include "variant.h"
 
 namespace mnv2_fused::cuda {
 namespace {
