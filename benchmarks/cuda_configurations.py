@@ -33,7 +33,7 @@ PAIRS = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if a != "75" or p in 
 class Kernel:
     """One instantiation, for one architecture."""
 
-    form: str  # of csrc/cuda/kernel.h
+    form: str  # of csrc/cuda/variant.h
     stride: int
     strip_rows: int
     out_channels: int  # that its sums have room for; none in the first pass of a squeeze-and-excite
@@ -83,7 +83,7 @@ def compile_for(architecture: str, precision: str) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-arch=sm_{architecture}"]
-        command += ["-cubin", "-o", str(cubin), str(SOURCES / f"launch_{precision}.cu")]
+        command += ["-cubin", "-o", str(cubin), str(SOURCES / f"kernels_{precision}.cu")]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         dump = [_disassembler(), "-sass", str(cubin)]
         code = subprocess.run(dump, check=True, capture_output=True, text=True).stdout

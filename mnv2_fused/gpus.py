@@ -29,7 +29,7 @@ class Gpu(NamedTuple):
         """The GPU at ``device``, with products and float32 as fast as those of an H200 for its number of processors."""
         p = torch.cuda.get_device_properties(device)
         share = p.multi_processor_count / H200.processors
-        # Where a virtual GPU does not tell its clocks, an H200's share; csrc/cuda/binding.cpp has its twin.
+        # Where a virtual GPU does not tell its clocks, an H200's share; csrc/cuda/gpu.cpp has its twin.
         memory = 2e3 * p.memory_clock_rate * p.memory_bus_width / 8 * _COPIED
         return Gpu(
             p.name,

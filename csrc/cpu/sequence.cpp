@@ -27,7 +27,7 @@ struct Layer : LayerShape {
   }
 };
 
-// Weights of all layers in one row of bytes, handed out layer by layer; see runs.join.
+// Weights of all layers in one row of bytes, handed out layer by layer; see sequence/weights.py's join.
 class Weights {
  public:
   explicit Weights(const char* first) : first_(first) {}
@@ -98,7 +98,8 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
         !weights.is_contiguous())
       fail(
-          "weights must be one contiguous row of bytes on the CPU, as mnv2_fused.runs.join "
+          "weights must be one contiguous row of bytes on the CPU, as "
+          "mnv2_fused.sequence.weights.join "
           "makes it");
     const Machine machine = current_machine<S>();
     const std::vector<LayerShape> shapes = layer_shapes(layers, sizes_of(x));
@@ -115,7 +116,8 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     const Sizes sizes = all.back().y;
     if (packed.size() != weights.numel())
       fail("these layers take ", packed.size(), " bytes of weights for x of this dtype, got ",
-           weights.numel(), "; pack them for it and join them with mnv2_fused.runs.join");
+           weights.numel(),
+           "; pack them for it and join them with mnv2_fused.sequence.weights.join");
     if (x.size(0) == 0) return empty(sizes, type, true);
 
     // Tensors between layers start at the two ends of one buffer, in turn.

@@ -1,53 +1,30 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 
 #include "../block.h"
-#include "launch.h"
+#include "call.h"
+#include "cost.h"
 
 namespace mnv2_fused::cuda {
 namespace {
 
-// What a processor does in a cycle: bytes of shared memory, and by generation multiply-adds of float
-// and, of half precision on tensor cores by mma.sync, with sums in float. The last are published
-// rates, of 9.0 the 62 % of them that mma.sync reaches (wgmma alone has them all).
-constexpr double kSharedBytes = 128;
-struct Rates {
-  int64_t capability;
-  double fma, mma;
-};
-constexpr Rates kRates[] = {{120, 128, 512}, {100, 128, 1024}, {90, 128, 1270},
-                            {86, 128, 512},  {80, 64, 1024},   {75, 64, 512}};
-constexpr int64_t kRegisters = 65536, kSchedulers = 4;
-// Warp instructions a scheduler issues in a cycle: what one warp leaves between its own, and at best.
-constexpr double kIssuedAlone = 0.3, kIssued = 0.8;
-// Of shared memory's and the tensor cores' rates, what is reached in a mix.
-constexpr double kReached = 0.85;
-// Until x is there, until a barrier is passed, until a kernel that follows another starts.
-constexpr double kFirstSeconds = 1.2e-6, kBarrierCycles = 40, kLaunchSeconds = 1.5e-6;
-// From L2 for each processor, a cycle.
-constexpr double kL2Bytes = 40;
-
-// More would leave the second kernel with most of the work.
+constexpr int64_t kRegisters = 65536;  // of a multiprocessor
+// Seconds until x is there, and until a kernel that follows another starts.
+constexpr double kFirstSeconds = 1.2e-6, kLaunchSeconds = 1.5e-6;
+// More splits would leave most of the work to the kernel that adds them.
 constexpr int64_t kMostSplits = 64;
 constexpr int64_t kMostGroupPanels = 4;
 
-Rates rates_of(const Gpu& gpu) {
-  for (const Rates& r : kRates)
-    if (gpu.capability >= r.capability) return r;
-  return kRates[std::size(kRates) - 1];
-}
-
-// Outputs of one of the convolutions that a dilated one is made of, in a row or column, and how many
-// of those there are.
+// A dilated convolution is several ordinary ones, its phases. Outputs of one phase in a row (or column),
+// and the number of phases.
 int64_t apart(int64_t out, const BlockShape& s) { return ceil_div(out, s.dilation); }
 int64_t phases(int64_t out, const BlockShape& s) { return std::min(out, s.dilation); }
 
-// Of all tiles in a row (or column) of the image, the expanded pixels in the image.
+// Expanded pixels in the image under all tiles of a row (or column).
 int64_t expanded(const BlockShape& s, int64_t out, int64_t tile, int64_t size, int64_t pad) {
   int64_t sum = 0;
   for (int64_t phase = 0; phase < phases(out, s); ++phase) {
@@ -61,12 +38,6 @@ int64_t expanded(const BlockShape& s, int64_t out, int64_t tile, int64_t size, i
   return sum;
 }
 
-struct Choice {
-  int64_t images, tile_rows, tile_cols;
-  Variant variant;
-  int64_t group_panels, splits;
-};
-
 int64_t strips(const Choice& c) {
   return c.images * ceil_div(c.tile_rows, 2 * c.variant.tiles) * c.tile_cols;
 }
@@ -78,87 +49,27 @@ double x_elements(const BlockShape& s, double pixels) {
 }
 
 int64_t shared_bytes(const BlockShape& s, Precision precision, const Choice& c) {
-  return shared_layout(element_size(precision), expand_panels(s), c.variant.out_panels, s.stride,
-                       2 * c.variant.tiles, c.images, c.tile_rows, c.tile_cols, c.group_panels,
-                       apart(s.height, s), apart(s.width, s), s.kernel, s.expand == Expand::kStem)
+  const Variant& v = c.variant;
+  return shared_layout(
+             s, precision,
+             {c.images, c.tile_rows, c.tile_cols, 2 * v.tiles, c.group_panels, v.out_panels})
       .bytes;
 }
 
-// What a thread block asks of its processor.
-struct Work {
-  double instructions = 0;  // of the warp that has most
-  double issued = 0;        // of all warps
-  double fma = 0, mma = 0;  // multiply-adds
-  double shared = 0;        // bytes
-};
-
-// Counted in the machine code of sm_90 where loops are, and rounded.
-// out: panels of outputs, 0 in the first pass of a squeeze-and-excite.
-Work work_of(const BlockShape& s, Precision precision, const Choice& c, double pixels,
-             int64_t warps, double out) {
-  const double element = double(element_size(precision)), quad = 4 * element * kLanes;
-  const bool wide = element == 4, exact = precision == Precision::kFloat32;
-  const Variant& v = c.variant;
-  const double panels = double(ceil_div(s.hidden_panels(), c.splits));
-  const double tiles = pixels / 16, rows = 2.0 * double(v.tiles);
-  const double rounds = double(ceil_div(ceil_div(int64_t(pixels), 16), warps));
-  const double in = double(expand_panels(s)), kernel = double(s.kernel), taps = double(s.taps());
-  Work w;
-  // Products of 16 x 16 x 16: instructions and bytes from shared memory for `tiles` of them that
-  // share their weights.
-  const auto product = [&](double shared_by) {
-    const double each = exact  ? 256 + 16 / shared_by
-                        : wide ? 12 + 10 / shared_by
-                               : 2 + 1 / shared_by;
-    return std::array<double, 2>{each, exact ? 16 * 512 : kLanes * 8 * element / shared_by};
-  };
-  if (s.expand != Expand::kNone) {
-    const auto [instructions, bytes] = product(double(v.expand_tiles));
-    const double loads = 3.0 / double(v.expand_panels);
-    const double each = in * (instructions + loads) + 30 + 14 / double(v.expand_panels);
-    w.instructions += rounds * panels * each;
-    w.issued += tiles * panels * each;
-    w.shared += tiles * panels * (in * (bytes + 2 * quad / double(v.expand_panels)) + 2 * quad);
-    (exact ? w.fma : w.mma) += tiles * panels * in * 4096;
-  } else {
-    const double each = pixels * 2 * element / 4 / kLanes * 20;  // copies, with their addresses
-    w.instructions += panels * each / double(warps);
-    w.issued += panels * each;
-    w.shared += panels * pixels * 16 * element;
-  }
-  const double lines = (rows - 1) * double(s.stride) + kernel;
-  // On tensor cores 12 products for two rows, or 30 of five taps; or widened loads and multiply-adds of
-  // float.
-  const double depthwise = wide            ? kernel * lines + (8 + 4 * taps) * rows + 40
-                           : s.kernel == 5 ? kernel * lines + 25 * rows + 95
-                                           : kernel * lines + 16 * rows + 50;
-  const auto [instructions, bytes] = product(double(v.tiles));
-  const double project = out * double(v.tiles) * instructions;
-  w.instructions += panels * (depthwise + project);
-  w.issued += double(warps) * panels * (depthwise + project);
-  w.shared += double(warps) * panels *
-              (kernel * lines * quad + kernel / 3 * 8 * 128 + out * double(v.tiles) * bytes);
-  (wide ? w.fma : w.mma) += double(warps) * panels * rows * taps * (wide ? 4 * kLanes : 1024);
-  (exact ? w.fma : w.mma) += double(warps) * panels * out * double(v.tiles) * 4096;
-  // A panel's weights, 16 bytes a copy.
-  const double copies = ((in + out) * 256 * element + (taps + 2) * 64) / 16 / kLanes * 6;
-  w.instructions += panels * copies / double(warps);
-  w.issued += panels * copies;
-  // First and last: addresses, copies and clearing; bias, residual and stores.
-  const double store = 120 + (out > 0 ? rows * out * 14 : panels * 24);
-  // An image's pixels channel by channel, and the windows; else 16 bytes a copy.
-  const bool stem = s.expand == Expand::kStem;
-  const double image_pixels = pixels * double(kStemStride * kStemStride);
-  const double copied = stem ? image_pixels * 40 + pixels * 30 : pixels * in * 2 * element / 4 * 20;
-  const double load = (copied + pixels * 20) / kLanes / double(warps) + 200;
-  w.instructions += store + load;
-  w.issued += double(warps) * (store + load);
-  w.shared += (stem ? image_pixels * double(kStemChannels) : pixels * in * 16) * element;
-  return w;
+// Thread blocks that a multiprocessor runs at once, by registers, shared memory and threads.
+int64_t blocks_per_sm(const Variant& v, const Gpu& gpu, int64_t warps, int64_t shared_bytes) {
+  // A register file has four parts of 16384 registers, each for every fourth warp.
+  const int64_t per_scheduler = ceil_div(v.most_warps * v.blocks_per_sm, kSchedulers);
+  const int64_t registers = kRegisters / kSchedulers / (kLanes * per_scheduler) / 8 * 8;
+  const int64_t held =
+      kRegisters / kSchedulers / (kLanes * std::min<int64_t>(registers, 255)) * kSchedulers;
+  return std::max<int64_t>(
+      1, std::min({held / warps, gpu.shared_per_multiprocessor / (shared_bytes + 1024),
+                   gpu.threads_per_multiprocessor / (warps * kLanes)}));
 }
 
-Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Choice& c) {
-  const double element = double(element_size(precision));
+// Division of the outputs among thread blocks and their warps.
+Plan divided(const BlockShape& s, Precision precision, const Gpu& gpu, const Choice& c) {
   Plan p{};
   p.images = c.images;
   p.tile_rows = c.tile_rows;
@@ -174,73 +85,80 @@ Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Ch
                         ceil_div(apart(s.out_width(), s), c.tile_cols);
   p.thread_blocks = tiles * p.splits * p.out_blocks;
   p.shared_bytes = shared_bytes(s, precision, c);
+  p.blocks_per_sm = blocks_per_sm(c.variant, gpu, p.warps, p.shared_bytes);
+  return p;
+}
 
-  // A register file has four parts of 16384, each for every fourth warp.
-  const int64_t per_scheduler = ceil_div(c.variant.most_warps * c.variant.resident, kSchedulers);
-  const int64_t registers = kRegisters / kSchedulers / (kLanes * per_scheduler) / 8 * 8;
-  const int64_t warps =
-      kRegisters / kSchedulers / (kLanes * std::min<int64_t>(registers, 255)) * kSchedulers;
-  p.resident = std::max<int64_t>(
-      1, std::min({warps / p.warps, gpu.shared_per_processor / (p.shared_bytes + 1024),
-                   gpu.threads_per_processor / (p.warps * kLanes)}));
+// Bytes of a block's packed weights.
+double weight_traffic(const BlockShape& s, double element) {
+  const double w_expand = double(s.expand_terms() * s.hidden_channels);
+  return element * (w_expand + double(s.hidden_channels * s.out_channels)) +
+         double(4 * (s.taps() + 2) * s.hidden_channels);
+}
 
-  const int64_t expanded_rows = expanded(s, s.out_height(), c.tile_rows, s.height, s.pad_top);
-  const int64_t expanded_cols = expanded(s, s.out_width(), c.tile_cols, s.width, s.pad_left);
-  const double all_pixels = double(s.batch) * double(expanded_rows * expanded_cols);
-  p.recompute = double(expanded_rows * expanded_cols * p.out_blocks) / double(s.height * s.width);
+// Sets the bytes in global memory, and the expanded pixels that tiles compute more than once.
+void set_traffic(Plan& p, const BlockShape& s, Precision precision, int64_t expanded_pixels) {
+  const double element = double(element_size(precision));
+  const bool squeezed = s.squeeze_channels > 0, stem = s.expand == Expand::kStem;
+  p.recompute = double(expanded_pixels * p.out_blocks) / double(s.height * s.width);
   const int64_t out_pixels = s.batch * s.out_height() * s.out_width();
   p.partial_bytes = p.splits > 1 ? p.splits * s.out_elements() * 4 : 0;
-  const bool squeezed = s.squeeze_channels > 0;
-  p.squeeze_bytes = squeezed ? SqueezeMemory(s, tiles, p.warps).total() * 4 : 0;
+  p.squeeze_bytes = squeezed ? SqueezeMemory(s, tiles_of(p), p.warps).total() * 4 : 0;
   const int64_t in_expanded = s.expand == Expand::kNone ? 0 : s.height * s.width;
-  const bool stem = s.expand == Expand::kStem;
-  const double x_bytes = element * double(s.batch * s.in_channels) *
-                         double(stem ? s.image_height * s.image_width : s.height * s.width);
   p.bytes_never_written = s.batch * s.hidden_channels *
                           (in_expanded + s.out_height() * s.out_width()) * element_size(precision);
-  const double w_expand = double(s.expand_terms() * s.hidden_channels);
-  const double weights = element * (w_expand + double(s.hidden_channels * s.out_channels)) +
-                         double(4 * (s.taps() + 2) * s.hidden_channels);
+  const double x_bytes = element * double(s.batch * s.in_channels) *
+                         double(stem ? s.image_height * s.image_width : s.height * s.width);
+  const double weights = weight_traffic(s, element);
   p.bytes = int64_t(x_bytes + element * double(out_pixels * s.out_channels) + weights) +
             2 * (p.partial_bytes + p.squeeze_bytes);
-  if (squeezed)  // x and the weights once more, and those of its products
+  if (squeezed)  // x and weights are read by both passes, the products read their own weights
     p.bytes += int64_t(x_bytes + weights) + 8 * s.hidden_channels * s.squeeze_channels;
-  if (tiles == 0) return p;
+}
 
+// Estimated seconds of a call. all_pixels: of e, of all images and tiles.
+double seconds_of(const Plan& p, const BlockShape& s, Precision precision, const Gpu& gpu,
+                  const Choice& c, double all_pixels) {
+  const double element = double(element_size(precision)), weights = weight_traffic(s, element);
+  const int64_t tiles = tiles_of(p);
   const Rates rates = rates_of(gpu);
   const double groups = double(ceil_div(ceil_div(s.hidden_panels(), c.splits), c.group_panels));
-  const double mma = rates.mma / (element == 4 ? 2 : 1);
-  // Of a pass of so many thread blocks with so many panels of outputs.
-  const auto seconds_of = [&](int64_t thread_blocks, double out) {
-    const Work w = work_of(s, precision, c, all_pixels / double(tiles), p.warps, out);
-    const int64_t waves = ceil_div(thread_blocks, gpu.processors * p.resident);
-    const int64_t at_once = std::min(p.resident, ceil_div(thread_blocks, gpu.processors * waves));
-    const double warps_each = double(at_once * p.warps) / double(kSchedulers);
-    const double issue = std::min(kIssued, kIssuedAlone * std::max(warps_each, 1.0));
-    const double blocks = double(at_once);
-    double cycles =
-        std::max({blocks * w.issued / kSchedulers / issue, w.instructions / kIssuedAlone,
-                  blocks * w.fma / rates.fma / kReached, blocks * w.mma / mma / kReached,
-                  blocks * w.shared / kSharedBytes / kReached});
-    cycles += groups * 2 * kBarrierCycles;
+  // One pass: of so many thread blocks, with so many panels of outputs.
+  const auto pass_seconds = [&](int64_t thread_blocks, double out) {
+    const Work w = WorkCount(s, precision, c, all_pixels / double(tiles), p.warps, out).work();
+    const int64_t waves = ceil_div(thread_blocks, gpu.multiprocessors * p.blocks_per_sm);
+    const int64_t at_once =
+        std::min(p.blocks_per_sm, ceil_div(thread_blocks, gpu.multiprocessors * waves));
+    const double cycles =
+        wave_cycles(w, rates, precision, at_once, p.warps) + groups * 2 * kBarrierCycles;
     const double from_l2 = weights / double(p.splits) * double(thread_blocks) +
                            element * x_elements(s, all_pixels) * double(p.splits);
-    const double processors = double(std::min(gpu.processors, thread_blocks));
+    const double busy_sms = double(std::min(gpu.multiprocessors, thread_blocks));
     return std::max(double(waves) * cycles / gpu.clock,
-                    from_l2 / (kL2Bytes * processors) / gpu.clock);
+                    from_l2 / (kL2Bytes * busy_sms) / gpu.clock);
   };
-  double busy = seconds_of(p.thread_blocks, double(p.out_panels));
+  double busy = pass_seconds(p.thread_blocks, double(p.out_panels));
   int64_t launches = p.splits > 1 ? 2 : 1;
-  if (squeezed) {
+  if (s.squeeze_channels > 0) {
     // Both products read their weights from L2 once an image, the first the pooled sums for each panel.
     const double read = double(s.batch * 8 * s.hidden_channels * s.squeeze_channels) +
                         double(p.squeeze_bytes * s.squeeze_panels());
-    busy +=
-        seconds_of(tiles * p.splits, 0) + read / (kL2Bytes * double(gpu.processors)) / gpu.clock;
+    busy += pass_seconds(tiles * p.splits, 0) +
+            read / (kL2Bytes * double(gpu.multiprocessors)) / gpu.clock;
     launches += 3;
   }
-  p.seconds = std::max(busy, double(p.bytes) / gpu.copy_bytes) + kFirstSeconds +
-              kLaunchSeconds * double(launches);
+  return std::max(busy, double(p.bytes) / gpu.memory_bandwidth) + kFirstSeconds +
+         kLaunchSeconds * double(launches);
+}
+
+Plan complete(const BlockShape& s, Precision precision, const Gpu& gpu, const Choice& c) {
+  Plan p = divided(s, precision, gpu, c);
+  const int64_t expanded_rows = expanded(s, s.out_height(), c.tile_rows, s.height, s.pad_top);
+  const int64_t expanded_cols = expanded(s, s.out_width(), c.tile_cols, s.width, s.pad_left);
+  set_traffic(p, s, precision, expanded_rows * expanded_cols);
+  if (p.thread_blocks == 0) return p;  // of an empty batch
+  const double all_pixels = double(s.batch) * double(expanded_rows * expanded_cols);
+  p.seconds = seconds_of(p, s, precision, gpu, c, all_pixels);
   return p;
 }
 
@@ -255,7 +173,7 @@ std::vector<int64_t> parts(int64_t n, int64_t multiple, int64_t most) {
   return found;
 }
 
-// f(variant) for each that is compiled for such a block and has outputs.
+// Calls f(variant) for each variant that is compiled for such a block and has outputs.
 template <class F>
 void for_variants(const BlockShape& s, Precision precision, F f) {
   const Form form = form_of(s);
@@ -266,8 +184,8 @@ void for_variants(const BlockShape& s, Precision precision, F f) {
   });
 }
 
-// The variants whose registers fit these outputs best: of each number of tiles the narrowest that
-// holds all, or the widest.
+// Variants whose registers fit these outputs best: for each number of tiles the narrowest that holds all
+// outputs, or the widest.
 std::vector<Variant> variants(const BlockShape& s, Precision precision) {
   const int64_t needed = ceil_div(s.out_channels, kPanel);
   std::vector<Variant> found;
@@ -280,13 +198,13 @@ std::vector<Variant> variants(const BlockShape& s, Precision precision) {
                                         : v.out_panels > best->out_panels);
       if (better) best = v;
     });
-    // Out blocks repeat the expansion: only where there is no other way.
+    // Out blocks repeat the expansion, so they are only for outputs that no variant holds.
     if (best && (best->out_panels >= needed || tiles == 1)) found.push_back(*best);
   }
   return found;
 }
 
-// What takes least shared memory, for where no tile fits with those.
+// The variant of least shared memory, for blocks of which no tile fits with those.
 Variant narrowest(const BlockShape& s, Precision precision) {
   std::optional<Variant> found;
   for_variants(s, precision, [&](const Variant& v) {
@@ -295,9 +213,45 @@ Variant narrowest(const BlockShape& s, Precision precision) {
   return *found;
 }
 
-// Of a thread block. The sums of a squeeze-and-excite are of one image.
+// Most images of a thread block: one with a squeeze-and-excite, whose sums are of one image.
 int64_t most_images(const BlockShape& s) {
   return s.squeeze_channels > 0 ? 1 : std::max<int64_t>(s.batch, 1);
+}
+
+// Tries all groups and splits of a tile.
+void search_groups(std::optional<Plan>& best, const BlockShape& s, Precision precision,
+                   const Gpu& gpu, Choice c) {
+  const int64_t hidden = s.hidden_panels();
+  for (c.group_panels = 1; c.group_panels <= std::min(kMostGroupPanels, hidden); ++c.group_panels) {
+    if (shared_bytes(s, precision, c) > gpu.shared_per_block) break;
+    const int64_t groups = ceil_div(hidden, c.group_panels);
+    c.splits = 0;
+    for (int64_t each = groups; each >= 1; --each) {  // groups of a split
+      const int64_t splits = ceil_div(groups, each);
+      if (splits > kMostSplits) break;
+      if (splits == c.splits) continue;  // the same number with a larger share was tried
+      c.splits = splits;
+      const Plan p = complete(s, precision, gpu, c);
+      if (!best || p.seconds < best->seconds) best = p;
+    }
+  }
+}
+
+// Tries all tiles of a variant.
+void search(std::optional<Plan>& best, const BlockShape& s, Precision precision, const Gpu& gpu,
+            const Variant& v) {
+  const int64_t height = apart(s.out_height(), s), width = apart(s.out_width(), s);
+  const int64_t most = v.most_warps * kStripsPerWarp;
+  for (const int64_t cols : parts(width, 1, most)) {
+    for (const int64_t rows : parts(height, 2 * v.tiles, most / cols * 2 * v.tiles)) {
+      const bool whole = cols >= width && rows >= height;
+      const int64_t one = ceil_div(rows, 2 * v.tiles) * cols;
+      for (int64_t images = 1; images * one <= most; ++images) {
+        if (images > most_images(s) || (images > 1 && !whole)) break;
+        search_groups(best, s, precision, gpu, {images, rows, cols, v, 1, 1});
+      }
+    }
+  }
 }
 
 std::string does_not_fit(const BlockShape& s, const Gpu& gpu) {
@@ -321,76 +275,9 @@ void check(const BlockShape& s, Precision precision, const Gpu& gpu) {
   if (!why.empty()) throw std::invalid_argument(why);
 }
 
-}  // namespace
-
-std::string unsupported(const BlockShape& s, Precision precision, int64_t capability) {
-  std::ostringstream out;
-  const int64_t least =
-      precision == Precision::kBFloat16 || precision == Precision::kTf32 ? 80 : 75;
-  if (const std::string why = mnv2_fused::unsupported(s); !why.empty()) return why;
-  const int64_t size = std::max({s.batch * s.out_height() * s.out_width(), s.batch, s.height,
-                                 s.width, s.image_height, s.image_width});
-  const int64_t channels =
-      std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels});
-  if (capability < least)
-    out << (precision == Precision::kBFloat16 ? "bfloat16" : "this") << " needs compute capability "
-        << least / 10 << "." << least % 10 << ", this GPU has " << capability / 10 << "."
-        << capability % 10 << "; use float16, float32 or backend='eager'";
-  else if (size > int64_t{1} << 30)
-    out << "the CUDA kernel takes at most 2^30 output pixels, rows and columns, got " << s.batch
-        << " images of " << s.height << "x" << s.width
-        << "; split the batch, or use backend='eager'";
-  else if (channels > int64_t{1} << 15)
-    out << "the CUDA kernel takes at most 2^15 channels, got " << channels
-        << "; use backend='eager'";
-  else if (s.expand == Expand::kStem && s.in_channels > kStemChannels)
-    out << "the CUDA kernel takes at most " << kStemChannels << " channels in front of a stem, got "
-        << s.in_channels << "; run the stem by itself";
-  else if (s.expand == Expand::kStem && s.dilation > 1)
-    out << "the CUDA kernel takes no dilation behind a stem, got " << s.dilation
-        << "; run the stem by itself";
-  return out.str();
-}
-
-Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu) {
-  check(s, precision, gpu);
-  std::optional<Plan> best;
-  const int64_t hidden = s.hidden_panels();
-  const int64_t height = apart(s.out_height(), s), width = apart(s.out_width(), s);
-  const auto search = [&](const Variant& v) {
-    const int64_t most = v.most_warps * kStripsPerWarp;
-    for (const int64_t cols : parts(width, 1, most)) {
-      for (const int64_t rows : parts(height, 2 * v.tiles, most / cols * 2 * v.tiles)) {
-        const bool whole = cols >= width && rows >= height;
-        const int64_t one = ceil_div(rows, 2 * v.tiles) * cols;
-        for (int64_t images = 1; images * one <= most; ++images) {
-          if (images > most_images(s) || (images > 1 && !whole)) break;
-          for (int64_t group = 1; group <= std::min(kMostGroupPanels, hidden); ++group) {
-            Choice c{images, rows, cols, v, group, 1};
-            if (shared_bytes(s, precision, c) > gpu.shared_per_block) break;
-            const int64_t groups = ceil_div(hidden, group);
-            for (int64_t each = groups; each >= 1; --each) {
-              const int64_t splits = ceil_div(groups, each);
-              if (splits > kMostSplits) break;
-              if (splits == c.splits && each < groups) continue;  // the same with more in one
-              c.splits = splits;
-              const Plan p = complete(s, precision, gpu, c);
-              if (!best || p.seconds < best->seconds) best = p;
-            }
-          }
-        }
-      }
-    }
-  };
-  for (const Variant& v : variants(s, precision)) search(v);
-  if (!best) search(narrowest(s, precision));
-  if (!best) throw std::invalid_argument(does_not_fit(s, gpu));
-  return *best;
-}
-
-Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu,
-               const std::vector<int64_t>& forced) {
-  check(s, precision, gpu);
+// The choice that forced values name. Throws std::invalid_argument naming the value and the limit.
+Choice forced_choice(const BlockShape& s, Precision precision, const Gpu& gpu,
+                     const std::vector<int64_t>& forced) {
   if (forced.size() != 6)
     refuse("must be [images, tile_rows, tile_cols, strip_rows, group, splits], got ", forced.size(),
            " values");
@@ -431,7 +318,86 @@ Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu,
   if (const int64_t bytes = shared_bytes(s, precision, c); bytes > gpu.shared_per_block)
     refuse("takes ", bytes, " bytes of shared memory, a thread block of this GPU has ",
            gpu.shared_per_block, "; choose a smaller tile or group");
-  return complete(s, precision, gpu, c);
+  return c;
+}
+
+// The first value that is no enumerator, as an objection; empty when all are known.
+std::string unknown_kind(const BlockShape& s, Precision precision) {
+  struct Kind {
+    const char* name;
+    int64_t value, count;
+  };
+  for (const auto& [name, value, count] : {
+           Kind{"precision", int64_t(precision), kPrecisions},
+           Kind{"activation", int64_t(s.activation), kActivations},
+           Kind{"stem_activation", int64_t(s.stem_activation), kActivations},
+           Kind{"out_activation", int64_t(s.out_activation), kActivations},
+           Kind{"squeeze_activation", int64_t(s.squeeze_activation), kActivations},
+           Kind{"gate", int64_t(s.gate), kGates},
+       })
+    if (value < 0 || value >= count)
+      return "the CUDA kernel takes " + std::string(name) + " 0 to " + std::to_string(count - 1) +
+             ", got " + std::to_string(value) + "; use backend='eager'";
+  return "";
+}
+
+// The first compute capability that has products of this precision.
+int64_t least_capability(Precision precision) {
+  switch (precision) {
+    case Precision::kHalf:
+    case Precision::kFloat32:
+      return 75;
+    case Precision::kBFloat16:
+    case Precision::kTf32:
+      return 80;
+  }
+  throw std::invalid_argument("precision must be float16, bfloat16, tf32 or float32");
+}
+
+}  // namespace
+
+std::string unsupported(const BlockShape& s, Precision precision, int64_t capability) {
+  if (const std::string why = mnv2_fused::unsupported(s); !why.empty()) return why;
+  if (const std::string why = unknown_kind(s, precision); !why.empty()) return why;
+  std::ostringstream out;
+  const int64_t least = least_capability(precision);
+  const int64_t size = std::max({s.batch * s.out_height() * s.out_width(), s.batch, s.height,
+                                 s.width, s.image_height, s.image_width});
+  const int64_t channels =
+      std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels});
+  if (capability < least)
+    out << (precision == Precision::kBFloat16 ? "bfloat16" : "this") << " needs compute capability "
+        << least / 10 << "." << least % 10 << ", this GPU has " << capability / 10 << "."
+        << capability % 10 << "; use float16, float32 or backend='eager'";
+  else if (size > int64_t{1} << 30)
+    out << "the CUDA kernel takes at most 2^30 output pixels, rows and columns, got " << s.batch
+        << " images of " << s.height << "x" << s.width
+        << "; split the batch, or use backend='eager'";
+  else if (channels > int64_t{1} << 15)
+    out << "the CUDA kernel takes at most 2^15 channels, got " << channels
+        << "; use backend='eager'";
+  else if (s.expand == Expand::kStem && s.in_channels > kStemChannels)
+    out << "the CUDA kernel takes at most " << kStemChannels << " channels in front of a stem, got "
+        << s.in_channels << "; run the stem by itself";
+  else if (s.expand == Expand::kStem && s.dilation > 1)
+    out << "the CUDA kernel takes no dilation behind a stem, got " << s.dilation
+        << "; run the stem by itself";
+  return out.str();
+}
+
+Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu) {
+  check(s, precision, gpu);
+  std::optional<Plan> best;
+  for (const Variant& v : variants(s, precision)) search(best, s, precision, gpu, v);
+  if (!best) search(best, s, precision, gpu, narrowest(s, precision));
+  if (!best) throw std::invalid_argument(does_not_fit(s, gpu));
+  return *best;
+}
+
+Plan make_plan(const BlockShape& s, Precision precision, const Gpu& gpu,
+               const std::vector<int64_t>& forced) {
+  check(s, precision, gpu);
+  return complete(s, precision, gpu, forced_choice(s, precision, gpu, forced));
 }
 
 }  // namespace mnv2_fused::cuda

@@ -6,29 +6,25 @@
 #include <vector>
 
 #include "../block.h"
+#include "precision.h"
 
 namespace mnv2_fused::cuda {
 
-// What activations are stored as, and how their 1x1 products are formed: on tensor cores, but for
-// kFloat32, which is exact.
-enum class Precision : int8_t { kHalf, kBFloat16, kTf32, kFloat32 };
-constexpr int64_t element_size(Precision p) { return p < Precision::kTf32 ? 2 : 4; }
-
-// Limits of a device. Everything but the last two comes from its properties.
+// Limits of a device. All but the last two come from its properties.
 struct Gpu {
   int64_t capability;  // 90 for compute capability 9.0
-  int64_t processors;
-  int64_t shared_per_block;      // most bytes of shared memory a block may ask for
-  int64_t shared_per_processor;  // bytes
-  int64_t threads_per_processor;
+  int64_t multiprocessors;
+  int64_t shared_per_block;           // most bytes of shared memory that a block may ask for
+  int64_t shared_per_multiprocessor;  // bytes
+  int64_t threads_per_multiprocessor;
   int64_t l2_bytes;
-  double clock;       // processor cycles a second
-  double copy_bytes;  // of global memory, a second
+  double clock;             // cycles of a multiprocessor, a second
+  double memory_bandwidth;  // bytes of global memory, a second
   bool operator==(const Gpu&) const = default;
 };
 
-// One thread block computes all output channels of a tile, or those of its out block. Its outputs
-// are cut into strips, one column wide; every eight strips are a warp's.
+// One thread block computes all output channels of a tile, or those of its out block. Outputs are cut
+// into strips, one column wide; eight strips are a warp's (drawn in kernel/tile.cuh).
 struct Plan {
   int64_t images, tile_rows, tile_cols;  // outputs of a thread block, dilated apart
   int64_t strip_rows;                    // 2 or 4
@@ -39,10 +35,10 @@ struct Plan {
   int64_t warps;                         // of a thread block
   int64_t thread_blocks;                 // in all
   int64_t shared_bytes;                  // of a thread block
-  int64_t resident;                      // thread blocks that a processor runs at once
-  int64_t partial_bytes;                 // of global memory, the sums of each split
-  int64_t squeeze_bytes;                 // the same, d's sums and the gate of a squeeze-and-excite
-  int64_t bytes_never_written;           // the expanded tensors an unfused block writes
+  int64_t blocks_per_sm;                 // thread blocks that a multiprocessor runs at once
+  int64_t partial_bytes;                 // of global memory, for the sums of each split
+  int64_t squeeze_bytes;                 // of global memory, for d's sums and the gate
+  int64_t bytes_never_written;           // the expanded tensors that an unfused block writes
   int64_t bytes;                         // that have to move between global memory and the GPU
   double recompute;                      // expanded pixels computed / expanded pixels needed
   double seconds;                        // estimated
@@ -55,7 +51,7 @@ Plan make_plan(const BlockShape& shape, Precision precision, const Gpu& gpu);
 Plan make_plan(const BlockShape& shape, Precision precision, const Gpu& gpu,
                const std::vector<int64_t>& forced);
 
-// Why the kernel cannot take this shape in this precision on such a GPU, or an empty string.
+// Why the kernel cannot take this shape in this precision on such a GPU; empty when it can.
 std::string unsupported(const BlockShape& shape, Precision precision, int64_t capability);
 
 }  // namespace mnv2_fused::cuda

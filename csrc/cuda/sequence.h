@@ -1,22 +1,22 @@
-// Blocks in a row as one call: where the weights of each lie among all, and what is between two. No
-// torch, no CUDA.
+// Blocks in a row as one call: places of each block's weights, and memory between blocks. No torch, no
+// CUDA.
 #pragma once
 
 #include <vector>
 
-#include "launch.h"
+#include "call.h"
 
 namespace mnv2_fused::cuda {
 
 struct BlockLayer {
   BlockShape shape;
   Plan plan;
-  int64_t weights[kWeights];  // bytes from the start of all, in their order; -1 where there is none
+  int64_t weights[kWeights];  // bytes from the start of all weights; -1 for absent ones
 };
 
 class Sequence {
  public:
-  // plan_of(shape): its plan in this precision.
+  // plan_of(shape): the plan in this precision.
   template <class F>
   Sequence(const std::vector<BlockShape>& shapes, Precision precision, F plan_of)
       : precision_(precision) {
@@ -33,12 +33,14 @@ class Sequence {
       between_ = std::max(between_, y_bytes(i) + (i > 0 ? y_bytes(i - 1) : 0));
   }
 
-  // Bytes of all weights, and of the memory that a call needs beside its result.
+  // Bytes of all weights, and of a call's memory beside its result.
   int64_t weights() const { return weights_; }
   int64_t memory() const { return between_ + scratch_; }
 
-  // launch(layer, call) for each in turn. What comes and goes between them starts at the two ends of one
-  // part of `memory`, in turn.
+  // Calls launch(layer, call) for each block. Results between blocks lie by turns at the start and at the
+  // end of one part of `memory`:
+  //
+  //   | y of blocks 0, 2, ... ->      <- y of blocks 1, 3, ... | scratch of one block |
   template <class F>
   void run(Input x, const char* weights, char* memory, void* y, F launch) const {
     for (size_t i = 0; i < layers_.size(); ++i) {
@@ -60,7 +62,7 @@ class Sequence {
   }
 
  private:
-  static constexpr int64_t kJoined = 64;  // bytes, as runs.join aligns them
+  static constexpr int64_t kJoined = 64;  // bytes, as sequence/weights.py's join aligns them
 
   int64_t y_bytes(size_t i) const {
     return round_up(layers_[i].shape.out_elements() * element_size(precision_), 256);

@@ -100,7 +100,7 @@ py::dict to_dict(const cuda::Plan& p) {
                   "strip_rows"_a = p.strip_rows, "group"_a = p.group, "splits"_a = p.splits,
                   "out_panels"_a = p.out_panels, "out_blocks"_a = p.out_blocks, "warps"_a = p.warps,
                   "thread_blocks"_a = p.thread_blocks, "shared_bytes"_a = p.shared_bytes,
-                  "resident"_a = p.resident, "partial_bytes"_a = p.partial_bytes,
+                  "resident"_a = p.blocks_per_sm, "partial_bytes"_a = p.partial_bytes,
                   "squeeze_bytes"_a = p.squeeze_bytes,
                   "bytes_never_written"_a = p.bytes_never_written, "bytes"_a = p.bytes,
                   "recompute"_a = p.recompute, "seconds"_a = p.seconds);

@@ -47,7 +47,7 @@ class GlobalMemory {
   // alone: whether the kernel before this one has ended, as far as the thread knows.
   void read(const void* from, int bytes, void* to, Through cache, bool alone) {
     const Range& range = span_of(from, bytes, false, "reads ").range;
-    if (range.written && !alone) fail("reads before previous_finishes() what may not be there");
+    if (range.written && !alone) fail("reads before grid_dependency_wait() what may not be there");
     if (range.written && cache == Through::kConstants)
       fail("reads as a constant what the kernel before may have written");
     std::memcpy(to, from, bytes);
@@ -55,7 +55,7 @@ class GlobalMemory {
 
   // Each output has one owner.
   void write(int block, int thread, void* to, int bytes, const void* from, bool alone) {
-    if (!alone) fail("writes before previous_finishes() what others may still read");
+    if (!alone) fail("writes before grid_dependency_wait() what others may still read");
     Span& span = span_of(to, bytes, true, "writes ");
     const int64_t at = static_cast<char*>(to) - static_cast<const char*>(span.range.begin);
     for (int64_t u = at / kUnit; u < units(at + bytes); ++u) {

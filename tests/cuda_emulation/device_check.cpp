@@ -1,4 +1,4 @@
-// What the emulated device computes, and kernels that it must refuse, for test_cuda_emulation.py.
+// What the emulated device computes, and kernels that it must refuse, for test_cuda_emulation_device.py.
 #include <map>
 #include <string>
 
@@ -21,15 +21,15 @@ int thread() { return int(threadIdx.x); }
 const std::map<std::string, void (*)()> kKernels = {
     {"correct",
      [] {
-       previous_finishes();
-       next_may_start();
+       grid_dependency_wait();
+       launch_dependents();
        store_shared(4 * thread(), float(thread()));
        if (thread() < 16) copy_16(512 + 16 * thread(), g_input + 4 * thread());
-       copies_finish();
+       wait_copies();
        barrier();
        const float v =
            load_shared<float>(4 * (thread() ^ 33)) + load_shared<float>(512 + 4 * thread());
-       const float of_others = from_lane(v, thread() % 32) - load_written(g_result) + g_result[0];
+       const float of_others = shuffle(v, thread() % 32) - load_written(g_result) + g_result[0];
        store_global(g_output + thread(), of_others);
      }},
     {"missing barrier",
@@ -60,57 +60,57 @@ const std::map<std::string, void (*)()> kKernels = {
     {"copy, misaligned",
      [] {
        copy_16(16 * thread(), g_input + 1);
-       copies_finish();
+       wait_copies();
      }},
     {"copy to after the end",
      [] {
        copy_16(kShared, g_input);
-       copies_finish();
+       wait_copies();
      }},
     {"read of what is written", [] { load_global(g_output + thread()); }},
     {"store to the input",
      [] {
-       previous_finishes();
+       grid_dependency_wait();
        store_global(g_input + thread(), 1.f);
      }},
     {"two stores to one output",
      [] {
-       previous_finishes();
+       grid_dependency_wait();
        store_global(g_output + thread() / 2, 1.f);
      }},
     {"two blocks' stores to one output",
      [] {
-       previous_finishes();
+       grid_dependency_wait();
        store_global(g_output + thread(), 1.f);
      }},
     {"warp operation of some lanes",
      [] {
-       if (thread() % 32 < 31) from_lane(1, 0);
+       if (thread() % 32 < 31) shuffle(1, 0);
      }},
     {"warp operation after a barrier of others",
      [] {
-       if (thread() % 32 < 31) from_lane(1, 0);
+       if (thread() % 32 < 31) shuffle(1, 0);
        barrier();
      }},
     {"warp operations of two kinds",
      [] {
        if (thread() % 32 < 31)
-         from_lane(1, 0);
+         shuffle(1, 0);
        else
-         exchange(1, 1);
+         shuffle_xor(1, 1);
      }},
     {"warp operations of two places",
      [] {
        if (thread() % 32 < 31)
-         from_lane(1, 0);
+         shuffle(1, 0);
        else
-         from_lane(1, 1);
+         shuffle(1, 1);
      }},
     {"warp operation, once more by one lane",
      [] {
-       for (int i = 0; i < 3 + (thread() == 37); ++i) exchange(1, 1);
+       for (int i = 0; i < 3 + (thread() == 37); ++i) shuffle_xor(1, 1);
      }},
-    {"a lane that there is not", [] { from_lane(1, 32); }},
+    {"a lane that there is not", [] { shuffle(1, 32); }},
     {"barrier of some threads",
      [] {
        if (thread() != 37) barrier();
@@ -127,33 +127,33 @@ const std::map<std::string, void (*)()> kKernels = {
      [] {
        copy_16(16 * thread(), g_input);
        load_shared<float>(16 * thread());
-       copies_finish();
+       wait_copies();
      }},
     {"copy finished by its thread only",
      [] {
        copy_16(16 * thread(), g_input);
-       copies_finish();
+       wait_copies();
        load_shared<float>(16 * (thread() ^ 1));
      }},
     {"copy over what others read",
      [] {
        load_shared<float>(16 * (thread() ^ 1));
        copy_16(16 * thread(), g_input);
-       copies_finish();
+       wait_copies();
      }},
     {"read before the last kernel's end", [] { load_written(g_result + thread()); }},
     {"copy before the last kernel's end",
      [] {
        copy_16(16 * thread(), g_result);
-       copies_finish();
+       wait_copies();
      }},
     {"store before the last kernel's end", [] { store_global(g_output + thread(), 1.f); }},
     {"read of the last kernel's results as of constants",
      [] {
-       previous_finishes();
+       grid_dependency_wait();
        load_global(g_result + thread());
      }},
-    {"start of the next kernel before the last one's end", [] { next_may_start(); }},
+    {"start of the next kernel before the last one's end", [] { launch_dependents(); }},
 };
 
 std::string g_error;
@@ -239,12 +239,11 @@ void relu6_of(int64_t count, const float* from, float* to) {
 void round_to_tf32(int64_t count, const uint32_t* from, uint32_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = round_tf32(from[i]);
 }
-// Values of all lanes through from_lane, then exchange.
-void exchange_lanes(const int* lanes, int mask, const float* from, float* picked,
-                    float* exchanged) {
+// Values of all lanes through shuffle, then shuffle_xor.
+void shuffle_lanes(const int* lanes, int mask, const float* from, float* picked, float* exchanged) {
   run({1, 1, 1}, 32, 0, {}, [&] {
-    picked[thread()] = from_lane(from[thread()], lanes[thread()]);
-    exchanged[thread()] = float_of(exchange(bits_of(from[thread()]), mask));
+    picked[thread()] = shuffle(from[thread()], lanes[thread()]);
+    exchanged[thread()] = float_of(shuffle_xor(bits_of(from[thread()]), mask));
   });
 }
 }

@@ -1,11 +1,11 @@
-// The CUDA kernel on the CPU, for emulation.py: one precision's kernels a library, EMULATED_PRECISION;
-// of those only one where EMULATED_FORM, EMULATED_STRIDE, EMULATED_TILES and EMULATED_OUT_PANELS say
-// which, and the one that pools for it.
+// The CUDA kernel on the CPU, for emulation.py: a library of one precision's kernels, EMULATED_PRECISION.
+// Where EMULATED_FORM, EMULATED_STRIDE, EMULATED_TILES and EMULATED_OUT_PANELS are defined, of that one
+// kernel and the kernel that pools for it.
 #include <string>
 
-#include "products.cuh"
+#include "kernel/squeeze.cuh"
+#include "kernels.cuh"
 #include "sequence.h"
-#include "variants.cuh"
 
 using namespace mnv2_fused;
 using namespace mnv2_fused::cuda;
@@ -14,28 +14,27 @@ namespace {
 
 constexpr Precision kPrecision = Precision::EMULATED_PRECISION;
 
-template <class F>
-bool with_emulated_kernel(const BlockShape& shape, const Plan& plan, Pass pass, F f) {
+Kernel emulated_kernel(const BlockShape& shape, const Plan& plan, Pass pass) {
 #ifdef EMULATED_STRIDE
   constexpr Form kForm = Form::EMULATED_FORM;
   if (form_of(shape) != kForm || shape.stride != EMULATED_STRIDE ||
       plan.strip_rows != 2 * EMULATED_TILES || plan.out_panels != EMULATED_OUT_PANELS)
-    return false;
+    return nullptr;
   if (pass == Pass::kLast)
-    f(inverted_residual_kernel<kPrecision, kForm, EMULATED_STRIDE, EMULATED_TILES,
-                               EMULATED_OUT_PANELS>);
-  else if constexpr (is_general(kForm))
-    f(inverted_residual_kernel<kPrecision, kForm, EMULATED_STRIDE, EMULATED_TILES, 0>);
-  return true;
+    return inverted_residual_kernel<kPrecision, kForm, EMULATED_STRIDE, EMULATED_TILES,
+                                    EMULATED_OUT_PANELS>;
+  if constexpr (is_general(kForm))
+    return inverted_residual_kernel<kPrecision, kForm, EMULATED_STRIDE, EMULATED_TILES, 0>;
+  return nullptr;
 #else
-  return with_kernel<kPrecision>(shape, plan, pass, f);
+  return kernel_for<kPrecision>(shape, plan, pass);
 #endif
 }
 
 using Ranges = std::vector<emulation::Range>;
 
-// One block's kernels in turn. given: what each may read. Of what they make they may read only what the
-// one before left.
+// One block's kernels in turn. given: memory that each may read. Of results each may read only those of
+// the kernel before it.
 void run_block(const BlockShape& shape, const Plan& plan, const Call& call, const Ranges& given,
                emulation::Range y, uint64_t seed) {
   const Args& args = call.args;
@@ -54,10 +53,9 @@ void run_block(const BlockShape& shape, const Plan& plan, const Call& call, cons
   };
   const auto pass = [&](Pass which, unsigned out_blocks, const Ranges& ranges) {
     const dim3 grid{unsigned(tiles_of(plan)), unsigned(plan.splits), out_blocks};
-    const bool found = with_emulated_kernel(shape, plan, which, [&](Kernel kernel) {
-      run(grid, plan.warps * kLanes, plan.shared_bytes, ranges, [&] { kernel(args); });
-    });
-    if (!found) throw std::runtime_error("no kernel is compiled for this plan");
+    const Kernel kernel = emulated_kernel(shape, plan, which);
+    if (!kernel) throw std::runtime_error("no kernel is compiled for this plan");
+    run(grid, plan.warps * kLanes, plan.shared_bytes, ranges, [&] { kernel(args); });
   };
 
   emulation::Range gate{};
@@ -66,10 +64,10 @@ void run_block(const BlockShape& shape, const Plan& plan, const Call& call, cons
       throw std::runtime_error("the plan's squeeze_bytes are not what is used");
     emulation::Range read = range(args.pooled, sizes.pooled, false);
     pass(Pass::kPool, 1, memory({}, range(args.pooled, sizes.pooled, true)));
-    for (const ProductArgs& a : {call.products.squeeze, call.products.excite}) {
+    for (const SqueezeProductArgs& a : {call.products.squeeze, call.products.excite}) {
       const int64_t panels = ceil_div(a.out_channels, kPanel), made = shape.batch * panels * kPanel;
-      run({unsigned(shape.batch), unsigned(panels), 1}, kProductThreads, kProductShared,
-          memory(read, range(a.out, made, true)), [&] { product_kernel(a); });
+      run({unsigned(shape.batch), unsigned(panels), 1}, kSqueezeThreads, kSqueezeShared,
+          memory(read, range(a.out, made, true)), [&] { squeeze_product_kernel(a); });
       read = range(a.out, made, false);
     }
     gate = read;
@@ -78,7 +76,7 @@ void run_block(const BlockShape& shape, const Plan& plan, const Call& call, cons
   pass(Pass::kLast, unsigned(plan.out_blocks),
        memory(gate, split ? range(args.partial, plan.partial_bytes / 4, true) : y));
   if (split) {
-    const Adding adding = adding_kernel<kPrecision>(shape);
+    const Kernel adding = adding_kernel<kPrecision>(shape);
     run({unsigned(add_blocks(shape)), 1, 1}, kAddThreads, 0,
         memory(range(args.partial, plan.partial_bytes / 4, false), y), [&] { adding(args); });
   }

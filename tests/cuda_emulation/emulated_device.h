@@ -1,4 +1,4 @@
-// The twin of csrc/cuda/device.cuh that a CPU can run: the same functions, checked and slow.
+// The twin of csrc/cuda/kernel/device.cuh that a CPU can run: the same functions, checked and slow.
 #pragma once
 
 #include <bit>
@@ -37,11 +37,11 @@ void store_shared(int offset, V value, emulation::Site site = emulation::Site::c
   emulation::machine->at(site).write_shared(offset, sizeof(V), &value);
 }
 
-inline void previous_finishes(emulation::Site site = emulation::Site::current()) {
-  emulation::machine->at(site).previous_finishes();
+inline void grid_dependency_wait(emulation::Site site = emulation::Site::current()) {
+  emulation::machine->at(site).grid_dependency_wait();
 }
-inline void next_may_start(emulation::Site site = emulation::Site::current()) {
-  emulation::machine->at(site).next_may_start();
+inline void launch_dependents(emulation::Site site = emulation::Site::current()) {
+  emulation::machine->at(site).launch_dependents();
 }
 
 template <class V>
@@ -65,7 +65,7 @@ inline void copy_16(int offset, const void* from,
                     emulation::Site site = emulation::Site::current()) {
   emulation::machine->at(site).start_copy(offset, from);
 }
-inline void copies_finish(emulation::Site site = emulation::Site::current()) {
+inline void wait_copies(emulation::Site site = emulation::Site::current()) {
   emulation::machine->at(site).finish_copies();
 }
 
@@ -122,17 +122,17 @@ inline uint32_t rounded_bfloat16(float v) {
 
 }  // namespace emulation
 
-inline float from_lane(float value, int lane, emulation::Site site = emulation::Site::current()) {
+inline float shuffle(float value, int lane, emulation::Site site = emulation::Site::current()) {
   emulation::Exchange<float> operands{value, lane, 0};
-  emulation::machine->at(site).warp_operation("from_lane", &operands,
+  emulation::machine->at(site).warp_operation("shuffle", &operands,
                                               emulation::exchange_lanes<float>);
   return operands.result;
 }
-inline uint32_t exchange(uint32_t value, int mask,
-                         emulation::Site site = emulation::Site::current()) {
+inline uint32_t shuffle_xor(uint32_t value, int mask,
+                            emulation::Site site = emulation::Site::current()) {
   const int lane = threadIdx.x % emulation::kWarp;
   emulation::Exchange<uint32_t> operands{value, lane ^ mask, 0};
-  emulation::machine->at(site).warp_operation("exchange", &operands,
+  emulation::machine->at(site).warp_operation("shuffle_xor", &operands,
                                               emulation::exchange_lanes<uint32_t>);
   return operands.result;
 }
@@ -153,7 +153,7 @@ inline float clip(float v, float low, float high) {
   return v != v ? v : std::min(std::max(v, low), high);
 }
 inline float exponential(float v) { return std::exp(v); }
-inline float divide(float a, float b) { return a / b; }
+inline float fast_divide(float a, float b) { return a / b; }
 inline uint32_t pack_relu6_half(float low, float high) {
   return pack_half(relu6(low), relu6(high));
 }

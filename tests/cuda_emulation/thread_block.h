@@ -81,9 +81,9 @@ class Machine {
     global_.write(block, thread_, to, bytes, from, current().alone);
   }
 
-  void previous_finishes() { current().alone = true; }
+  void grid_dependency_wait() { current().alone = true; }
   // The next kernel waits for this one alone.
-  void next_may_start() const {
+  void launch_dependents() const {
     if (!threads_[thread_].alone) fail("lets the next kernel start beside the one before this");
   }
 
@@ -200,7 +200,7 @@ inline void Machine::start(Thread& thread) {
 inline void Machine::run_thread() {
   try {
     (*kernel_)();
-    if (!current().copies.empty()) fail("starts a copy and ends without copies_finish()");
+    if (!current().copies.empty()) fail("starts a copy and ends without wait_copies()");
   } catch (const std::exception& error) {
     error_ = name_of(thread_) + place(current().site) + " " + error.what();
   }

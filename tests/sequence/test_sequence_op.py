@@ -454,7 +454,9 @@ def test_a_wrong_number_of_bytes(layer, dtype):
     x = image(1, 3 if layer.geometry[0] == LayerKind.STEM_AND_BLOCK else 8, 1, 1, dtype=dtype)
     weights, layers = arguments([layer], dtype)
     for bytes_given in (weights[:0], weights[:-64], weights[:-1], torch.cat([weights, weights])):
-        fails([f"take {len(weights)} bytes", f"got {len(bytes_given)}", "runs.join"], x, bytes_given, layers)
+        fails(
+            [f"take {len(weights)} bytes", f"got {len(bytes_given)}", "sequence.weights.join"], x, bytes_given, layers
+        )
     with pytest.raises(RuntimeError, match=r"take \d+ bytes"):
         op(x, weights, layers * 2 if layer is BLOCK else [*layers[:3], layers[3] + 16, *layers[4:]])
 
@@ -462,7 +464,7 @@ def test_a_wrong_number_of_bytes(layer, dtype):
 def test_weights_must_be_one_row_of_bytes():
     x = image(1, 8, 9, 9)
     for wrong in (WEIGHTS[None], WEIGHTS.float(), torch.cat([WEIGHTS, WEIGHTS])[::2], WEIGHTS[0]):
-        fails(["one contiguous row of bytes", "runs.join"], x, wrong, LAYERS)
+        fails(["one contiguous row of bytes", "sequence.weights.join"], x, wrong, LAYERS)
 
 
 def test_join_aligns_every_tensor():
@@ -492,8 +494,11 @@ BAD_X = {
     "integer": (lambda: torch.ones(1, 8, 9, 9, dtype=torch.int32), ["x.float()"]),
     "bool": (lambda: torch.ones(1, 8, 9, 9).bool(), ["x.float()"]),
     "complex": (lambda: image(1, 8, 9, 9) + 0j, ["x.float()"]),
-    "float64": (lambda: image(1, 8, 9, 9).double(), ["bytes of weights for x of this dtype", "runs.join"]),
-    "bfloat16": (lambda: image(1, 8, 9, 9).bfloat16(), ["bytes of weights for x of this dtype", "runs.join"]),
+    "float64": (lambda: image(1, 8, 9, 9).double(), ["bytes of weights for x of this dtype", "sequence.weights.join"]),
+    "bfloat16": (
+        lambda: image(1, 8, 9, 9).bfloat16(),
+        ["bytes of weights for x of this dtype", "sequence.weights.join"],
+    ),
 }
 
 

@@ -1,5 +1,5 @@
-// What the kernel needs of a GPU beyond C++: shared memory, asynchronous copies, tensor cores,
-// packed numbers. The tests have a twin of this file that a CPU can run (tests/cuda_emulation).
+// Operations of a GPU beyond C++: shared memory, asynchronous copies, tensor cores, packed numbers.
+// tests/cuda_emulation has a twin of this file that a CPU can run.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@ namespace mnv2_fused::cuda {
 
 extern __shared__ __align__(128) char shared_memory[];
 
-// Compilers for other generations find less room in as many registers.
+// Compilers for generations from 10.0 on fit less into the same number of registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kFewRegisters = true;
 #else
@@ -31,16 +31,17 @@ MNV2_DEVICE void store_shared(int offset, V value) {
   *reinterpret_cast<V*>(shared_memory + offset) = value;
 }
 
-// From 9.0 on a kernel may start while the one before it in the stream ends. Waits for its end: before
-// that, nothing may be read that it may have written, and nothing written that it may read.
-MNV2_DEVICE void previous_finishes() {
+// Wait for the end of the kernel before this one in the stream: from 9.0 on a kernel may start while the
+// one before it ends. Before this call nothing may be read that the kernel before may have written, and
+// nothing may be written that the kernel before may read.
+MNV2_DEVICE void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the kernel behind this one start, once all thread blocks have come here or ended. Only after
-// previous_finishes(), so that no kernel runs beside the last but one.
-MNV2_DEVICE void next_may_start() {
+// Permission for the next kernel to start, once all thread blocks have called this or ended. Only after
+// grid_dependency_wait(): no kernel may run beside the last but one.
+MNV2_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -51,8 +52,8 @@ template <class V>
 MNV2_DEVICE V load_global(const V* at) {
   return __ldg(at);
 }
-// Global memory that a kernel before this one may have written, but no thread of this launch does. Not
-// through the cache for constants, which may hold what was there when this kernel started.
+// Global memory that an earlier kernel may have written, and that no thread of this launch writes. Loads
+// avoid the cache for constants, which may hold data from before the start of this kernel.
 template <class V>
 MNV2_DEVICE V load_written(const V* at) {
   return *at;
@@ -62,8 +63,7 @@ MNV2_DEVICE void store_global(V* at, V value) {
   *at = value;
 }
 
-// 16 bytes from global to shared memory, both aligned, while the thread goes on; see
-// copies_finish.
+// Asynchronous copy of 16 bytes from global to shared memory, both aligned; see wait_copies.
 MNV2_DEVICE void copy_16(int offset, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_memory + offset));
@@ -72,15 +72,15 @@ MNV2_DEVICE void copy_16(int offset, const void* from) {
   *reinterpret_cast<uint4*>(shared_memory + offset) = __ldg(static_cast<const uint4*>(from));
 #endif
 }
-// Waits for all copies of this thread. Other threads see them after the next barrier.
-MNV2_DEVICE void copies_finish() {
+// Wait for all copies of this thread. Other threads see the data after the next barrier.
+MNV2_DEVICE void wait_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
-// blockIdx.x and threadIdx.x, read anew at each call: what is made of them need not stay in registers
-// from one use to the next.
+// blockIdx.x and threadIdx.x, read again at each call, so that no register holds results of them from
+// one use to the next.
 MNV2_DEVICE int block_index() {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -92,18 +92,19 @@ MNV2_DEVICE int thread_index() {
   return index;
 }
 
-// Every thread of the block.
+// Barrier of all threads of the block.
 MNV2_DEVICE void barrier() { __syncthreads(); }
-// The same; whether any of them says so.
+// Barrier that returns whether `mine` is true in any thread.
 MNV2_DEVICE bool barrier_any(bool mine) { return __syncthreads_or(mine); }
 
-// Among the 32 lanes of a warp, all of which call.
-MNV2_DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
-MNV2_DEVICE uint32_t exchange(uint32_t value, int mask) {
+// Exchanges among the 32 lanes of a warp; every lane must call.
+MNV2_DEVICE float shuffle(float value, int lane) { return __shfl_sync(~0u, value, lane); }
+MNV2_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
-// c += a b by a warp: fragments as PTX lays them out over the lanes, sums in float. m16n8k8.
+// Products of a warp on tensor cores, c += a b: fragments as PTX lays them out over the lanes, sums in
+// float. m16n8k8.
 MNV2_DEVICE void mma_half_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
       "{%0,%1,%2,%3};"
@@ -138,7 +139,7 @@ MNV2_DEVICE void mma_bfloat16_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
       : "r"(a0), "r"(a1), "r"(b));
 #endif
 }
-// m16n8k8 of floats, of which the tensor core ignores the last 13 bits.
+// m16n8k8 of floats; the tensor core ignores their last 13 bits.
 MNV2_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -148,7 +149,7 @@ MNV2_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 #endif
 }
 
-// Two numbers in a register, the first in its low half. pack rounds to nearest even.
+// Pairs of numbers in a register, the first in the low half. pack rounds to nearest even.
 MNV2_DEVICE float2 unpack_half(uint32_t v) {
   return __half22float2(*reinterpret_cast<const __half2*>(&v));
 }
@@ -174,7 +175,7 @@ MNV2_DEVICE float relu6(float v) {
   return v != v ? v : fminf(fmaxf(v, 0.f), 6.f);
 #endif
 }
-// The same of any bounds.
+// Clip to any bounds that keeps a NaN.
 MNV2_DEVICE float clip(float v, float low, float high) {
 #if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(low));
@@ -184,11 +185,11 @@ MNV2_DEVICE float clip(float v, float low, float high) {
   return v != v ? v : fminf(fmaxf(v, low), high);
 #endif
 }
-// Of a float's precision but for the last two or three bits, where the result is not 0 or infinite.
+// Fast versions: all bits of a float but the last two or three, where the result is not 0 or infinite.
 MNV2_DEVICE float exponential(float v) { return __expf(v); }
-MNV2_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+MNV2_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 
-// ReLU6 of two numbers that are packed: clamping and rounding commute.
+// ReLU6 of two numbers, then packed: clamping and rounding commute.
 MNV2_DEVICE uint32_t pack_relu6_half(float low, float high) {
 #if __CUDA_ARCH__ >= 800
   uint32_t v;
@@ -210,7 +211,7 @@ MNV2_DEVICE uint32_t pack_relu6_bfloat16(float low, float high) {
 #endif
 }
 
-// The nearest float whose last 13 bits are zeros, as far as the tensor core looks.
+// Nearest float whose last 13 bits are zeros, the bits that the tensor core ignores.
 MNV2_DEVICE uint32_t round_tf32(uint32_t v) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(v) : "f"(__uint_as_float(v)));

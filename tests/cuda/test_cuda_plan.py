@@ -2,13 +2,15 @@
 
 import sys
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import pytest
 import torch
+from support.source_tree import ROOT
 
-from mnv2_fused import BlockSpec, cuda_plan
+from mnv2_fused import BlockSpec, backends, cuda_plan
+from mnv2_fused.encoding import shape_of
 from mnv2_fused.gpus import GPUS, H200
+from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import mobilenet_v2_blocks
 
 KINDS = {"float16": {}, "bfloat16": {"dtype": torch.bfloat16}, "float32": {"dtype": torch.float32}}
@@ -158,6 +160,22 @@ def test_what_no_kernel_takes(spec, shape, options, message):
         cuda_plan(spec, shape, **options)
 
 
+def test_an_unknown_kind_is_refused_by_name():
+    """Behind Python's own checks, which know the kinds by name."""
+    values = shape_of(SPEC, *SHAPE[:1], *SHAPE[2:])
+    places = {"activation": 15, "out_activation": 16, "squeeze_activation": 18}
+    options = {"precision": "float16", "gpu": H200[1:9]}
+    for name, place in places.items():
+        unknown = [len(ACTIVATIONS) if i == place else value for i, value in enumerate(values)]
+        with pytest.raises(ValueError, match=rf"takes {name} 0 to 4, got 5; use backend='eager'"):
+            backends._C.cuda_plan(*unknown, **options)
+    with pytest.raises(ValueError, match=r"takes gate 0 to 1, got 2; use backend='eager'"):
+        backends._C.cuda_plan(*values[:19], len(GATES), **options)
+    behind_a_stem = shape_of(BlockSpec(32, 32, 16, expand=False), 1, 7, 7)
+    with pytest.raises(ValueError, match=r"takes stem_activation 0 to 4, got 5; use backend='eager'"):
+        backends._C.cuda_plan(*behind_a_stem, stem=(3, 14, 14, len(ACTIVATIONS)), **options)
+
+
 def test_small_batches_fill_the_processors():
     """One image of 14x14 and 384 channels is one tile, yet most processors of an H200 get a part of it."""
     p = cuda_plan(SPEC, (1, 64, 14, 14))
@@ -172,7 +190,7 @@ def test_more_work_takes_longer():
 
 
 def test_the_notes_are_of_this_planner():
-    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    benchmarks = ROOT / "benchmarks"
     if not benchmarks.is_dir():
         pytest.skip("needs the source tree")
     sys.path.insert(0, str(benchmarks))

@@ -1,22 +1,22 @@
-// The two products between the passes of a squeeze-and-excite: of pooled channels, small, in float.
+// The two products between the passes of a squeeze-and-excite: small, of pooled channels, in float.
 #pragma once
 
-#include "kernel.cuh"
+#include "activation.cuh"
 
 namespace mnv2_fused::cuda {
 
-// blockIdx: image, panel of out. 64 channels at a time: four threads sum up the rows of each, every 16
-// of the 256 threads then multiply four of them by the panel's weights. The order of sums is fixed.
-MNV2_KERNEL(int(kProductThreads), 1)
-product_kernel(const ProductArgs a) {
-  constexpr int kChunk = 64, kParts = int(kProductThreads) / kChunk;
-  constexpr int kSums = int(kProductThreads / kPanel), kEach = kChunk / kSums;
+// blockIdx: image, panel of out. 64 channels at a time: four threads sum the rows of each channel, then
+// every 16 of the 256 threads multiply four channels by the panel's weights. The order of sums is fixed.
+MNV2_KERNEL(int(kSqueezeThreads), 1)
+squeeze_product_kernel(const SqueezeProductArgs a) {
+  constexpr int kChunk = 64, kParts = int(kSqueezeThreads) / kChunk;
+  constexpr int kSums = int(kSqueezeThreads / kPanel), kEach = kChunk / kSums;
   const int thread = threadIdx.x, image = blockIdx.x, panel = blockIdx.y;
   const int col = thread % int(kPanel);
   const float* const in = a.in + int64_t(image) * a.rows * a.in_pitch;
   const float* const weight = a.weight + int64_t(panel) * a.in_channels * kPanel + col;
-  previous_finishes();
-  next_may_start();
+  grid_dependency_wait();
+  launch_dependents();
   float sum = 0;
   for (int first = 0; first < a.in_channels; first += kChunk) {
     const int channel = first + thread % kChunk;
@@ -44,12 +44,7 @@ product_kernel(const ProductArgs a) {
   const int channel = panel * int(kPanel) + col;
   float v = load_global(a.bias + channel);
   for (int part = 0; part < kSums; ++part) v += load_shared<float>((part * int(kPanel) + col) * 4);
-  if (!a.gated)
-    v = activated(v, a.activation);
-  else if (a.gate == Gate::kSigmoid)
-    v = divide(1, 1 + exponential(-v));
-  else
-    v = clip(v + 3, 0, 6) * (1 / 6.f);
+  v = a.gated ? gate_of(v, a.gate) : activated(v, a.activation);
   store_global(a.out + int64_t(image) * int64_t(gridDim.y) * kPanel + channel, v);
 }
 

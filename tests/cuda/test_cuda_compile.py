@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
+from support.source_tree import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
@@ -19,6 +19,8 @@ if nvcc() is None:
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton's disassembler", allow_module_level=True)
 
+
+pytestmark = pytest.mark.slow
 
 # Each pair takes a processor minutes: of all generations and precisions a few, or those of the environment.
 CHOSEN = "75-half 90a-half 90a-float32 120-tf32"

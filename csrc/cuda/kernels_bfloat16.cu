@@ -1,0 +1,5 @@
+#include "kernels_of.cuh"
+
+namespace mnv2_fused::cuda {
+template BlockKernels kernels_of<Precision::kBFloat16>(const BlockShape&, const Plan&);
+}  // namespace mnv2_fused::cuda

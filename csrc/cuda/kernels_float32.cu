@@ -1,0 +1,5 @@
+#include "kernels_of.cuh"
+
+namespace mnv2_fused::cuda {
+template BlockKernels kernels_of<Precision::kFloat32>(const BlockShape&, const Plan&);
+}  // namespace mnv2_fused::cuda

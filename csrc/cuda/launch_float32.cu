@@ -1,5 +1,0 @@
-#include "launch.cuh"
-
-namespace mnv2_fused::cuda {
-template void launch_as<Precision::kFloat32>(const BlockShape&, const Plan&, const Call&, void*);
-}  // namespace mnv2_fused::cuda

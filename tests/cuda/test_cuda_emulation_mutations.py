@@ -1,0 +1,266 @@
+"""Mutations of the CUDA kernel's source: each must be noticed when the emulation runs it."""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cuda_emulation.cases import (
+    PRECISIONS,
+    check,
+    compiled_kernels,
+    emulated,
+    image_of,
+    input_of,
+    planned,
+    spreads,
+    stem_of,
+    verdict,
+)
+from cuda_emulation.emulation import CSRC, compiled_kernel, loaded
+
+from mnv2_fused import BlockSpec
+from mnv2_fused.testing import random_weights, threads
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
+by_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The references are small: more threads wait for each other longer than they compute."""
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    return compiled_kernels(tmp_path_factory.mktemp("kernels"))
+
+
+PADDED = BlockSpec(20, 40, 20, residual=True)  # channels that fill no panel
+WIDE = BlockSpec(16, 48, 24)  # results in whole vectors
+STRIDED = BlockSpec(20, 40, 20, stride=2)
+UNEXPANDED = BlockSpec(24, 24, 20, expand=False)
+OUT_BLOCKS = BlockSpec(8, 16, 180)
+UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_activation="relu")
+DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
+FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
+SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
+STEMMED = BlockSpec(20, 20, 24, expand=False)
+
+# Source text and its replacement, by what is broken. Each text stands once in the kernel's source. Precision and block
+# that must show the change are float32 and PADDED, except those of SHOWN_BY.
+WAITS = "  grid_dependency_wait();\n  launch_dependents();\n"
+LOAD = "  const LoadedTile tile = load_tile"
+MUTATIONS = {
+    "barrier before a group": ("    barrier();  // this group's weights are there", "    //"),
+    "barrier after the expansion": ("      barrier();  // e is there, too", "      ;"),
+    "barrier after the copy of e": ("    wait_copies();\n    barrier();\n", "    wait_copies();\n"),
+    "barrier that gathers infinities": ("barrier_any(any_infinite", "bool(any_infinite"),
+    "end of copies": ("    wait_copies();\n    barrier();  // this", "    barrier();  // this"),
+    "end of copies of e": ("    wait_copies();\n    barrier();\n", "    barrier();\n"),
+    "stages": ("= 2 * l.weights + l.stage - stage", "= stage"),
+    "rows of a fragment": ("a[i][1].x, a[i][0].y, a[i][1].y}", "a[i][0].y, a[i][1].x, a[i][1].y}"),
+    "weights of a fragment": ("rows, b.z, b.w)", "rows, b.w, b.z)"),
+    "weights of a TF32 fragment": ("round_tf32(b.z), round_tf32(b.w)", "round_tf32(b.w), round_tf32(b.z)"),
+    "weights of a float32 product": ("(2 * t + col) * 4 + from", "(2 * t + col) * 4 + 3 - from"),
+    "columns of a quad": ("c[1][2 * lower], c[1][2 * lower + 1]", "c[1][2 * lower + 1], c[1][2 * lower]"),
+    "order of taps": ("(kKernel * k + col) * int(kPanel)", "(kKernel * col + k) * int(kPanel)"),
+    "order of taps on tensor cores": ("row * kKernel + col;", "col * kKernel + row;"),
+    "diagonal": ("lane / 8 == lane % 4 ? ~0u : 0u", "~0u"),
+    "rows above": ("max(t.row * stride - 1, 0)", "t.row * stride"),
+    "columns to the right": ("a.tile_cols - 1) * stride + 2, a.width)", "a.tile_cols - 1) * stride + 1, a.width)"),
+    "place of the halo": ("t.in_col - (t.col * stride - 1)", "t.in_col - t.col * stride"),
+    "odd columns": ("(col % 2) * (e_cols + 1) / 2", "(col % 2) * e_cols / 2"),
+    "expand bias": ("load_shared<float4>(step.bias + (p * 4 + t) * 16)", "float4{0, 0, 0, 0}"),
+    "depthwise bias": ("sum[0] = load_shared<float4>(at.bias)", "sum[0] = {0, 0, 0, 0}"),
+    "project bias": ("load_floats(a.b_project + from, left)", "float4{0, 0, 0, 0}"),
+    "project bias after splits": ("added(sum, load_floats(a.b_project + channel, left))", "sum"),
+    "residual": ("inside && a.residual ? left : 0", "0"),
+    "residual after splits": ("if (a.residual) {", "if (false) {"),
+    "zeros outside the image": ("store_shared(l.e + i, uint4{0, 0, 0, 0})", ""),
+    "mask of hidden channels": ("      keep(q, channels - last", "      if (false) keep(q, channels - last"),
+    "mask of input channels": ("exists ? load_written", "true ? load_written"),
+    "mask of output channels": ("second, channels - channel - int(kPanel))", "second, 4)"),
+    "first ReLU6": ("  else\n    return C::Traits::narrow_relu6(v)", "  else\n    return C::Traits::narrow(v)"),
+    "second ReLU6": ("!C::kGeneral) return C::Traits::narrow_relu6(v)", "!C::kGeneral) return C::Traits::narrow(v)"),
+    "last rows": ("strip.row + o < tile.rows", "true"),
+    "last columns": ("tile.rows && strip.col < tile.cols;", "tile.rows;"),
+    "lanes without a strip": ("inside = strip.exists && ", "inside = "),
+    "images": ("(tile.first_image + image) * a.x_image", "image * a.x_image"),
+    "splits": ("blockIdx.y * pixels", "0 * pixels"),
+    "out blocks": ("first_out = blockIdx.z * C::kOutPanels", "first_out = 0"),
+    "exchange": ("{shuffle_xor(other.x, 1), shuffle_xor(other.y, 1)}", "{other.x, other.y}"),
+    "infinities": ("found = found || ", "found = found && "),
+    "padding above": ("a.pad_top, a.out_height", "a.pad_left, a.out_height"),
+    "padding before": ("a.pad_left, a.out_width", "a.pad_top, a.out_width"),
+    "first rows and columns of the halo": ("before < 0 ? (dilation - 1 - before) / dilation : 0", "0"),
+    "last rows and columns of the halo": ("(tile - 1) * kStride + kKernel,", "(tile - 1) * kStride + kKernel - 1,"),
+    "place of an uneven halo": ("max(end - start, 0), start - first}", "max(end - start, 0), 0}"),
+    "dilated rows": ("row * tile.step) * a.x_row", "row) * a.x_row"),
+    "dilated columns": ("col * tile.step) * a.x_col", "col) * a.x_col"),
+    "dilated outputs": ("(strip.row + o) * tile.step", "(strip.row + o)"),
+    "phases of a dilation": ("phase * kStride - pad, first", "-pad, first"),
+    "dilated padding": ("(dilation - 1 - before) / dilation", "-before"),
+    "fifth row": ("k >= 0 && k < kKernel", "k >= 0 && k < 4"),
+    "fifth column": ("    float4 tap[kKernel];", "    if (col == 4) break;\n    float4 tap[kKernel];"),
+    "fifth row on tensor cores": ("up[4].x, low[4].x, fifth.x", "up[3].x, low[3].x, fifth.x"),
+    "fifth row's weights": ("within / 4 : within - 8", "within / 4 : 9 - within"),
+    "rows three and four on tensor cores": ("third, w0.z & diagonal, w0.w", "third, w0.w & diagonal, w0.z"),
+    "clip": ("return clip(v, f.low, f.high)", "return v"),
+    "hardswish": ("v * (clip(v + 3, 0, 6)", "v * (clip(v + 2.9f, 0, 6)"),
+    "silu": ("divide(v, 1 + exponential(-v))", "divide(v, 1 + exponential(-1.05f * v))"),
+    "output's activation": ("if (C::kGeneral && biased) v[p]", "if (false) v[p]"),
+    "output's activation of one split": ("if (C::kGeneral && biased) v[p]", "if (C::kGeneral) v[p]"),
+    "output's activation after splits": ("if constexpr (kActivated) sum", "if constexpr (false) sum"),
+    "infinities that activations leave": ("infinite = infinite || found", "infinite = false"),
+    "barrier after an expansion with infinities": ("infinite = barrier_any(found)", "infinite = found"),
+    "end of the kernel before": (f"{WAITS}{LOAD}", LOAD),
+    "end of the kernel before the sum over splits": (f"{WAITS}  if (pixel >= pixels)", "  if (pixel >= pixels)"),
+    "start of the next kernel": (f"{WAITS}{LOAD}", f"  launch_dependents();\n{LOAD}"),
+    "cache of x": ("exists ? load_written", "exists ? load_global"),
+    "cache of the residual": ("N::widen(load_written(reinterpret_cast", "N::widen(load_global(reinterpret_cast"),
+    "gate": ("narrow({v.x * gate.x,", "narrow({v.x,"),
+    "gate of another image": ("int64_t(tile.gate_image) * a.hidden", "int64_t(0) * a.hidden"),
+    "gate of another panel": ("a.hidden_panels + g.panel + p) * kPanel + 4", "a.hidden_panels) * kPanel + 4"),
+    "last rows in the pool": ("if (row < tile.outs) total", "total"),
+    "last columns in the pool": ("outs = strip.exists && strip.col < tile.cols ?", "outs = strip.exists ?"),
+    "lanes without a strip in the pool": ("strip.exists && strip.col < tile.cols ?", "strip.col < tile.cols ?"),
+    "strips in the pool": ("apart < 32; apart *= 2", "apart < 16; apart *= 2"),
+    "warps' sums": ("block_index()) * warp_count() + threadIdx.x / 32", "block_index()) * warp_count()"),
+    "tiles' sums": ("block_index()) * warp_count() + threadIdx.x / 32", "0) * warp_count() + threadIdx.x / 32"),
+    "rows of the mean": ("row += kParts)", "row += 2 * kParts)"),
+    "parts of the mean": ("(int part = 0; part < kParts", "(int part = 1; part < kParts"),
+    "mean": ("mean * a.scale", "mean"),
+    "chunks of the mean": ("int64_t(first + at) * kPanel", "int64_t(at) * kPanel"),
+    "barrier before a chunk": ("    barrier();  // nobody reads the chunk before\n", ""),
+    "barrier after a chunk": ("    barrier();  // this chunk's sums are there\n", ""),
+    "barrier after the last chunk": ("  barrier();  // nobody reads the last chunk\n", ""),
+    "barrier before the last sum": ("  barrier();  // all sums are there\n", ""),
+    "bias of the gate": ("load_global(a.bias + channel)", "0"),
+    "activation between the gate's products": (": activated(v, a.activation);", ": v;"),
+    "hardsigmoid": ("return clip(v + 3, 0, 6) * (1 / 6.f)", "return clip(v + 3, 0, 6)"),
+    "sums of the gate's parts": ("part < kSums; ++part)", "part < kSums - 1; ++part)"),
+    "end of the kernel before the gate's products": (f"{WAITS}  float sum = 0;", "  float sum = 0;"),
+    "cache of the pool's sums": ("rows += load_written(", "rows += load_global("),
+    "cache of the gate": ("gate = load_written(", "gate = load_global("),
+    "image's border": (" && at_col < a.image_width", ""),
+    "image's first column": ("kStemStride) - 1 + col", "kStemStride) + col"),
+    "image's channels": ("from + k * a.x_channel", "from + k"),
+    "images in front of a stem": ("at_image * a.x_image", "image * a.x_image"),
+    "channels there are not in an image": ("inside && k < a.in_channels", "inside && k < 4"),
+    "windows": ("row * int(kStemStride)) * pitch", "row) * pitch"),
+    "images' windows": ("(image * a.image_rows + row * int(kStemStride))", "(row * int(kStemStride))"),
+    "rows of a window": ("window[i][lower] + q * to_row", "window[i][lower]"),
+    "a window's fourth column": ("window[i][lower] = t < 3 ?", "window[i][lower] = true ?"),
+    "zeros of a stem": ("store_shared(a.shared.zeros, uint4{0, 0, 0, 0})", ""),
+    "cache of the image": ("a.in_channels ? load_written(", "a.in_channels ? load_global("),
+    "stem's activation": ("activated(v, a.expand_activation)", "activated(v, a.activation)"),
+}  # fmt: skip
+SHOWN_BY = {
+    "barrier after the copy of e": ("float32", UNEXPANDED),
+    "barrier that gathers infinities": ("float16", UNEXPANDED),
+    "end of copies of e": ("float32", UNEXPANDED),
+    "rows of a fragment": ("float16", PADDED),
+    "weights of a fragment": ("bfloat16", PADDED),
+    "weights of a TF32 fragment": ("tf32", PADDED),
+    "order of taps on tensor cores": ("float16", PADDED),
+    "diagonal": ("float16", PADDED),
+    "odd columns": ("float32", STRIDED),
+    "mask of output channels": ("float16", PADDED),
+    "cache of x": ("float16", PADDED),
+    "out blocks": ("float32", OUT_BLOCKS),
+    "exchange": ("float16", WIDE),
+    "infinities": ("float16", UNEXPANDED),
+    **dict.fromkeys(
+        (
+            *("padding above", "padding before", "first rows and columns of the halo", "place of an uneven halo"),
+            *("last rows and columns of the halo", "clip", "output's activation", "output's activation of one split"),
+            "output's activation after splits",
+        ),
+        ("float32", UNEVEN),
+    ),
+    "infinities that activations leave": ("float16", UNEVEN),
+    "barrier after an expansion with infinities": ("float16", UNEVEN),
+    **dict.fromkeys((name for name in MUTATIONS if "dilat" in name or name == "silu"), ("float32", DILATED)),
+    **dict.fromkeys(("fifth row", "fifth column", "hardswish"), ("float32", FIVE)),
+    **dict.fromkeys(
+        ("fifth row on tensor cores", "fifth row's weights", "rows three and four on tensor cores"), ("float16", FIVE)
+    ),
+    **dict.fromkeys(list(MUTATIONS)[list(MUTATIONS).index("gate") :], ("float32", SQUEEZED)),
+    **dict.fromkeys(list(MUTATIONS)[list(MUTATIONS).index("image's border") :], ("float16", STEMMED, "hardswish")),
+}
+
+
+def shown_by(name):
+    """Precision, block, and the activation of a stem in front of it."""
+    precision, spec, activation = (*SHOWN_BY.get(name, ("float32", PADDED)), None)[:3]
+    return precision, spec, activation
+
+
+def noticed(library, spec, precision, activation=None):
+    """Whether anything is wrong: finite and infinite input, splits, tiles that do not fit, images of two blocks."""
+    kernels, weights = {precision: library}, random_weights(spec, expand_bias=5)
+    stem = activation and stem_of(spec, 3, activation)
+    x = image_of(2, 3, (12, 13), precision) if stem else input_of(spec, 2, (6, 7), precision)
+    infinite = x.clone()
+    infinite[1, 0, 3, 3] = float("inf")
+    for splits in (1, 2) if spec.hidden_channels > 16 else (1,):
+        forced = {"tile_cols": 5, "splits": splits}
+        try:
+            y = emulated(kernels, x, weights, spec, precision, stem=stem, **forced)
+            right = spreads(kernels, infinite, weights, spec, precision, stem, **forced)
+            if stem:  # of two images a thread block
+                whole = {"images": 2, "tile_rows": 6, "tile_cols": 7}
+                right = right and check(kernels, x, weights, spec, precision, stem, **whole) is not None
+        except (RuntimeError, AssertionError):
+            return True
+        if not (right and verdict(y, x, weights, spec, precision, stem).ok):
+            return True
+    return False
+
+
+def changed_kernel(name, folder):
+    """The library of a changed source, with the one kernel that small plans of the block need."""
+    original, replacement = MUTATIONS[name]
+    precision, spec, activation = shown_by(name)
+    shutil.copytree(CSRC / "cuda", folder / "cuda")
+    shutil.copy(CSRC / "block.h", folder)
+    changed = [path for path in (folder / "cuda").rglob("*.cuh") if original in path.read_text()]
+    assert len(changed) == 1 and changed[0].read_text().count(original) == 1, original
+    changed[0].write_text(changed[0].read_text().replace(original, replacement))
+    plan = planned(spec, input_of(spec, 2, (6, 7), precision), precision, tile_cols=5)
+    general = spec.beyond_mobilenet_v2 or activation not in (None, "relu6")
+    form = {3: "kGeneral3x3", 5: "kGeneral5x5"}[spec.kernel] if general else "kStem" if activation else "kMobileNetV2"
+    only = form, spec.stride, plan.strip_rows // 2, plan.out_panels
+    return loaded(compiled_kernel(folder / "kernel.so", PRECISIONS[precision][0], folder, only))
+
+
+@pytest.fixture(scope="module")
+def changed_kernels(request, tmp_path_factory):
+    """Libraries that the tests to come ask for, compiled while others run."""
+    items = [item for item in request.session.items if "changed_kernels" in item.fixturenames]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        names = [item.callspec.params["name"] for item in items]
+        yield {name: pool.submit(changed_kernel, name, tmp_path_factory.mktemp("changed")) for name in names}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(changed_kernels, name):
+    precision, spec, activation = shown_by(name)
+    assert noticed(changed_kernels[name].result(), spec, precision, activation)
+
+
+@by_precision
+@pytest.mark.parametrize(
+    "spec", [PADDED, WIDE, STRIDED, UNEXPANDED, OUT_BLOCKS, UNEVEN, DILATED, FIVE, SQUEEZED], ids=str
+)
+def test_the_kernel_itself_is_not_broken(kernels, spec, precision):
+    assert not noticed(kernels[precision], spec, precision)
+
+
+@by_precision
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+def test_the_kernel_behind_a_stem_is_not_broken(kernels, activation, precision):
+    assert not noticed(kernels[precision], STEMMED, precision, activation)
