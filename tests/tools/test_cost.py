@@ -16,7 +16,6 @@ from torch import nn
 import mnv2_fused
 from mnv2_fused import backends, testing
 from mnv2_fused.__main__ import main
-from mnv2_fused.tools import cost as cost_module
 from mnv2_fused.tools.cost import cost, measured_peaks, named_model
 
 torchvision = pytest.importorskip("torchvision")
@@ -362,7 +361,7 @@ def test_unknown_names(name, said, capsys):
 @pytest.mark.parametrize("name, library", [("mobilenet_v2", "torchvision"), ("timm:mobilenetv2_100", "timm")])
 def test_a_missing_library(name, library, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr(cost_module, "models", own_models())
+    monkeypatch.setitem(sys.modules, "mnv2_fused.models", own_models())
     assert main(["cost", name]) == 1
     assert re.match(rf"error: this model needs {library} .+: pip install ", capsys.readouterr().err)
 
