@@ -26,6 +26,9 @@ inline size_t hash_of(const BlockShape& s) {
 template <class Key, class Plan>
 class PlanCache {
  public:
+  // Past `most` plans a caller with endless shapes starts afresh.
+  explicit PlanCache(size_t most = 4096) : most_(most) {}
+
   // make() once per key.
   template <class Make>
   Plan get(const Key& key, Make make) {
@@ -35,7 +38,7 @@ class PlanCache {
     }
     const Plan plan = make();
     const std::lock_guard lock(mutex_);
-    if (plans_.size() >= kMost) plans_.clear();
+    if (plans_.size() >= most_) plans_.clear();
     plans_.emplace(key, plan);
     return plan;
   }
@@ -44,7 +47,7 @@ class PlanCache {
   struct Hash {
     size_t operator()(const Key& key) const { return key.hash(); }
   };
-  static constexpr size_t kMost = 4096;  // past it a caller with endless shapes starts afresh
+  const size_t most_;
   std::mutex mutex_;
   std::unordered_map<Key, Plan, Hash> plans_;
 };

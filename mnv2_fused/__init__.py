@@ -1,5 +1,7 @@
 """The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor."""
 
+import sys as _sys
+
 from . import models
 from .block import inverted_residual
 from .convert import Report, fuse, report, unfuse
@@ -11,6 +13,10 @@ from .plans.triton import TritonPlan, triton_plan
 from .reference import inverted_residual_reference
 from .spec import BlockSpec
 from .version import __version__ as __version__
+
+# Pickles of version 0.1.0 name these modules; the package's attributes of the same names are functions.
+for _planner in (plan, cuda_plan, triton_plan):
+    _sys.modules[f"{__name__}.{_planner.__name__}"] = _sys.modules[_planner.__module__]
 
 __all__ = [
     "BlockSpec",

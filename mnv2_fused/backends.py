@@ -40,6 +40,14 @@ def _load_cuda() -> tuple[Any, str | None]:
 
 _cuda, _cuda_error = _load_cuda()
 
+
+def refuse_library(why: str) -> None:
+    """Treats the compiled library as one that does not load: it is older or newer than these files."""
+    global _C, _load_error, _cuda, _cuda_error
+    _C, _load_error = None, why
+    _cuda, _cuda_error = _load_cuda()
+
+
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from . import backends
 from .fold import conv_norms
 from .spec import ACTIVATIONS, GATES, BlockSpec
 
@@ -111,12 +112,82 @@ def block_values(spec: BlockSpec, stem_activation: str) -> list[int]:
 SQUEEZE_CHANNELS = 8  # their place among those
 
 
-def shape_of(spec: BlockSpec, batch: int, height: int, width: int) -> tuple[int, ...]:
-    """What the planners in C++ take of a block and its input."""
-    return (
-        *(batch, height, width, spec.in_channels, spec.hidden_channels, spec.out_channels),
-        *(spec.stride, spec.expand, spec.residual, spec.kernel, spec.dilation),
-        *spec.padding_of(height, width),
-        *(ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation), spec.squeeze_channels),
-        *(ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)),
-    )
+# The fields of a block, in the order of csrc/block.h, and what they are where nothing else is said.
+BLOCK_FIELDS = {
+    **dict.fromkeys(("batch", "height", "width", "in_channels", "hidden_channels", "out_channels", "stride"), 0),
+    "expand": 0,  # of EXPANDS
+    "residual": 0,
+    **dict.fromkeys(("image_height", "image_width"), 0),  # of what a stem in front takes
+    "kernel": 3,
+    "dilation": 1,
+    **dict.fromkeys(("pad_left", "pad_right", "pad_top", "pad_bottom"), 1),
+    "activation": ACTIVATIONS.index("relu6"),
+    "stem_activation": ACTIVATIONS.index("relu6"),
+    "out_activation": ACTIVATIONS.index("identity"),
+    "squeeze_channels": 0,
+    "squeeze_activation": ACTIVATIONS.index("relu"),
+    "gate": GATES.index("hardsigmoid"),
+}
+EXPANDS = ("none", "pointwise", "stem")
+
+
+def library_differs() -> str | None:
+    """What the compiled library takes otherwise than this file says, in words; None where they agree."""
+    if backends._C is None:
+        return None
+    tables = {
+        "fields of a block": (list(BLOCK_FIELDS.items()), backends._C.block_fields()),
+        "activations": (list(ACTIVATIONS), backends._C.activations()),
+        "gates": (list(GATES), backends._C.gates()),
+    }
+    for what, (here, there) in tables.items():
+        if here != there:
+            return f"its {what} are {there}, here they are {here}: build it again"
+    return None
+
+
+if (_why := library_differs()) is not None:
+    backends.refuse_library(_why)
+
+
+def shape_of(
+    spec: BlockSpec, batch: int, height: int, width: int, stem: tuple[str, int, int, int] | None = None
+) -> dict[str, int]:
+    """The fields of a block on an expanded tensor of this size: what the planners in C++ take.
+
+    ``stem``: activation of a network's stem in front, that runs in the same kernel, and channels, height and width of
+    the image that it takes.
+    """
+    left, right, top, bottom = spec.padding_of(height, width)
+    fields = BLOCK_FIELDS | {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "in_channels": spec.in_channels,
+        "hidden_channels": spec.hidden_channels,
+        "out_channels": spec.out_channels,
+        "stride": spec.stride,
+        "expand": EXPANDS.index("pointwise" if spec.expand else "none"),
+        "residual": int(spec.residual),
+        "kernel": spec.kernel,
+        "dilation": spec.dilation,
+        "pad_left": left,
+        "pad_right": right,
+        "pad_top": top,
+        "pad_bottom": bottom,
+        "activation": ACTIVATIONS.index(spec.activation),
+        "out_activation": ACTIVATIONS.index(spec.out_activation),
+        "squeeze_channels": spec.squeeze_channels,
+        "squeeze_activation": ACTIVATIONS.index(spec.squeeze_activation),
+        "gate": GATES.index(spec.gate),
+    }
+    if stem is None:
+        return fields
+    activation, in_channels, image_height, image_width = stem
+    return fields | {
+        "in_channels": in_channels,
+        "expand": EXPANDS.index("stem"),
+        "image_height": image_height,
+        "image_width": image_width,
+        "stem_activation": ACTIVATIONS.index(activation),
+    }

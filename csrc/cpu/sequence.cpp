@@ -1,37 +1,40 @@
 // The op of layers in a row on the CPU.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../layers.h"
+#include "../plan_cache.h"
 #include "op.h"
 
 namespace mnv2_fused::cpu {
 namespace {
 
 struct Layer : LayerShape {
-  BlockRun run;             // of the block
-  const char* weights[10];  // in the order of the layer's packed tensors; the rest is null
-  int64_t first_bytes;      // of the weights that a kernel reads first
+  BlockRun run;  // of the block
+  int64_t weights
+      [10];  // where each packed tensor begins, in bytes; in the order of the layer's tensors
+  int64_t first_bytes;  // of the weights that a kernel reads first
 
-  BlockPointers pointers() const {
-    const char* const* w = weights;
+  // first: of the weights of all layers.
+  BlockPointers pointers(const char* first) const {
+    const int64_t* w = weights;
     BlockPointers p{};
-    if (kind != kBlockWithoutExpand) {
-      p.w_expand = *w++;
-      p.b_expand = *w++;
-    }
-    for (const void** at : {&p.w_depthwise, &p.b_depthwise, &p.w_project, &p.b_project}) *at = *w++;
+    if (kind != kBlockWithoutExpand)
+      for (const void** at : {&p.w_expand, &p.b_expand}) *at = first + *w++;
+    for (const void** at : {&p.w_depthwise, &p.b_depthwise, &p.w_project, &p.b_project})
+      *at = first + *w++;
     if (block.squeeze_channels > 0)
-      for (const void** at : {&p.w_squeeze, &p.b_squeeze, &p.w_excite, &p.b_excite}) *at = *w++;
+      for (const void** at : {&p.w_squeeze, &p.b_squeeze, &p.w_excite, &p.b_excite})
+        *at = first + *w++;
     return p;
   }
 };
 
-// Weights of all layers in one row of bytes, handed out layer by layer; see sequence/weights.py's join.
+// Places of the layers' weights in one row of bytes, given layer by layer; see sequence/weights.py's join.
 class Weights {
  public:
-  explicit Weights(const char* first) : first_(first) {}
-  // Bytes handed out.
+  // Bytes given.
   int64_t size() const { return size_; }
 
   template <class S>
@@ -72,14 +75,74 @@ class Weights {
 
  private:
   void take(int64_t bytes) {
-    *at_++ = first_ + size_;
+    *at_++ = size_;
     size_ += round_up(bytes, 64);
   }
 
-  const char* first_;
   int64_t size_ = 0;
-  const char** at_ = nullptr;
+  int64_t* at_ = nullptr;
 };
+
+// Everything about a row of layers that its weights and x's values do not change.
+struct Row {
+  std::vector<Layer> layers;
+  int64_t weight_bytes = 0;
+  int64_t between =
+      0;  // bytes for the tensors between layers, which start at the buffer's two ends, in turn
+  int64_t scratch = 0;  // bytes
+};
+
+// Bytes of a layer's result, on cache lines of its own.
+template <class S>
+int64_t result_bytes(const Layer& l) {
+  return round_up(l.y_elements() * int64_t{sizeof(S)}, 256);
+}
+
+template <class S>
+Row make_row(IntHeaderOnlyArrayRef layers, const Sizes& x, const Machine& machine) {
+  Row row;
+  Weights packed;
+  for (const LayerShape& shape : layer_shapes(layers, x)) {
+    Layer& l = row.layers.emplace_back(Layer{shape, {}, {}, 0});
+    if (l.is_block())
+      l.run =
+          BlockRun(l.block, machine, [&](const BlockShape& s) { return cached_plan(s, machine); });
+    packed.give<S>(l);
+  }
+  row.weight_bytes = packed.size();
+  if (x[0] == 0) return row;  // no images: nothing runs
+  const std::vector<Layer>& all = row.layers;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (i + 1 < all.size())
+      row.between = std::max(row.between,
+                             result_bytes<S>(all[i]) + (i > 0 ? result_bytes<S>(all[i - 1]) : 0));
+    const int64_t sums = all[i].kind == kPooled && depth<S> > 1 ? all[i].y_elements() : 0;
+    row.scratch = std::max(row.scratch, all[i].is_block() ? scratch_bytes<S>(all[i].run)
+                                                          : sums * int64_t{sizeof(Compute<S>)});
+  }
+  return row;
+}
+
+// make_row once for all calls alike: parsing a network's layers and finding their plans takes 20 us.
+template <class S>
+std::shared_ptr<const Row> cached_row(IntHeaderOnlyArrayRef layers, const Sizes& x,
+                                      const Machine& machine) {
+  struct Key {
+    std::vector<int64_t> layers;
+    Sizes x;
+    Machine machine;
+    size_t hash() const {
+      size_t h = hash_of({x[0], x[1], x[2], x[3], machine.threads, machine.l2_bytes});
+      for (const int64_t value : layers) h = hash_of({value}, h);
+      return h;
+    }
+    bool operator==(const Key&) const = default;
+  };
+  constexpr size_t kMostRows = 256;  // some KB each
+  static PlanCache<Key, std::shared_ptr<const Row>> rows(kMostRows);
+  return rows.get({{layers.begin(), layers.end()}, x, machine},
+                  [&] { return std::make_shared<const Row>(make_row<S>(layers, x, machine)); });
+}
 
 // One-pixel images as the pixels of one image.
 ActivationView as_pixels(const ActivationView& x) {
@@ -102,37 +165,18 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
           "mnv2_fused.sequence.weights.join "
           "makes it");
     const Machine machine = current_machine<S>();
-    const std::vector<LayerShape> shapes = layer_shapes(layers, sizes_of(x));
-    std::vector<Layer> all;
-    all.reserve(shapes.size());
-    Weights packed(static_cast<const char*>(weights.const_data_ptr()));
-    for (const LayerShape& shape : shapes) {
-      Layer& l = all.emplace_back(Layer{shape, {}, {}, 0});
-      if (l.is_block())
-        l.run = BlockRun(l.block, machine,
-                         [&](const BlockShape& s) { return cached_plan(s, machine); });
-      packed.give<S>(l);
-    }
+    const std::shared_ptr<const Row> row = cached_row<S>(layers, sizes_of(x), machine);
+    const std::vector<Layer>& all = row->layers;
+    const char* const packed = static_cast<const char*>(weights.const_data_ptr());
     const Sizes sizes = all.back().y;
-    if (packed.size() != weights.numel())
-      fail("these layers take ", packed.size(), " bytes of weights for x of this dtype, got ",
+    if (row->weight_bytes != weights.numel())
+      fail("these layers take ", row->weight_bytes, " bytes of weights for x of this dtype, got ",
            weights.numel(),
            "; pack them for it and join them with mnv2_fused.sequence.weights.join");
     if (x.size(0) == 0) return empty(sizes, type, true);
 
-    // Tensors between layers start at the two ends of one buffer, in turn.
-    const auto bytes = [](const Layer& l) {
-      return round_up(l.y_elements() * int64_t{sizeof(S)}, 256);
-    };
-    int64_t between = 0, scratch = 0;
-    for (size_t i = 0; i < all.size(); ++i) {
-      if (i + 1 < all.size())
-        between = std::max(between, bytes(all[i]) + (i > 0 ? bytes(all[i - 1]) : 0));
-      const int64_t sums = all[i].kind == kPooled && depth<S> > 1 ? all[i].y_elements() : 0;
-      scratch = std::max(
-          scratch, all[i].is_block() ? scratch_bytes<S>(all[i].run) : sums * int64_t{sizeof(T)});
-    }
-    const Tensor memory = buffer(between + scratch);
+    const int64_t between = row->between;
+    const Tensor memory = buffer(between + row->scratch);
     char* const first = static_cast<char*>(memory.mutable_data_ptr());
 
     Tensor source = type == kStored ? x : torch::stable::to(x, kStored);
@@ -141,16 +185,17 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
     ActivationView in = activation_of(source);
     for (size_t i = 0; i < all.size(); ++i) {
       const Layer& l = all[i];
-      void* out = i % 2 ? first + between - bytes(l) : first;
+      void* out = i % 2 ? first + between - result_bytes<S>(l) : first;
       if (i + 1 == all.size()) out = result.mutable_data_ptr();
       S* const y = static_cast<S*>(out);
-      const Next next =
-          i + 1 < all.size() ? Next{all[i + 1].weights[0], all[i + 1].first_bytes} : Next{};
+      const Next next = i + 1 < all.size()
+                            ? Next{packed + all[i + 1].weights[0], all[i + 1].first_bytes}
+                            : Next{};
       if (l.is_block())
-        run_block(l.run, in, l.pointers(), y, first + between, next);
+        run_block(l.run, in, l.pointers(packed), y, first + between, next);
       else
-        run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, l.weights[0],
-                      l.weights[1], y, reinterpret_cast<T*>(first + between), next);
+        run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, packed + l.weights[0],
+                      packed + l.weights[1], y, reinterpret_cast<T*>(first + between), next);
       in = {l.y, {l.y[1] * l.y[2] * l.y[3], 1, l.y[3] * l.y[1], l.y[1]}, y};
     }
     if (type == kStored) return result;

@@ -298,8 +298,8 @@ bool Guard::check() {
   if (backend_ != backend_override()) return false;
   for (const void* line : lines_) __builtin_prefetch(line, 0, 2);
   if (!next_hook_.is_none()) {
-    static const py::object* const handle = new py::object(
-        py::module_::import("torch.utils.hooks").attr("RemovableHandle"));
+    static const py::object* const handle =
+        new py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle"));
     static const py::object* const name = new py::object(py::str("next_id"));
     const auto now =
         py::reinterpret_steal<py::object>(PyObject_GetAttr(handle->ptr(), name->ptr()));

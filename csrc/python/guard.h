@@ -64,7 +64,8 @@ class Guard {
     long long address;
     size_t bytes;                  // 0 where its memory cannot be read here
     size_t first_sample, samples;  // in samples_
-    size_t first_length, dims;     // in lengths_: the shape, then the strides; of 0 or 1 dimensions none
+    size_t first_length,
+        dims;  // in lengths_: the shape, then the strides; of 0 or 1 dimensions none
   };
   // Bytes of a tensor and their checksum.
   struct Chunk {

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "../block_fields.h"
 #include "../cpu/run.h"
 #include "../cuda/plan.h"
 #include "guard.h"
@@ -14,47 +15,23 @@ using namespace mnv2_fused::cpu;
 
 namespace {
 
-// An activation, or gate, by its number.
-template <class Kind>
-Kind kind_of(const char* name, int64_t value, int64_t count) {
-  if (value < 0 || value >= count)
-    throw py::value_error(std::string(name) + " must be 0 to " + std::to_string(count - 1) +
-                          " (see mnv2_fused.block), got " + std::to_string(value));
-  return Kind(value);
-}
-Activation activation_kind(const char* name, int64_t value) {
-  return kind_of<Activation>(name, value, kActivations);
-}
-
-// From plan.shape_of's values.
-BlockShape block_shape(const py::args& values) {
-  if (values.size() != 20) throw py::value_error("plan takes 20 values of a block");
-  const auto at = [&](int i) { return values[i].cast<int64_t>(); };
-  BlockShape s{at(0),     at(1), at(2), at(3),
-               at(4),     at(5), at(6), at(7) != 0 ? Expand::kPointwise : Expand::kNone,
-               at(8) != 0};
-  s.kernel = at(9);
-  s.dilation = at(10);
-  s.pad_left = at(11);
-  s.pad_right = at(12);
-  s.pad_top = at(13);
-  s.pad_bottom = at(14);
-  s.activation = activation_kind("activation", at(15));
-  s.out_activation = activation_kind("out_activation", at(16));
-  s.squeeze_channels = at(17);
-  s.squeeze_activation = activation_kind("squeeze_activation", at(18));
-  s.gate = kind_of<Gate>("gate", at(19), kGates);
+// A block from its fields by name: every one of them, and no other.
+BlockShape block_shape(const py::dict& values) {
+  BlockShape s{};
+  for (const BlockField& field : kBlockFields) {
+    if (!values.contains(field.name))
+      throw py::value_error(std::string("a block must have the field ") + field.name);
+    const int64_t value = values[field.name].cast<int64_t>();
+    if (field.values > 0 && (value < 0 || value >= field.values))
+      throw py::value_error(std::string(field.name) + " must be 0 to " +
+                            std::to_string(field.values - 1) + " (see mnv2_fused.encoding), got " +
+                            std::to_string(value));
+    field.set(s, value);
+  }
+  if (values.size() != std::size(kBlockFields))
+    throw py::value_error("a block has " + std::to_string(std::size(kBlockFields)) +
+                          " fields, got " + std::to_string(values.size()));
   return s;
-}
-
-// Puts a network's stem in front, that makes the block's input of an image: channels, height, width, the
-// stem's activation.
-using StemValues = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-void put_stem(BlockShape& s, const StemValues& values) {
-  int64_t activation = 0;
-  std::tie(s.in_channels, s.image_height, s.image_width, activation) = values;
-  s.stem_activation = activation_kind("stem_activation", activation);
-  s.expand = Expand::kStem;
 }
 
 // Whether the collector may look inside: it can come between a Python object's allocation and its
@@ -147,11 +124,24 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("found_late", &Guard::found_late);
   m.def("note_uncounted_writes", &Guard::note_uncounted_writes);
 
+  // Field by field of a block: its name and default.
+  m.def("block_fields", [] {
+    std::vector<std::pair<std::string, int64_t>> fields;
+    for (const BlockField& field : kBlockFields)
+      fields.emplace_back(field.name, field.get(BlockShape{}));
+    return fields;
+  });
+  m.def("activations", [] {
+    return std::vector<std::string>(std::begin(kActivationNames), std::end(kActivationNames));
+  });
+  m.def("gates",
+        [] { return std::vector<std::string>(std::begin(kGateNames), std::end(kGateNames)); });
+
   m.def(
       "plan",
-      [](py::args dims, int64_t threads, const std::string& dtype,
+      [](const py::dict& block, int64_t threads, const std::string& dtype,
          std::optional<std::vector<int64_t>> forced) {
-        const BlockShape shape = block_shape(dims);
+        const BlockShape shape = block_shape(block);
         if (forced && forced->size() != 4)
           throw py::value_error("plan must be [tile_rows, tile_cols, group, splits], got " +
                                 std::to_string(forced->size()) + " values");
@@ -168,23 +158,23 @@ PYBIND11_MODULE(_C, m) {
           return plan;
         });
       },
-      py::kw_only(), py::arg("threads"), py::arg("dtype"), py::arg("forced") = py::none());
+      py::arg("block"), py::kw_only(), py::arg("threads"), py::arg("dtype"),
+      py::arg("forced") = py::none());
 
   // Built with the CUDA kernel or not, Python can plan for a GPU.
   m.def(
       "cuda_plan",
-      [](py::args dims, const std::string& precision, const GpuValues& gpu,
-         std::optional<std::vector<int64_t>> forced, std::optional<StemValues> stem) {
-        BlockShape s = block_shape(dims);
-        if (stem) put_stem(s, *stem);
+      [](const py::dict& block, const std::string& precision, const GpuValues& gpu,
+         std::optional<std::vector<int64_t>> forced) {
+        const BlockShape s = block_shape(block);
         const cuda::Precision p = precision_of(precision);
         const cuda::Gpu g = std::make_from_tuple<cuda::Gpu>(gpu);
         if (const std::string why = cuda::unsupported(s, p, g.capability); !why.empty())
           throw py::value_error(why);
         return to_dict(forced ? cuda::make_plan(s, p, g, *forced) : cuda::make_plan(s, p, g));
       },
-      py::kw_only(), py::arg("precision"), py::arg("gpu"), py::arg("forced") = py::none(),
-      py::arg("stem") = py::none());
+      py::arg("block"), py::kw_only(), py::arg("precision"), py::arg("gpu"),
+      py::arg("forced") = py::none());
 
   // Runs the multiply-add loop of a dtype's products on each of torch's threads; returns the
   // floating-point operations done.

@@ -79,7 +79,7 @@ def plan(
 
     def make(forced: list[int] | None) -> Plan:
         values = backends._C.plan(
-            *shape_of(spec, n, height, width),
+            shape_of(spec, n, height, width),
             threads=threads or torch.get_num_threads(),
             dtype=str(stored).removeprefix("torch."),
             forced=forced,

@@ -94,15 +94,14 @@ def cuda_plan(
     precision = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and tf32 and gpu.capability >= 80:
         precision = "tf32"
-    in_front = None
-    if stem is not None:
-        in_front = channels, height, width, ACTIVATIONS.index(stem)
-        height, width = stem_size(height), stem_size(width)
+    if stem is None:
+        block = shape_of(spec, n, height, width)
+    else:
+        block = shape_of(spec, n, stem_size(height), stem_size(width), (stem, channels, height, width))
     values = backends._C.cuda_plan(
-        *shape_of(spec, n, height, width),
+        block,
         precision=precision,
         gpu=gpu[1:9],
         forced=None if forced is None else list(forced),
-        stem=in_front,
     )
     return CudaPlan(**values)

@@ -1,13 +1,15 @@
 """The planner: limits, accounting, forced plans, speed."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnv2_fused import BlockSpec, Plan, backends, inverted_residual, pack, plan
+from mnv2_fused import BlockSpec, Plan, backends, encoding, inverted_residual, pack, plan
+from mnv2_fused.encoding import shape_of
 from mnv2_fused.testing import mobilenet_v2_blocks, random_weights, threads
 
 SPEC = BlockSpec(24, 144, 24, residual=True)
@@ -237,11 +239,33 @@ def test_sizes_beyond_integers():
 
 
 @pytest.mark.parametrize("value", [-1, 5])
-@pytest.mark.parametrize(
-    ("at", "name"), [(15, "activation"), (16, "out_activation"), (18, "squeeze_activation"), (19, "gate")]
-)
-def test_numbers_that_name_no_activation_or_gate_are_refused(at, name, value):
-    dims = [1, 8, 8, 24, 144, 24, 1, 1, 0, 3, 1, 1, 1, 1, 1, 0, 2, 0, 1, 0]
-    dims[at] = value
+@pytest.mark.parametrize("name", ["activation", "out_activation", "squeeze_activation", "stem_activation", "gate"])
+def test_numbers_that_name_no_activation_or_gate_are_refused(name, value):
+    block = shape_of(SPEC, 1, 8, 8) | {name: value}
     with pytest.raises(ValueError, match=rf"^{name} must be 0 to \d .*, got {value}$"):
-        backends._C.plan(*dims, threads=1, dtype="float32")
+        backends._C.plan(block, threads=1, dtype="float32")
+
+
+def test_fields_that_are_missing_or_unknown_are_refused():
+    block = shape_of(SPEC, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"^a block has 23 fields, got 24$"):
+        backends._C.plan(block | {"slope": 1}, threads=1, dtype="float32")
+    del block["dilation"]
+    with pytest.raises(ValueError, match=r"^a block must have the field dilation$"):
+        backends._C.plan(block, threads=1, dtype="float32")
+
+
+@pytest.mark.parametrize("table", ["block_fields", "activations", "gates"])
+def test_a_library_with_another_table_is_refused(monkeypatch, table):
+    """A block's fields, activations and gates stand in Python and in C++: on import they are compared."""
+    assert encoding.library_differs() is None
+    tables = {name: getattr(backends._C, name)() for name in ("block_fields", "activations", "gates")}
+    tables[table] = tables[table][::-1]
+    monkeypatch.setattr(backends, "_C", SimpleNamespace(**{n: lambda t=t: t for n, t in tables.items()}))
+    assert "build it again" in encoding.library_differs()
+    for name in ("_load_error", "_cuda", "_cuda_error"):
+        monkeypatch.setattr(backends, name, getattr(backends, name))
+    backends.refuse_library("its tables are others")
+    assert backends.resolve_backend("eager", torch.device("cpu")) == "eager"
+    with pytest.raises(RuntimeError, match="its tables are others"):
+        backends.resolve_backend("auto", torch.device("cpu"))

@@ -10,7 +10,6 @@ from support.source_tree import ROOT
 from mnv2_fused import BlockSpec, backends, cuda_plan
 from mnv2_fused.encoding import shape_of
 from mnv2_fused.gpus import GPUS, H200
-from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import mobilenet_v2_blocks
 
 KINDS = {"float16": {}, "bfloat16": {"dtype": torch.bfloat16}, "float32": {"dtype": torch.float32}}
@@ -162,18 +161,11 @@ def test_what_no_kernel_takes(spec, shape, options, message):
 
 def test_an_unknown_kind_is_refused_by_name():
     """Behind Python's own checks, which know the kinds by name."""
-    values = shape_of(SPEC, *SHAPE[:1], *SHAPE[2:])
-    places = {"activation": 15, "out_activation": 16, "squeeze_activation": 18}
-    options = {"precision": "float16", "gpu": H200[1:9]}
-    for name, place in places.items():
-        unknown = [len(ACTIVATIONS) if i == place else value for i, value in enumerate(values)]
-        with pytest.raises(ValueError, match=rf"takes {name} 0 to 4, got 5; use backend='eager'"):
-            backends._C.cuda_plan(*unknown, **options)
-    with pytest.raises(ValueError, match=r"takes gate 0 to 1, got 2; use backend='eager'"):
-        backends._C.cuda_plan(*values[:19], len(GATES), **options)
-    behind_a_stem = shape_of(BlockSpec(32, 32, 16, expand=False), 1, 7, 7)
-    with pytest.raises(ValueError, match=r"takes stem_activation 0 to 4, got 5; use backend='eager'"):
-        backends._C.cuda_plan(*behind_a_stem, stem=(3, 14, 14, len(ACTIVATIONS)), **options)
+    block, options = shape_of(SPEC, *SHAPE[:1], *SHAPE[2:]), {"precision": "float16", "gpu": H200[1:9]}
+    for name, kinds in {"activation": 5, "out_activation": 5, "stem_activation": 5, "gate": 2, "expand": 3}.items():
+        for value in (-1, kinds):
+            with pytest.raises(ValueError, match=rf"^{name} must be 0 to {kinds - 1} .*, got {value}$"):
+                backends._C.cuda_plan(block | {name: value}, **options)
 
 
 def test_small_batches_fill_the_processors():

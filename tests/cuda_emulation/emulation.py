@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mnv2_fused import BlockSpec, CudaPlan, PackedWeights
-from mnv2_fused.encoding import shape_of
+from mnv2_fused.encoding import BLOCK_FIELDS, shape_of
 from mnv2_fused.plans.cuda import stem_size
-from mnv2_fused.spec import ACTIVATIONS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -56,18 +55,10 @@ def compiled_kernel(
     return compiled(target, HERE / "emulate.cpp", *options)
 
 
-class _Shape(ctypes.Structure):  # csrc/block.h
+class _Shape(ctypes.Structure):  # csrc/block.h: of the fields all but a few are numbers of eight bytes
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "in_channels", "hidden_channels")),
-        *((name, ctypes.c_int64) for name in ("out_channels", "stride")),
-        ("expand", ctypes.c_int8),
-        ("residual", ctypes.c_bool),
-        *((name, ctypes.c_int64) for name in ("image_height", "image_width", "kernel", "dilation")),
-        *((name, ctypes.c_int64) for name in ("pad_left", "pad_right", "pad_top", "pad_bottom")),
-        *((name, ctypes.c_int8) for name in ("activation", "stem_activation", "out_activation")),
-        ("squeeze_channels", ctypes.c_int64),
-        ("squeeze_activation", ctypes.c_int8),
-        ("gate", ctypes.c_int8),
+        (name, ctypes.c_int8 if name in ("expand", "residual", "gate") or "activation" in name else ctypes.c_int64)
+        for name in BLOCK_FIELDS
     ]
 
 
@@ -92,11 +83,8 @@ def _buffer(t: Tensor | None) -> _Buffer:
 def _shape(spec: BlockSpec, x: Tensor, stem: str | None) -> _Shape:
     n, channels, height, width = x.shape
     if stem is None:
-        values = shape_of(spec, n, height, width)
-        return _Shape(*values[:9], 0, 0, *values[9:16], 0, *values[16:])
-    values = shape_of(spec, n, stem_size(height), stem_size(width))
-    front = (*values[:3], channels, *values[4:7], 2, values[8])  # 2: what is in front is a stem
-    return _Shape(*front, height, width, *values[9:16], ACTIVATIONS.index(stem), *values[16:])
+        return _Shape(**shape_of(spec, n, height, width))
+    return _Shape(**shape_of(spec, n, stem_size(height), stem_size(width), (stem, channels, height, width)))
 
 
 def _strides(x: Tensor) -> ctypes.Array:

@@ -1,0 +1,70 @@
+// The fields of a block by name, for Python, which compares them with its own table on import
+// (mnv2_fused/encoding.py).
+#pragma once
+
+#include <cstddef>
+#include <iterator>
+#include <utility>
+
+#include "block.h"
+
+namespace mnv2_fused {
+
+constexpr const char* kExpandNames[] = {"none", "pointwise", "stem"};
+constexpr int64_t kExpands = std::size(kExpandNames);
+constexpr const char* kActivationNames[] = {"relu6", "relu", "identity", "hardswish", "silu"};
+static_assert(std::size(kActivationNames) == kActivations, "every Activation has a name");
+constexpr const char* kGateNames[] = {"hardsigmoid", "sigmoid"};
+static_assert(std::size(kGateNames) == kGates, "every Gate has a name");
+
+// A field of BlockShape by its name, as an integer: what Python calls a planner with.
+struct BlockField {
+  const char* name;
+  int64_t values;  // of an enumeration; 0 for any number
+  int64_t (*get)(const BlockShape&);
+  void (*set)(BlockShape&, int64_t);
+};
+#define MNV2_FIELD(field, values)                                        \
+  {#field, values, [](const BlockShape& s) { return int64_t(s.field); }, \
+   [](BlockShape& s, int64_t value) { s.field = decltype(s.field)(value); }}
+inline constexpr BlockField kBlockFields[] = {
+    MNV2_FIELD(batch, 0),
+    MNV2_FIELD(height, 0),
+    MNV2_FIELD(width, 0),
+    MNV2_FIELD(in_channels, 0),
+    MNV2_FIELD(hidden_channels, 0),
+    MNV2_FIELD(out_channels, 0),
+    MNV2_FIELD(stride, 0),
+    MNV2_FIELD(expand, kExpands),
+    MNV2_FIELD(residual, 2),
+    MNV2_FIELD(image_height, 0),
+    MNV2_FIELD(image_width, 0),
+    MNV2_FIELD(kernel, 0),
+    MNV2_FIELD(dilation, 0),
+    MNV2_FIELD(pad_left, 0),
+    MNV2_FIELD(pad_right, 0),
+    MNV2_FIELD(pad_top, 0),
+    MNV2_FIELD(pad_bottom, 0),
+    MNV2_FIELD(activation, kActivations),
+    MNV2_FIELD(stem_activation, kActivations),
+    MNV2_FIELD(out_activation, kActivations),
+    MNV2_FIELD(squeeze_channels, 0),
+    MNV2_FIELD(squeeze_activation, kActivations),
+    MNV2_FIELD(gate, kGates),
+};
+#undef MNV2_FIELD
+
+// The table has every field: BlockShape takes as many initializers, and not one more.
+struct AnyField {
+  template <class T>
+  operator T() const;
+};
+template <size_t... I>
+constexpr bool takes_fields(std::index_sequence<I...>) {
+  return requires { BlockShape{(void(I), AnyField{})...}; };
+}
+static_assert(takes_fields(std::make_index_sequence<std::size(kBlockFields)>{}) &&
+                  !takes_fields(std::make_index_sequence<std::size(kBlockFields) + 1>{}),
+              "kBlockFields must have every field of BlockShape");
+
+}  // namespace mnv2_fused
