@@ -21,6 +21,7 @@ from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
 from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import RunsTraced, forget
+from ..sequence.frozen import freeze, is_frozen
 from .find import NOT_FOUND, Match, blocks_of, computed_tensors, is_torchvisions
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -33,6 +34,7 @@ def fuse(
     backend: str = "auto",
     recompute: bool = False,
     strict: bool = False,
+    frozen: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` (or ``model`` itself) whose inverted residuals run as one kernel each in eval.
@@ -43,6 +45,10 @@ def fuse(
     model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block. ``recompute``: in ``train()``
     keep of each block only its input and compute the rest again in backward: less memory, more time.
 
+    ``frozen``: for inference alone, with weights that never change again. Packed weights take the place of the modules
+    they were made of, which are let go; a call asks nothing about changes. The model is in ``eval()`` for good, in the
+    dtype and on the device it has now; it cannot be unfused. Its ``state_dict`` holds packed weights.
+
     A block of torchvision's MobileNetV2 is replaced by a :class:`FusedInvertedResidual`; any other stays the instance
     it was, of a subclass of its class.
 
@@ -52,6 +58,10 @@ def fuse(
     """
     if backend not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
+    if frozen and recompute:
+        raise ValueError("frozen=True is for inference alone; recompute=True is for training: choose one")
+    if any(map(is_frozen, model.modules())):
+        return model if inplace else _copy(model)
     if not inplace:
         model = _copy(model)
     matches: dict[nn.Module, Match] = {}
@@ -78,7 +88,8 @@ def fuse(
     model = _replace(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
     _run_whole_sequences(model)
     # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
-    return model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    model = model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    return freeze(model) if frozen else model
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -88,6 +99,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     made by ``FusedInvertedResidual``'s constructor turns into torchvision's ``InvertedResidual``; raises
     ImportError, before anything is changed, where torchvision is missing.
     """
+    if any(map(is_frozen, model.modules())):
+        raise ValueError("a frozen model has let its modules go and cannot be unfused; use the original model")
     if not inplace:
         model = _copy(model)
     blocks = [block for _, block, _ in blocks_of(model) if isinstance(block, FusedBlock)]

@@ -1,0 +1,204 @@
+"""A fused model on weights that are kept for good: nothing is asked at a call, the modules inside are let go."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .. import backends, ops
+from ..fold import PackedWeights
+from ..module.fused_block import FusedBlock
+from ..module.parameters import fold_and_pack
+from ..tensors import check_input
+from .find import sequence_backend
+from .fused import PreparedRun, Run, RunsFused
+from .weights import join
+
+_AGAIN = "call mnv2_fused.fuse(model, frozen=True) again, on the original model"
+
+
+class _Frozen(nn.Module):
+    """What runs in one dtype, on one device, in eval alone."""
+
+    dtype: torch.dtype
+    is_cpu: bool
+
+    def _check(self, x: Tensor) -> None:
+        if x.dtype is not self.dtype:
+            raise TypeError(f"the model is frozen for {self.dtype}, got x of {x.dtype}; convert x, or {_AGAIN}")
+        if x.is_cpu is not self.is_cpu:
+            there = "the CPU" if self.is_cpu else "a GPU"
+            raise RuntimeError(f"the model is frozen for {there}, got x on {x.device}; move x, or {_AGAIN}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "a frozen model has no derivative; use torch.no_grad(), or mnv2_fused.fuse(model) without frozen=True"
+            )
+
+    def train(self, mode: bool = True) -> _Frozen:
+        if mode:
+            raise RuntimeError("a frozen model cannot train: its weights are packed; train the original model")
+        return super().train(False)
+
+
+class _Whole(nn.Module):
+    """What stands for a Sequential whose children it no longer has."""
+
+    def __getitem__(self, index: Any) -> nn.Module:
+        raise TypeError(
+            f"a frozen row of layers runs as a whole and has no child {index!r}: a model that calls its layers one by "
+            "one runs fused without frozen=True"
+        )
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self[0]])
+
+    def __len__(self) -> int:
+        return len([*self])
+
+
+class FrozenRow(_Frozen, _Whole):
+    """Layers in a row as one call of the op; ``weights``: their packed weights, joined, [bytes]."""
+
+    weights: Tensor
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.dtype, self.is_cpu, self.backend = run.dtype, run.is_cpu, run.backend
+        self.geometry, self.flat = run.geometry, run.flat
+        self.register_buffer("weights", run.weights)
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C_out, H', W'], or [N, C_out] behind a classifier
+        self._check(x)
+        y = ops.sequence(x, self.weights, self.geometry, self.backend)
+        return y.flatten(1) if self.flat else y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy: the buffer is a part of memory that is aligned to pages, all of which would be written.
+        return self.__dict__ | {"_buffers": {"weights": self.weights.clone()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers["weights"] = join([self.weights])
+
+    def extra_repr(self) -> str:
+        return f"{self.weights.numel()} bytes of packed weights, {self.dtype}, backend={self.backend}"
+
+
+class FrozenBlock(_Frozen):
+    """One block on its packed weights."""
+
+    def __init__(self, block: FusedBlock, backend: str) -> None:
+        super().__init__()
+        sources, eps = block._sources()
+        self.dtype, self.is_cpu, self.backend = sources[0].dtype, sources[0].is_cpu, backend
+        self.spec = block.spec
+        with torch.no_grad():
+            packed = fold_and_pack(sources, eps, self.dtype, backend)
+        for name, t in zip(PackedWeights._fields, packed, strict=True):
+            self.register_buffer(name, t)
+        self.leading = block.in_front
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+        x = x if self.leading is None else self.leading(x)
+        self._check(x)
+        spec, packed = self.spec, PackedWeights(*(self._buffers[name] for name in PackedWeights._fields))
+        check_input(x, spec.in_channels, spec)
+        options = spec.options(*x.shape[2:])
+        return ops.packed_inverted_residual(
+            x, packed, spec.stride, spec.residual, backend=self.backend, options=options
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, {self.dtype}, backend={self.backend}"
+
+
+class FrozenModel(_Whole):
+    """Frozen rows, and what lies between them, one after the other."""
+
+    def __init__(self, *steps: nn.Module) -> None:
+        super().__init__()
+        for i, step in enumerate(steps):
+            self.add_module(str(i), step)
+        self.training = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        for step in self._modules.values():
+            input = step.forward(input) if type(step) is FrozenRow else step(input)
+        return input
+
+
+def is_frozen(module: nn.Module) -> bool:
+    return isinstance(module, _Frozen)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Replaces, in ``model`` itself, fused blocks and rows of layers by their packed weights; returns the model.
+
+    ``model`` itself is replaced where it is a row or a block: use what is returned. A block that no kernel runs here
+    stays as it is, with a warning.
+    """
+    model.eval()
+    swaps: dict[nn.Module, nn.Module] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        _collect(model, swaps)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[name] = swaps[child]
+    return swaps.get(model, model)
+
+
+def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
+    if module in swaps:
+        return
+    if isinstance(module, RunsFused) and (steps := _frozen_steps(module, swaps)):
+        swaps[module] = steps[0] if len(steps) == 1 else FrozenModel(*steps)
+    elif isinstance(module, FusedBlock):
+        why = module.why_modules()
+        if why is None:
+            backend, why = ops.kernel_for(module.spec, module.backend, module._sources()[0][0].device)
+            if backend == "eager":
+                why = why or "backend='eager'"
+        if why is None:
+            swaps[module] = FrozenBlock(module, backend)
+        else:
+            warnings.warn(f"an inverted residual is not frozen: {why}", stacklevel=5)
+    else:
+        for child in module._modules.values():
+            if child is not None:
+                _collect(child, swaps)
+
+
+def _frozen_steps(module: RunsFused, swaps: dict[nn.Module, nn.Module]) -> list[nn.Module]:
+    """What ``module`` runs, in order; nothing where no row of it runs as one call."""
+    children, parents = module.fusable_children()
+    parameter = next(itertools.chain.from_iterable(m.parameters() for m in _present(children)), None)
+    if parameter is None or backends._C is None or (backend := sequence_backend(parameter.device)) is None:
+        return []
+    prepared = PreparedRun(children, parents, RemovableHandle.next_id, backend, parameter.is_cpu)
+    if not prepared.runs or None in children:
+        return []
+    steps: list[nn.Module] = []
+    for step in prepared.steps:
+        if isinstance(step, Run):
+            steps.append(FrozenRow(step))
+        else:
+            _collect(step, swaps)
+            for parent in step.modules():
+                for name, child in parent._modules.items():
+                    if child in swaps:
+                        parent._modules[name] = swaps[child]
+            steps.append(swaps.get(step, step))
+    return steps
+
+
+def _present(modules: Iterable[nn.Module | None]) -> list[nn.Module]:
+    return [m for m in modules if m is not None]

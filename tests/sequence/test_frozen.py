@@ -1,0 +1,186 @@
+"""fuse(model, frozen=True): packed weights that are kept whatever happens, and nothing else."""
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from support.models import fitted, make_x, near
+from torch import nn
+
+import mnv2_fused
+from mnv2_fused import FusedInvertedResidual, fuse, models, unfuse
+from mnv2_fused.sequence import FrozenRow
+from mnv2_fused.testing import perturb_batch_norm
+
+
+def frozen_model():
+    return fuse(fitted(), frozen=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_network_is_one_call_with_the_same_bits(dtype, ran):
+    fused, frozen = fuse(fitted().to(dtype)), fuse(fitted().to(dtype), frozen=True)
+    x = make_x(dtype=dtype)
+    assert type(frozen) is FrozenRow and not list(frozen.parameters())
+    with torch.inference_mode():
+        expected = fused(x)
+        ran.clear()
+        assert torch.equal(frozen(x), expected)
+    assert len(ran) == 1
+    with torch.no_grad():
+        assert torch.equal(frozen(x), expected)
+    assert torch.equal(frozen(x), expected)  # whose x records no gradient
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"])
+def test_every_own_network(name):
+    model = perturb_batch_norm(getattr(models, name)(width_mult=0.35)).eval()
+    x = make_x()
+    with torch.inference_mode():
+        assert torch.equal(fuse(model, frozen=True)(x), fuse(model)(x))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0", "mnasnet0_5", "shufflenet_v2_x0_5"])
+def test_networks_of_torchvision(name):
+    torchvision = pytest.importorskip("torchvision")
+    model = perturb_batch_norm(getattr(torchvision.models, name)(weights=None)).eval()
+    x = make_x()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what has no block
+        assert torch.equal(fuse(model, frozen=True)(x), fuse(model)(x))
+
+
+class Alone(nn.Module):
+    """Blocks that no Sequential holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = FusedInvertedResidual(8, 8, 1, 6), FusedInvertedResidual(8, 12, 2, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x) * 2)
+
+
+def test_blocks_that_stand_alone():
+    model = perturb_batch_norm(Alone()).eval()
+    x = torch.randn(2, 8, 9, 7)
+    with torch.inference_mode():
+        frozen = fuse(model, frozen=True)
+        assert torch.equal(frozen(x), model(x))
+    assert not list(frozen.parameters()) and frozen.first.spec == model.first.spec
+
+
+def test_nothing_that_happens_to_the_original_matters():
+    model = fuse(fitted())
+    frozen, x = fuse(model, frozen=True), make_x()
+    with torch.inference_mode():
+        expected = frozen(x)
+        for p in model.parameters():
+            p.mul_(1.5)
+        assert torch.equal(frozen(x), expected)
+        del model
+        assert torch.equal(frozen(x), expected)
+
+
+def test_the_model_that_is_given_is_left_alone():
+    model, x = fitted(), make_x()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.inference_mode():
+        assert near(fuse(model, frozen=True)(x), model(x))
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_memory_is_that_of_the_packed_weights():
+    frozen = frozen_model()
+    held = sum(t.nbytes for t in frozen.state_dict().values())
+    packed = fuse(fitted())
+    with torch.inference_mode():
+        packed(make_x())
+    (run,) = packed._prepared.runs_of()
+    assert held <= 1.05 * run.weights.nbytes
+    assert len(pickle.dumps(frozen)) <= 1.05 * run.weights.nbytes
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: fuse(m, frozen=True)]
+)
+def test_copies(way):
+    frozen, x = frozen_model(), make_x()
+    with torch.inference_mode():
+        assert torch.equal(way(frozen)(x), frozen(x))
+
+
+def test_state_dict_loads_into_another_frozen_model():
+    frozen, x = frozen_model(), make_x()
+    other = fuse(perturb_batch_norm(copy.deepcopy(fitted()), seed=5), frozen=True)
+    with torch.inference_mode():
+        assert not torch.equal(other(x), frozen(x))
+        other.load_state_dict(frozen.state_dict())
+        assert torch.equal(other(x), frozen(x))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled(fullgraph, fresh_graphs):
+    frozen, x = frozen_model(), make_x()
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(frozen, fullgraph=fullgraph)(x), frozen(x))
+
+
+def test_exported():
+    frozen, x = frozen_model(), make_x()
+    with torch.no_grad():
+        program = torch.export.export(frozen, (x,))
+        assert "mnv2_fused.sequence" in str(program.graph)
+        assert torch.equal(program.module()(x), frozen(x))
+
+
+@pytest.mark.parametrize(
+    ("misuse", "error", "said"),
+    [
+        (lambda m, x: m(x.half()), TypeError, r"frozen for torch.float32, got x of torch.float16; convert x, or call"),
+        (lambda m, x: m(x.to("meta")), RuntimeError, "frozen for the CPU, got x on meta; move x, or call"),
+        (lambda m, x: m(x.clone().requires_grad_()), RuntimeError, "has no derivative; use torch.no_grad"),
+        (lambda m, x: m.train(), RuntimeError, "cannot train: its weights are packed; train the original"),
+        (lambda m, x: unfuse(m), ValueError, "let its modules go and cannot be unfused; use the original"),
+        (lambda m, x: m[0], TypeError, "runs as a whole and has no child 0"),
+        (lambda m, x: list(m), TypeError, "runs as a whole and has no child 0"),
+        (lambda m, x: len(m), TypeError, "runs as a whole and has no child 0"),
+        (lambda m, x: m(x[0]), RuntimeError, "must be .N, C"),
+        (lambda m, x: fuse(fitted(), frozen=True, recompute=True), ValueError, "recompute=True is for training"),
+    ],
+)
+def test_misuse_is_named(misuse, error, said):
+    with pytest.raises(error, match=said):
+        misuse(frozen_model(), make_x())
+
+
+def test_eval_and_train_false_change_nothing():
+    frozen, x = frozen_model(), make_x()
+    with torch.inference_mode():
+        expected = frozen(x)
+        assert torch.equal(frozen.eval()(x), expected)
+        assert torch.equal(frozen.train(False)(x), expected)
+
+
+def test_a_block_that_no_kernel_runs_stays_with_a_warning(monkeypatch):
+    model = perturb_batch_norm(Alone()).eval()
+    model.first.backend = "eager"
+    x = torch.randn(1, 8, 9, 7)
+    with pytest.warns(UserWarning, match=re.escape("an inverted residual is not frozen: backend='eager'")):
+        frozen = fuse(model, frozen=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x), model(x))
+    assert frozen.first.conv is not None
+
+
+def test_general_blocks_keep_their_bits():
+    torchvision = pytest.importorskip("torchvision")
+    block = perturb_batch_norm(torchvision.models.efficientnet_b0(weights=None).features[2][0]).eval()
+    fused, frozen, x = fuse(block), fuse(block, frozen=True), torch.randn(1, 16, 9, 7)
+    with torch.inference_mode():
+        assert torch.equal(frozen(x), fused(x))
+    assert mnv2_fused.report(fused).blocks[0].fused
