@@ -195,9 +195,9 @@ OTHERS = [
 
 def digest() -> str:
     """Of the code that decides the table: kernel, planner, GPUs and this file, without comments and docstrings."""
-    package = Path(triton_kernels.__file__).parent
+    package = Path(triton_kernels.__file__).parent.parent
     text = ""
-    for file in (package / "triton_kernels.py", package / "triton_plan.py", package / "gpus.py", Path(__file__)):
+    for file in (Path(triton_kernels.__file__), package / "plans/triton.py", package / "gpus.py", Path(__file__)):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
