@@ -115,6 +115,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch):
         families.measure("a model", ZOO["torchvision mobilenet_v3_small"], seconds=0.1)
 
 
+@pytest.mark.slow
 def test_the_table_of_one_model(capsys):
     assert families.main(["--only", "mobilenet_v3_small", "--seconds", "0.1"]) == 0
     lines = capsys.readouterr().out.splitlines()

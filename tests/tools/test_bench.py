@@ -36,6 +36,7 @@ def test_measure(row):
     assert row.missing == {}
 
 
+@pytest.mark.slow
 def test_measure_leaves_threads_as_they_were():
     before = torch.get_num_threads()
     bench.measure(Case((32, 32), threads=before + 1, engines=(FUSED,), bfloat16=()), seconds=0.1)
@@ -84,6 +85,7 @@ def test_every_engine_gives_the_network(engine):
         torch.testing.assert_close(engines.as_tensor(call()), model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_growth_is_per_pixel():
     growth = bench.measure_growth(sizes=((32, 32), (64, 32)), rounds=1)
     assert {CHANNELS_LAST, FUSED, bfloat16(FUSED)} <= growth.keys()

@@ -55,6 +55,7 @@ def test_info_as_a_command():
         assert re.search(r"backend cuda +(available|cannot run: .+)", ran.stdout)
 
 
+@pytest.mark.slow
 def test_info_without_the_compiled_library():
     code = (
         "import sys; sys.modules['mnv2_fused._C'] = None\n"

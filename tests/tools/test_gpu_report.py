@@ -217,6 +217,7 @@ def on_the_cpu(monkeypatch):
     return gpu
 
 
+@pytest.mark.slow
 def test_whole_networks_are_built_and_checked(on_the_cpu):
     row = gpu_timing.Networks("cpu").measure(2, (64, 64), "fp32", on_the_cpu.flush)
     names = ["fused cpu, graphed", "fused cpu", "eager channels_last", EAGER, "eager", V1, V1 + ", graphed"]
