@@ -78,7 +78,7 @@ def sequence(x: Tensor, weights: Tensor, geometry: list[int], backend: str = "cp
     if backend == "cuda":
         op = torch.ops.mnv2_fused.sequence_cuda.default
         arguments = (*arguments, x.dtype == torch.float32 and backends.tf32_allowed())
-    if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)

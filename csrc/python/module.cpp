@@ -140,13 +140,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan",
       [](const py::dict& block, int64_t threads, const std::string& dtype,
-         std::optional<std::vector<int64_t>> forced) {
+         std::optional<std::vector<int64_t>> forced, std::optional<int64_t> l2_bytes) {
         const BlockShape shape = block_shape(block);
         if (forced && forced->size() != 4)
           throw py::value_error("plan must be [tile_rows, tile_cols, group, splits], got " +
                                 std::to_string(forced->size()) + " values");
         return with_kernels(dtype, [&]<class S>(const cpu::Kernels<S>& kernels) {
-          const Machine machine = kernels.machine(threads, cpu::l2_bytes());
+          const Machine machine = kernels.machine(threads, l2_bytes.value_or(cpu::l2_bytes()));
           const auto plan_of = [&](const BlockShape& s) {
             if (!forced) return make_plan(s, machine);
             return make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]);
@@ -159,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       py::arg("block"), py::kw_only(), py::arg("threads"), py::arg("dtype"),
-      py::arg("forced") = py::none());
+      py::arg("forced") = py::none(), py::arg("l2_bytes") = py::none());
 
   // Built with the CUDA kernel or not, Python can plan for a GPU.
   m.def(

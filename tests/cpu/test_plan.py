@@ -116,10 +116,11 @@ def test_far_dilation_neither_computes_nor_keeps_the_image_again_and_again(spec,
     """Most of a window of such taps may lie outside the image, and be far wider than a tile."""
     c_in, hidden, c_out, expand = spec
     block = BlockSpec(c_in, hidden, c_out, expand=expand, kernel=kernel, dilation=dilation)
-    p = plan(block, (1, c_in, *size), threads=1)
-    assert p.recompute <= 2
+    # Of a processor whose L2 the planner's bounds were found on, whatever the one here has.
+    p = backends._C.plan(shape_of(block, 1, *size), threads=1, dtype="float32", l2_bytes=2**20)
+    assert p["recompute"] <= 2
     # Of the expanded tensors a few panels, or what fits L2 anyway.
-    assert p.scratch_bytes <= max(backends._C.l2_bytes(), hidden * size[0] * size[1] * 4 / 10)
+    assert p["scratch_bytes"] <= max(2**20, hidden * size[0] * size[1] * 4 / 10)
 
 
 def test_bytes_never_written_by_hand():

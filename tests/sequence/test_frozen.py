@@ -22,7 +22,8 @@ def frozen_model():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_network_is_one_call_with_the_same_bits(dtype, ran):
-    fused, frozen = fuse(fitted().to(dtype)), fuse(fitted().to(dtype), frozen=True)
+    model = copy.deepcopy(fitted()).to(dtype)
+    fused, frozen = fuse(model), fuse(model, frozen=True)
     x = make_x(dtype=dtype)
     assert type(frozen) is FrozenRow and not list(frozen.parameters())
     with torch.inference_mode():
