@@ -157,9 +157,15 @@ def conv_norms(tensors: Sequence[Tensor | None], stages: int) -> tuple[list[Conv
     width = len(ConvNorm._fields)
     squeeze = tensors[width * stages :]
     return (
-        [ConvNorm(*tensors[width * i : width * (i + 1)]) for i in range(stages)],
-        [ConvNorm(*squeeze[i : i + 2]) for i in range(0, len(squeeze), 2)],
+        [_conv_norm(tensors[width * i : width * (i + 1)]) for i in range(stages)],
+        [_conv_norm(squeeze[i : i + 2]) for i in range(0, len(squeeze), 2)],
     )
+
+
+def _conv_norm(tensors: Sequence[Tensor | None]) -> ConvNorm:
+    weight, *others = tensors
+    assert weight is not None  # a convolution has one
+    return ConvNorm(weight, *others)
 
 
 def _panels(t: Tensor) -> Tensor:
