@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "dlpack.h"
+
 namespace mnv2_fused {
 namespace {
 
@@ -49,8 +51,21 @@ constexpr bool kVersions = false;
 uint64_t version_of(PyObject*) { return 0; }
 #endif
 
+// Address, shape and strides of a tensor without a Python object for each: by DLPack's table of C
+// functions, which torch.Tensor carries. Null where this torch has none, or another version of it.
+using Describe = decltype(dlpack::ExchangeApi::tensor_from_py_object);
+Describe describe_function(const py::object& type) {
+  const py::object capsule = py::getattr(type, dlpack::kAttribute, py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return nullptr;
+  auto* header =
+      static_cast<const dlpack::Header*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+  while (header && header->version.major != dlpack::kMajor) header = header->previous;
+  if (!header || header->version.minor < dlpack::kMinor) return nullptr;
+  return reinterpret_cast<const dlpack::ExchangeApi*>(header)->tensor_from_py_object;
+}
+
 // What the guard asks of torch.Tensor. Called past the lookup of the attribute where CPython's own
-// descriptors tell how, which takes a third of the time.
+// descriptors tell how.
 class TensorType {
  public:
   static const TensorType& get() {
@@ -66,6 +81,13 @@ class TensorType {
     return integer(data_ptr_call_ ? data_ptr_call_(t, nullptr)
                                   : PyObject_CallOneArg(data_ptr_.ptr(), t));
   }
+  // Whether DLPack describes the tensor, in `view`; with lists of shape and strides that are torch's own.
+  bool describe(PyObject* t, dlpack::Tensor& view) const {
+    if (!describe_) return false;
+    if (describe_(t, &view) == 0) return true;
+    PyErr_Clear();  // a dtype or layout that DLPack does not know
+    return false;
+  }
   py::object shape(PyObject* t) const {
     return owned(shape_get_ ? shape_get_(t, shape_closure_)
                             : PyObject_GetAttr(t, shape_name_.ptr()));
@@ -78,7 +100,8 @@ class TensorType {
         version_name_(py::str("_version")),
         shape_name_(py::str("shape")),
         data_ptr_(type_.attr("data_ptr")),
-        stride_(type_.attr("stride")) {
+        stride_(type_.attr("stride")),
+        describe_(describe_function(type_)) {
     find(type_.attr("_version"), version_get_, version_closure_);
     find(type_.attr("shape"), shape_get_, shape_closure_);
     if (Py_TYPE(data_ptr_.ptr()) == &PyMethodDescr_Type) {
@@ -103,6 +126,7 @@ class TensorType {
   getter version_get_ = nullptr, shape_get_ = nullptr;
   void *version_closure_ = nullptr, *shape_closure_ = nullptr;
   PyCFunction data_ptr_call_ = nullptr;
+  const Describe describe_;
 };
 
 const char* memory_of(long long address) {
@@ -178,14 +202,18 @@ Guard::Guard(const py::list& values, const py::list& sizes, const py::list& entr
     // whole.
     const py::tuple shape = type.shape(object), strides = type.strides(object);
     t.first_length = lengths_.size();
-    t.dims = shape.size() > 1 ? shape.size() : 0;
-    for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(shape[i].cast<long long>());
-    for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(strides[i].cast<long long>());
+    t.dims = shape.size();
+    for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(shape[i].cast<int64_t>());
+    for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(strides[i].cast<int64_t>());
+    t.described = true;
+    t.described = lies_as_before(t);
     const char* const memory = memory_of(t.address);
     t.first_sample = samples_.size();
     t.samples = t.bytes <= kWord ? t.bytes > 0 : std::min(kSamples, (t.bytes + kWord - 1) / kWord);
-    for (size_t i = 0; i < t.samples; ++i)
-      samples_.push_back(word_at(memory + sample_offset(t.bytes, t.samples, i), t.bytes));
+    for (size_t i = 0; i < t.samples; ++i) {
+      const char* const at = memory + sample_offset(t.bytes, t.samples, i);
+      samples_.push_back({at, word_at(at, t.bytes)});
+    }
     for (size_t begin = 0; begin < t.bytes; begin += kChunk) {
       const size_t bytes = std::min(kChunk, t.bytes - begin);
       chunks_.push_back({tensors_.size(), begin, bytes, checksum(memory + begin, bytes)});
@@ -210,9 +238,8 @@ void Guard::find_lines() {
     add(reinterpret_cast<uintptr_t>(t.object.ptr()), 32);
     add(t.object.attr("_cdata").cast<uintptr_t>(), kTensorBytes);
     add(t.object.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>(), kStorageBytes);
-    for (size_t i = 0; i < t.samples; ++i)
-      add(static_cast<uintptr_t>(t.address) + sample_offset(t.bytes, t.samples, i));
   }
+  for (const Sample& s : samples_) add(reinterpret_cast<uintptr_t>(s.at));
   std::ranges::sort(lines_);
   lines_.erase(std::ranges::unique(lines_).begin(), lines_.end());
 }
@@ -269,11 +296,21 @@ bool Guard::dictionaries_hold() const {
   return true;
 }
 
-bool Guard::lengths_hold(const Tensor& t) const {
-  if (t.dims == 0) return true;
-  const long long* expected = &lengths_[t.first_length];
+bool Guard::lies_as_before(const Tensor& t) const {
   const TensorType& type = TensorType::get();
-  for (const py::object& lengths : {type.shape(t.object.ptr()), type.strides(t.object.ptr())}) {
+  PyObject* const object = t.object.ptr();
+  const int64_t* expected = lengths_.data() + t.first_length;
+  if (t.described) {
+    dlpack::Tensor view;
+    if (!type.describe(object, view)) return false;
+    return static_cast<const char*>(view.data) + view.byte_offset == memory_of(t.address) &&
+           static_cast<size_t>(view.ndim) == t.dims &&
+           std::equal(view.shape, view.shape + t.dims, expected) &&
+           (view.strides ? std::equal(view.strides, view.strides + t.dims, expected + t.dims)
+                         : t.dims == 0);
+  }
+  if (type.address(object) != t.address) return false;
+  for (const py::object& lengths : {type.shape(object), type.strides(object)}) {
     if (static_cast<size_t>(PyTuple_GET_SIZE(lengths.ptr())) != t.dims) return false;
     for (size_t i = 0; i < t.dims; ++i)
       if (PyLong_AsLongLong(PyTuple_GET_ITEM(lengths.ptr(), i)) != *expected++) return false;
@@ -282,11 +319,11 @@ bool Guard::lengths_hold(const Tensor& t) const {
 }
 
 bool Guard::samples_hold(const Tensor& t) const {
-  const char* const memory = memory_of(t.address);
-  for (size_t i = 0; i < t.samples; ++i)
-    if (word_at(memory + sample_offset(t.bytes, t.samples, i), t.bytes) !=
-        samples_[t.first_sample + i])
-      return false;
+  if (t.bytes < kWord)
+    return t.samples == 0 ||
+           word_at(memory_of(t.address), t.bytes) == samples_[t.first_sample].word;
+  for (size_t i = t.first_sample; i < t.first_sample + t.samples; ++i)
+    if (word_at(samples_[i].at, kWord) != samples_[i].word) return false;
   return true;
 }
 
@@ -317,8 +354,8 @@ bool Guard::check() {
   const TensorType& type = TensorType::get();
   for (const Tensor& t : tensors_) {
     // Address before samples: memory is read only while the tensor still owns it.
-    if ((t.version >= 0 && type.version(t.object.ptr()) != t.version) ||
-        type.address(t.object.ptr()) != t.address || !lengths_hold(t) || !samples_hold(t))
+    if ((t.version >= 0 && type.version(t.object.ptr()) != t.version) || !lies_as_before(t) ||
+        !samples_hold(t))
       return false;
   }
   if (seen_writes_ != uncounted_writes_) {

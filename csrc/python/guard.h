@@ -64,8 +64,12 @@ class Guard {
     long long address;
     size_t bytes;                  // 0 where its memory cannot be read here
     size_t first_sample, samples;  // in samples_
-    size_t first_length,
-        dims;  // in lengths_: the shape, then the strides; of 0 or 1 dimensions none
+    size_t first_length, dims;     // in lengths_: the shape, then the strides
+    bool described;                // whether DLPack tells address, shape and strides
+  };
+  struct Sample {
+    const char* at;
+    uint64_t word;
   };
   // Bytes of a tensor and their checksum.
   struct Chunk {
@@ -76,7 +80,7 @@ class Guard {
 
   bool check();
   bool dictionaries_hold() const;
-  bool lengths_hold(const Tensor& t) const;
+  bool lies_as_before(const Tensor& t) const;  // address, shape and strides
   bool samples_hold(const Tensor& t) const;
   bool chunk_holds(const Chunk& c) const;
   void find_lines();
@@ -93,8 +97,8 @@ class Guard {
   std::vector<Size> sizes_;
   std::vector<Entry> entries_;
   std::vector<Tensor> tensors_;
-  std::vector<uint64_t> samples_;
-  std::vector<long long> lengths_;
+  std::vector<Sample> samples_;
+  std::vector<int64_t> lengths_;
   std::vector<Chunk> chunks_;
   size_t next_chunk_ = 0;
   std::vector<const void*> lines_;  // of the caches, that a look at everything touches
