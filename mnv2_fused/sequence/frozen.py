@@ -58,9 +58,6 @@ class _Whole(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([self[0]])
 
-    def __len__(self) -> int:
-        return len([*self])
-
 
 class FrozenRow(_Frozen, _Whole):
     """Layers in a row as one call of the op; ``weights``: their packed weights, joined, [bytes]."""

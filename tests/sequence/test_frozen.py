@@ -149,7 +149,6 @@ def test_exported():
         (lambda m, x: unfuse(m), ValueError, "let its modules go and cannot be unfused; use the original"),
         (lambda m, x: m[0], TypeError, "runs as a whole and has no child 0"),
         (lambda m, x: list(m), TypeError, "runs as a whole and has no child 0"),
-        (lambda m, x: len(m), TypeError, "runs as a whole and has no child 0"),
         (lambda m, x: m(x[0]), RuntimeError, "must be .N, C"),
         (lambda m, x: fuse(fitted(), frozen=True, recompute=True), ValueError, "recompute=True is for training"),
     ],
@@ -157,6 +156,10 @@ def test_exported():
 def test_misuse_is_named(misuse, error, said):
     with pytest.raises(error, match=said):
         misuse(frozen_model(), make_x())
+
+
+def test_a_frozen_model_is_true():
+    assert frozen_model()
 
 
 def test_eval_and_train_false_change_nothing():
