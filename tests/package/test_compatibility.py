@@ -7,21 +7,21 @@ import inspect
 import io
 import pickle
 import platform
-from pathlib import Path
 
 import pytest
 import torch
 from fixtures.make_fixtures import CASES, EveryArgument, values_of
+from support.source_tree import ROOT
 from torch import nn
 
 import mnv2_fused
-from mnv2_fused import _C, FusedBlock, gpus
+from mnv2_fused import FusedBlock, backends, gpus
 from mnv2_fused.testing import agreement, available_instruction_sets, instruction_set
 
-FILES = Path(__file__).parent / "fixtures" / "v0.1.0"
+FILES = ROOT / "tests/fixtures/v0.1.0"
 # What decides the order of sums besides the code: of x86-64 the portable instruction set has no fused multiply-add, of
 # other processors it may; every weight and image of the files lies in a quarter of this L2.
-SAME_ORDER = platform.machine() in ("x86_64", "AMD64") and _C.l2_bytes() >= 256 << 10
+SAME_ORDER = platform.machine() in ("x86_64", "AMD64") and backends._C.l2_bytes() >= 256 << 10
 
 
 def contents(name, kind):
