@@ -15,6 +15,7 @@ from ..ops import kernel_for
 from ..plans.cpu import plan
 from ..sequence import RunsFused
 from ..sequence.find import Layer, sequence_backend
+from ..sequence.frozen import is_frozen
 from ..spec import BlockSpec
 from .find import Match, blocks_of, computed_tensors
 
@@ -87,8 +88,10 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     ``input_shape``, [N, C, H, W] of the model's only input, adds the bytes per image that are never written: the
     expanded tensors of each fused block, at its own input shape, over all its calls. The shapes come from a copy on
     the meta device: nothing is computed and ``model`` is not touched. Raises ValueError when that copy does not
-    run on such an input.
+    run on such an input, and for a frozen model.
     """
+    if any(map(is_frozen, model.modules())):
+        raise ValueError("a frozen model has let its modules go; report the fused model before it is frozen")
     found = list(blocks_of(model))
     shapes = {} if input_shape is None else _block_input_shapes(model, input_shape)
     rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)

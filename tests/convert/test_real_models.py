@@ -43,9 +43,9 @@ def test_a_whole_model(name):
     assert list(fused.state_dict()) == list(model.state_dict())
     assert type(fused) is type(model) or issubclass(type(fused), type(model))
 
-    # Several images: a network amplifies some direction of a result's error most, and where eager's happens to have
+    # Many images: a network amplifies some direction of a result's error most, and where eager's happens to have
     # nothing of it, one image would hold fused to that.
-    x = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+    x = torch.randn(32, 3, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         results = [list(tensors_in(m(x))) for m in (fused, model)]

@@ -147,6 +147,7 @@ def test_exported():
         (lambda m, x: m(x.clone().requires_grad_()), RuntimeError, "has no derivative; use torch.no_grad"),
         (lambda m, x: m.train(), RuntimeError, "cannot train: its weights are packed; train the original"),
         (lambda m, x: unfuse(m), ValueError, "let its modules go and cannot be unfused; use the original"),
+        (lambda m, x: mnv2_fused.report(m), ValueError, "let its modules go; report the fused model before"),
         (lambda m, x: m[0], TypeError, "runs as a whole and has no child 0"),
         (lambda m, x: list(m), TypeError, "runs as a whole and has no child 0"),
         (lambda m, x: m(x[0]), RuntimeError, "must be .N, C"),
