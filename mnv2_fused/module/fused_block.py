@@ -23,7 +23,7 @@ from . import reading
 from .compiled import tracing_export, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
-from .parameters import fold_and_pack, parameters_of, trackable
+from .parameters import fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
 from .training import Recomputed, unfolded
 
@@ -264,6 +264,8 @@ class FusedBlock(nn.Module):
         if self._trains():  # only now seen, if its layers were replaced
             return None
         sources, _ = self._sources()
+        if any(map(freed, sources)):  # the modules' own kernels say so
+            return None
         guard = Guard.of_modules([self], next_hook) if trackable(t for t in sources if t is not None) else None
         # Again: a guard takes for unchanged what another thread changed before it was there.
         if self.why_modules() is not None or self._trains():
