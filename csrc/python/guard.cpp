@@ -1,6 +1,7 @@
 #include "guard.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 
@@ -145,14 +146,15 @@ size_t sample_offset(size_t bytes, size_t samples, size_t i) {
 }
 
 // Sums, and sums of the sums, in lanes that compilers turn into vectors: a change of any word, and of
-// the words' order, changes them.
+// the words' order, changes them. Rotation keeps top bits in play: without it an even number of flipped
+// signs adds up to a multiple of 2^64, which is nothing.
 uint64_t checksum(const char* p, size_t bytes) {
   constexpr size_t kLanes = 8, kBlock = kLanes * kWord;
   uint64_t sum[kLanes] = {}, sums[kLanes] = {};
   for (; bytes >= kBlock; bytes -= kBlock, p += kBlock)
     for (size_t lane = 0; lane < kLanes; ++lane) {
       sum[lane] += word_at(p + lane * kWord, kWord);
-      sums[lane] += sum[lane];
+      sums[lane] = std::rotl(sums[lane], 1) + sum[lane];
     }
   uint64_t result = bytes;
   for (; bytes > 0; bytes -= std::min(bytes, kWord), p += kWord)
@@ -290,6 +292,7 @@ bool Guard::dictionaries_hold() const {
     if (!value && PyErr_Occurred()) throw py::error_already_set();
     if (!value) return false;
     if (value == entry.value.ptr()) continue;
+    if (PyDict_Check(value)) return false;  // another one, and `held_` looked into the former
     const auto held = py::reinterpret_borrow<py::object>(value);  // comparing may run anything
     if (!equal(held.ptr(), entry.value.ptr())) return false;
   }

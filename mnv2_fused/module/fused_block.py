@@ -23,7 +23,7 @@ from . import reading
 from .compiled import tracing_export, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
-from .parameters import fold_and_pack, parameters_of, trackable
+from .parameters import fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
 from .training import Recomputed, unfolded
 
@@ -33,7 +33,7 @@ Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 class PreparedCall:
     """A block found fit to run fused on ``packed``, while its ``guard`` is valid."""
 
-    def __init__(self, block: FusedBlock, sources: list[Tensor | None], next_hook: int, backend: str) -> None:
+    def __init__(self, block: FusedBlock, sources: list[Tensor | None], guard: Guard | None, backend: str) -> None:
         self.backend = backend
         self.is_cpu = sources[0].is_cpu
         self.sources = sources
@@ -46,8 +46,7 @@ class PreparedCall:
         self.stride, self.residual = spec.stride, spec.residual
         # The op's, where they do not rest on the image's size.
         self.options = None if spec.padding == "same" and spec.stride > 1 else spec.options(8, 8)
-        self.trackable = trackable(self.tensors)
-        self.guard = Guard.of_modules([block], next_hook) if self.trackable else None
+        self.guard = guard
         self.packed: PackedWeights | None = None
 
 
@@ -264,12 +263,19 @@ class FusedBlock(nn.Module):
             return None
         if self._trains():  # only now seen, if its layers were replaced
             return None
+        sources, _ = self._sources()
+        if any(map(freed, sources)):  # the modules' own kernels say so
+            return None
+        guard = Guard.of_modules([self], next_hook) if trackable(t for t in sources if t is not None) else None
+        # Again: a guard takes for unchanged what another thread changed before it was there.
+        if self.why_modules() is not None or self._trains():
+            return None
         sources, eps = self._sources()
-        ready = PreparedCall(self, sources, next_hook, backend)
+        ready = PreparedCall(self, sources, guard, backend)
         dtype = self._compute_dtype(x, sources, backend)
         ready.packed = self._cache.get(sources, eps, dtype, backend)
         # Else autocast allows it, for now; or a CUDA graph is being captured.
-        if ready.trackable and x.dtype == ready.dtype == dtype and self._cache.keeps(ready.packed):
+        if guard is not None and x.dtype == ready.dtype == dtype and self._cache.keeps(ready.packed):
             self._ready = ready
         return ready
 

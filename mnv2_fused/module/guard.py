@@ -62,7 +62,10 @@ class Guard:
             [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d] + [p._modules for p in parents],
             # An instance's own forward is one attribute more.
             [vars(m) for m in (*modules, *parents)] + [hooks for m in hooked for hooks in hooks_of(m) if hooks],
-            [entry for m in modules for entry in watched_entries(m)],
+            [entry for m in modules for entry in watched_entries(m)]
+            # Other dictionaries in their place.
+            + [(vars(m), name) for m in modules for name in ("_modules", "_parameters", "_buffers")]
+            + [(vars(p), "_modules") for p in parents],
             next_hook,
         )
 
@@ -72,11 +75,21 @@ class Guard:
             _warn_of_late_writes()
 
 
+def readable(t: Tensor) -> bool:
+    """Whether all elements lie in memory of the CPU now: not those of wrappers, nor of storages that were freed."""
+    if not t.is_cpu or t.numel() == 0 or t.data_ptr() == 0:
+        return False
+    return (t.storage_offset() + _elements(t)) * t.itemsize <= t.untyped_storage().nbytes()
+
+
+def _elements(t: Tensor) -> int:
+    """From the first one to behind the last one."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+
+
 def _span(t: Tensor) -> int:
     """Bytes from a CPU tensor's first element to behind its last one; 0 where memory cannot be read."""
-    if not t.is_cpu or t.numel() == 0:
-        return 0
-    return (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize
+    return _elements(t) * t.itemsize if readable(t) else 0
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fold import BlockWeights, ConvNorm, PackedWeights, conv_norms, pack
+from .guard import readable
 
 
 def fold_and_pack(
@@ -46,6 +47,12 @@ def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNorm:
 def trackable(tensors: Iterable[Tensor]) -> bool:
     """Whether a guard can see changes of these tensors.
 
-    An inference tensor has no version: on a CPU its memory tells, on a GPU nothing does.
+    An inference tensor has no version: on a CPU its memory tells, on a GPU nothing does. A wrapper around other tensors
+    has no memory, and its version does not count what is written to those.
     """
-    return not any(t.is_inference() and not t.is_cpu for t in tensors)
+    return all(readable(t) or t.numel() == 0 if t.is_cpu else not t.is_inference() for t in tensors)
+
+
+def freed(t: Tensor | None) -> bool:
+    """Whether the storage of an ordinary CPU tensor is too small for it, as a storage's ``resize_`` leaves it."""
+    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel() > 0 and not readable(t)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import backends, ops
 from ..fold import PackedWeights
 from ..module.fused_block import FusedBlock
+from ..module.guard import has_hooks
 from ..module.parameters import fold_and_pack
 from ..tensors import check_input
 from .find import sequence_backend
@@ -157,7 +158,9 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
     if module in swaps:
         return
     if isinstance(module, RunsFused) and (steps := _frozen_steps(module, swaps)):
-        swaps[module] = steps[0] if len(steps) == 1 else FrozenModel(*steps)
+        # A step by itself has no place for other hooks than its own, and a row among others is called without any.
+        alone = len(steps) == 1 and not has_hooks(module)
+        swaps[module] = steps[0] if alone else _hooked_as(module, FrozenModel(*steps))
     elif isinstance(module, FusedBlock):
         why = module.why_modules()
         if why is None:
@@ -165,13 +168,19 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
             if backend == "eager":
                 why = why or "backend='eager'"
         if why is None:
-            swaps[module] = FrozenBlock(module, backend)
+            swaps[module] = _hooked_as(module, FrozenBlock(module, backend))
         else:
             warnings.warn(f"an inverted residual is not frozen: {why}", stacklevel=5)
     else:
         for child in module._modules.values():
             if child is not None:
                 _collect(child, swaps)
+
+
+def _hooked_as(module: nn.Module, frozen: nn.Module) -> nn.Module:
+    """``frozen`` with the very dictionaries of what ``module`` calls around its forward: handles still work."""
+    vars(frozen).update({name: hooks for name, hooks in vars(module).items() if name.startswith("_forward_")})
+    return frozen
 
 
 def _frozen_steps(module: RunsFused, swaps: dict[nn.Module, nn.Module]) -> list[nn.Module]:

@@ -23,7 +23,7 @@ from .weights import fold_layers, sources_of
 
 
 class _ChangedMeanwhile(Exception):
-    """Another thread changed a block while it was being prepared."""
+    """Another thread changed a layer while it was being prepared."""
 
 
 class Run:
@@ -35,8 +35,6 @@ class Run:
         self.modules = [module for layer in found for module in layer.modules]
         self.geometry = geometry_of(found)
         sources, eps = sources_of(self.modules)
-        if any(isinstance(m, FusedBlock) and not m.fits_sequence() for m in self.modules):
-            raise _ChangedMeanwhile
         self.weights = fold_layers(self.geometry, sources, eps, dtype, backend)
         self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
@@ -72,6 +70,9 @@ class PreparedRun:
         others = [entry for entry in found if isinstance(entry, nn.Module)]
         hooked = [*parents, *itertools.chain.from_iterable(m.modules() for m in others)]
         self.guard = Guard.of_modules(in_runs, next_hook, parents, hooked)
+        # Again: a guard takes for unchanged what another thread changed before it was there.
+        if list(layers_of(children, backend)) != found:
+            raise _ChangedMeanwhile
         kinds = {(t.dtype, t.device) for t in self.guard.tensors}
         self.dtype, device = next(iter(kinds), (None, None))
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
@@ -174,8 +175,11 @@ class RunsFused(RunsTraced):
         if (backend := sequence_backend(x.device)) is None:
             return None
         try:
-            prepared = PreparedRun(*self.fusable_children(), next_hook, backend, x.is_cpu)
+            found = self.fusable_children()
+            prepared = PreparedRun(*found, next_hook, backend, x.is_cpu)
         except _ChangedMeanwhile:
+            return None
+        if self.fusable_children() != found:
             return None
         if not prepared.runs or prepared.lasts:
             self._prepared = prepared

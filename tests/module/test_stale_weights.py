@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.models import fused_model, make_x, near
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from mnv2_fused import FusedInvertedResidual, backends, unfuse
 from mnv2_fused.module.guard import Guard, _warn_of_late_writes
@@ -250,6 +251,80 @@ def test_every_byte_counts(bytes_):
         guard = Guard([weight])
         weight.view(torch.uint8).data[i] = 1
         assert not guard.is_valid(), i
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("flipped", [2, 4, 8, 64, 1024])
+def test_flipped_signs_count(dtype, flipped):
+    """Top bits alone, an even number of them, at even distances, in constants too: their sum is nothing."""
+    for values in (torch.ones(2048, dtype=torch.float64), torch.randn(2048, dtype=torch.float64)):
+        weight = values.to(dtype).repeat(8 // dtype.itemsize)
+        guard = Guard([weight])
+        weight.data.view(2048, -1)[16 : 16 + 1024 : 1024 // flipped, -1] *= -1
+        assert not guard.is_valid()
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_freed_storage_is_an_error(called_before):
+    """Its memory is not read."""
+    block, x = FusedInvertedResidual(64, 64, 1, 6).eval(), torch.randn(1, 64, 5, 5)
+    with torch.no_grad():
+        if called_before:
+            block(x)
+        block.conv[0][0].weight.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="not allocated"):
+            block(x)
+
+
+def test_a_weight_that_wraps_others():
+    """It has no memory of its own, nor a version that counts writes to what it wraps."""
+    block, x = perturb_batch_norm(FusedInvertedResidual(16, 16, 1, 6)).eval(), torch.randn(1, 16, 5, 5)
+    conv = block.conv[0][0]
+    inner = conv.weight.detach()
+    with torch.no_grad():
+        before = block(x)
+        conv.weight = nn.Parameter(TwoTensor(inner, inner))
+        assert near(block(x).a, before)
+        inner.mul_(2)
+        y = block(x).a
+        conv.weight = nn.Parameter(inner)
+        assert near(y, unfuse(block)(x)) and not near(y, before)
+
+
+@pytest.mark.parametrize("change", ["weight", "convolution", "block"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_change_just_before_the_guard_is_there(change, whole, monkeypatch):
+    """Made by another thread, after the layers were looked at."""
+    model, other = fused_model(), perturb_batch_norm(fused_model())
+    called = model if whole else model.features[2]
+    x = make_x() if whole else torch.randn(1, called.spec.in_channels, 8, 8)
+    of_modules = Guard.of_modules
+
+    def changed_first(*args):
+        monkeypatch.setattr(Guard, "of_modules", of_modules)
+        if change == "weight":
+            model.features[2].conv[0][0].weight = weight_of(other)
+        elif change == "convolution":
+            model.features[2].conv[0][0] = other.features[2].conv[0][0]
+        else:
+            model.features[2] = other.features[2]
+        return of_modules(*args)
+
+    monkeypatch.setattr(Guard, "of_modules", changed_first)
+    with torch.no_grad():
+        called(x)
+        assert near(called(x), unfuse(called)(x))
+
+
+@pytest.mark.parametrize("holder", ["_parameters", "_buffers", "_modules"])
+def test_another_dictionary_in_the_place_of_a_modules_own(holder):
+    model, other, x = fused_model(), perturb_batch_norm(fused_model()), make_x()
+    of = (lambda m: m.features[2].conv[0]) if holder == "_modules" else norm_of
+    with torch.no_grad():
+        before = model(x)
+        vars(of(model)).update({holder: dict(vars(of(other))[holder])})
+        y = model(x)
+        assert near(y, unfuse(model)(x)) and not torch.equal(y, before)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 1, 1), (5, 1, 3, 3)])

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from support.models import fitted, make_x, near
+from support.models import fitted, fused_model, make_x, near
 from torch import nn
 
 import mnv2_fused
@@ -189,3 +189,17 @@ def test_general_blocks_keep_their_bits():
     with torch.inference_mode():
         assert torch.equal(frozen(x), fused(x))
     assert mnv2_fused.report(fused).blocks[0].fused
+
+
+@pytest.mark.parametrize("where", ["model", "row", "block"])
+def test_hooks_still_run(where):
+    """Those of what was replaced, also of what is one row or one block."""
+    model, x = fused_model(), make_x()
+    hooked = {"model": model, "row": model.features, "block": model.features[2]}[where]
+    hooked.register_forward_hook(lambda module, inputs, y: y * 2)
+    frozen = fuse(model, frozen=True)
+    with torch.no_grad():
+        expected = model(x)
+        assert near(frozen(x), expected)
+        hooked._forward_hooks.clear()
+        assert not near(model(x), expected)
