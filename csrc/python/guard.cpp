@@ -207,8 +207,13 @@ Guard::Guard(const py::list& values, const py::list& sizes, const py::list& entr
     t.dims = shape.size();
     for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(shape[i].cast<int64_t>());
     for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(strides[i].cast<int64_t>());
-    t.described = true;
-    t.described = lies_as_before(t);
+    dlpack::Tensor view;
+    t.described = type.describe(object, view);
+    if (t.described) {
+      t.type_code = view.type_code;
+      t.type_bits = view.type_bits;
+      t.described = lies_as_before(t);
+    }
     const char* const memory = memory_of(t.address);
     t.first_sample = samples_.size();
     t.samples = t.bytes <= kWord ? t.bytes > 0 : std::min(kSamples, (t.bytes + kWord - 1) / kWord);
@@ -307,6 +312,7 @@ bool Guard::lies_as_before(const Tensor& t) const {
     dlpack::Tensor view;
     if (!type.describe(object, view)) return false;
     return static_cast<const char*>(view.data) + view.byte_offset == memory_of(t.address) &&
+           view.type_code == t.type_code && view.type_bits == t.type_bits &&
            static_cast<size_t>(view.ndim) == t.dims &&
            std::equal(view.shape, view.shape + t.dims, expected) &&
            (view.strides ? std::equal(view.strides, view.strides + t.dims, expected + t.dims)

@@ -65,7 +65,8 @@ class Guard {
     size_t bytes;                  // 0 where its memory cannot be read here
     size_t first_sample, samples;  // in samples_
     size_t first_length, dims;     // in lengths_: the shape, then the strides
-    bool described;                // whether DLPack tells address, shape and strides
+    bool described;                // whether DLPack tells address, dtype, shape and strides
+    uint8_t type_code, type_bits;  // of the dtype, by DLPack's names
   };
   struct Sample {
     const char* at;

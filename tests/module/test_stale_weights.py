@@ -345,6 +345,14 @@ def test_a_guard_of_what_is_not_dense():
     assert not guard.is_valid()
 
 
+def test_another_dtype_at_the_same_address_is_noticed():
+    weight = torch.randn(3, 4).half()
+    guard = Guard([weight])
+    assert guard.is_valid()
+    weight.data = weight.data.view(torch.bfloat16)
+    assert not guard.is_valid()
+
+
 def test_swap_tensors_is_not_hindered():
     """A guard holds no reference that torch would count."""
     model, x = fused_model(), make_x()
