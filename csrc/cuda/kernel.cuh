@@ -77,7 +77,7 @@ template <class C>
 MNV2_DEVICE bool fill_e(const Args& a, const LoadedTile& tile, const Group& g) {
   const SharedLayout& l = a.shared;
   bool infinite = false;
-  if (tile.expands) {
+  if (a.in_panels > 0) {
     const bool found = expand<C>(a, tile.pixels, g);
     if constexpr (C::kGeneral && C::kPairs)
       infinite = barrier_any(found);  // e is there
@@ -95,7 +95,7 @@ MNV2_DEVICE bool fill_e(const Args& a, const LoadedTile& tile, const Group& g) {
 // One group of hidden channels: e, then panel by panel d and its part of the sums c.
 template <class C>
 MNV2_DEVICE void run_group(const Args& a, const LoadedTile& tile, const Group& g, int out_panels,
-                           int odd, typename C::OutSums& c) {
+                           typename C::OutSums& c) {
   using Quad = typename C::Quad;
   const SharedLayout& l = a.shared;
   const int lane = lane_index(), t = lane % 4;
@@ -119,6 +119,11 @@ MNV2_DEVICE void run_group(const Args& a, const LoadedTile& tile, const Group& g
       return C::Traits::narrow({v.x * gate.x, v.y * gate.y, v.z * gate.z, v.w * gate.w});
     };
 
+    int e_cols = a.e_cols;
+    // Computed for each panel: kept over all groups, it is one register too many beside the sums of strips of
+    // two rows, of which three thread blocks share a processor.
+    if constexpr (C::kTiles == 1) asm volatile("" : "+r"(e_cols));
+    const int odd = e_column<C::kStride>(1, e_cols) * C::kPixel;
     Quad d[C::kTiles][2];
     const DepthwiseAt at{tile.e + p * l.e_panel, a.e_cols * C::kPixel, odd,
                          g.stage + l.b_depthwise + (p * 4 + t) * 16};
@@ -188,7 +193,6 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
   launch_dependents();
   const LoadedTile tile = load_tile<C>(a);
 
-  const int odd = e_column<C::kStride>(1, a.e_cols) * C::kPixel;
   typename C::OutSums c = {};
   for (int panel = first; panel < end; panel += a.group_panels) {
     const Group group = group_at(panel, stage);
@@ -197,7 +201,7 @@ MNV2_DEVICE void inverted_residual(const Args& a) {
     const int other = 2 * l.weights + l.stage - stage;
     const int next = panel + group.panels;
     if (next < end) copy_weights<C>(a, group_at(next, other), first_out);
-    run_group<C>(a, tile, group, out_panels, odd, c);
+    run_group<C>(a, tile, group, out_panels, c);
     stage = other;
   }
   if constexpr (!C::kPool) store_tile<C>(a, first_out, out_panels, c);

@@ -72,7 +72,7 @@ MUTATIONS = {
     "rows above": ("max(t.row * stride - 1, 0)", "t.row * stride"),
     "columns to the right": ("a.tile_cols - 1) * stride + 2, a.width)", "a.tile_cols - 1) * stride + 1, a.width)"),
     "place of the halo": ("t.in_col - (t.col * stride - 1)", "t.in_col - t.col * stride"),
-    "odd columns": ("(col % 2) * (e_cols + 1) / 2", "(col % 2) * e_cols / 2"),
+    "odd columns": ("(int(unsigned(e_cols) + 1) >> 1)", "(e_cols >> 1)"),
     "expand bias": ("load_shared<float4>(step.bias + (p * 4 + t) * 16)", "float4{0, 0, 0, 0}"),
     "depthwise bias": ("sum[0] = load_shared<float4>(at.bias)", "sum[0] = {0, 0, 0, 0}"),
     "project bias": ("load_floats(a.b_project + from, left)", "float4{0, 0, 0, 0}"),

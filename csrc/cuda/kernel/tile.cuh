@@ -141,7 +141,7 @@ MNV2_DEVICE Strip strip_of(const Args& a, int images) {
 // outputs read neighbours.
 template <int kStride>
 MNV2_DEVICE int e_column(int col, int e_cols) {
-  return kStride == 1 ? col : col / 2 + (col % 2) * (e_cols + 1) / 2;
+  return kStride == 1 ? col : col / 2 + (col % 2) * (int(unsigned(e_cols) + 1) >> 1);
 }
 
 // A pixel of a tile by its number, image after image, row after row.
