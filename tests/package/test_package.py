@@ -22,8 +22,8 @@ def test_source_distribution_has_every_source(tmp_path):
     with tarfile.open(archive) as tar:
         packed = {name.partition("/")[2] for name in tar.getnames()}
     patterns = "csrc/**/*", "mnv2_fused/**/*.py", "tests/**/*"
-    found = (path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
-    sources = {str(path.relative_to(ROOT)) for path in found if path.suffix != ".pyc"}
+    found = (path for pattern in patterns for path in tree.glob(pattern) if path.is_file())
+    sources = {str(path.relative_to(tree)) for path in found if path.suffix != ".pyc"}
     assert {"mnv2_fused/module/guard.py", "tests/support/checks.py"} <= sources
     assert sources <= packed
     assert {"mnv2_fused/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
