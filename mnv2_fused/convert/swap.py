@@ -21,7 +21,7 @@ from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
 from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import RunsTraced, forget
-from ..sequence.frozen import freeze, is_frozen
+from ..sequence.frozen import freeze, is_frozen, replaced
 from .find import NOT_FOUND, Match, blocks_of, computed_tensors, is_torchvisions
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -85,7 +85,7 @@ def fuse(
         warnings.warn(f"fuse() fused nothing: {reasons or NOT_FOUND}", stacklevel=2)
     if nothing_fused:
         return model
-    model = _replace(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
+    model = replaced(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
     _run_whole_sequences(model)
     # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
     model = model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
@@ -104,21 +104,13 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = _copy(model)
     blocks = [block for _, block, _ in blocks_of(model) if isinstance(block, FusedBlock)]
-    model = _replace(model, {block: _unfused(block) for block in blocks})
+    model = replaced(model, {block: _unfused(block) for block in blocks})
     for module in model.modules():
         if isinstance(module, RunsFused):
             vars(module).pop("_prepared", None)
             forget(module)
             become(module, next(c for c in type(module).__mro__ if not issubclass(c, RunsTraced)))
     return model
-
-
-def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in swaps:
-                parent._modules[key] = swaps[child]
-    return swaps.get(model, model)
 
 
 def _run_whole_sequences(model: nn.Module) -> None:

@@ -147,11 +147,16 @@ def freeze(model: nn.Module) -> nn.Module:
     swaps: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False), torch.no_grad():
         _collect(model, swaps)
-    for parent in list(model.modules()):
+    return replaced(model, swaps)
+
+
+def replaced(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
+    """``module``, or what stands for it, with each of ``swaps`` inside replaced, wherever it hangs."""
+    for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child in swaps:
                 parent._modules[name] = swaps[child]
-    return swaps.get(model, model)
+    return swaps.get(module, module)
 
 
 def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
@@ -198,11 +203,7 @@ def _frozen_steps(module: RunsFused, swaps: dict[nn.Module, nn.Module]) -> list[
             steps.append(FrozenRow(step))
         else:
             _collect(step, swaps)
-            for parent in step.modules():
-                for name, child in parent._modules.items():
-                    if child in swaps:
-                        parent._modules[name] = swaps[child]
-            steps.append(swaps.get(step, step))
+            steps.append(replaced(step, swaps))
     return steps
 
 
