@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "activations.h"
+
 namespace mnv2_fused {
 
 // Channels per packed weight panel (one AVX-512 vector of float, two AVX2 vectors, one mma tile).
@@ -18,9 +20,7 @@ constexpr int64_t kStemStride = 2;
 // Source of the expanded tensor: the input itself (t = 1), a 1x1 convolution, or the network's stem.
 enum class Expand : int8_t { kNone, kPointwise, kStem };
 
-// Numbers that the op takes: in the order of block.py's ACTIVATIONS and GATES.
-enum class Activation : int8_t { kRelu6, kRelu, kIdentity, kHardswish, kSilu };
-constexpr int64_t kActivations = 5;
+// Numbers that the op takes: in the order of spec.py's GATES.
 enum class Gate : int8_t { kHardsigmoid, kSigmoid };
 constexpr int64_t kGates = 2;
 
@@ -51,6 +51,7 @@ struct BlockShape {
   int64_t squeeze_channels = 0;  // of a squeeze-and-excite; 0 without one
   Activation squeeze_activation = Activation::kRelu;
   Gate gate = Gate::kHardsigmoid;
+  double negative_slope = kNegativeSlope;  // of every leaky_relu among the activations
 
   // Rows, and columns, that the depthwise kernel spans.
   int64_t extent() const { return dilation * (kernel - 1) + 1; }
@@ -65,6 +66,7 @@ struct BlockShape {
     const int64_t channels = round_up(in_channels, depth);
     return expand == Expand::kNone ? 0 : channels * (expand == Expand::kStem ? 9 : 1);
   }
+  ActivationFunction function(Activation a) const { return {a, negative_slope}; }
   bool operator==(const BlockShape&) const = default;
 };
 
@@ -80,8 +82,10 @@ struct PointwiseShape {
   Activation activation;
   bool pool;
   bool linear = false;  // a layer of vectors: the rows of one image
+  double negative_slope = kNegativeSlope;
 
   int64_t panels() const { return ceil_div(out_channels, kPanel); }
+  ActivationFunction function() const { return {activation, negative_slope}; }
 };
 
 // Kernel sizes for messages: "3 or 5".

@@ -2,6 +2,7 @@
 // (mnv2_fused/encoding.py).
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <iterator>
 #include <utility>
@@ -12,21 +13,36 @@ namespace mnv2_fused {
 
 constexpr const char* kExpandNames[] = {"none", "pointwise", "stem"};
 constexpr int64_t kExpands = std::size(kExpandNames);
-constexpr const char* kActivationNames[] = {"relu6", "relu", "identity", "hardswish", "silu"};
-static_assert(std::size(kActivationNames) == kActivations, "every Activation has a name");
 constexpr const char* kGateNames[] = {"hardsigmoid", "sigmoid"};
 static_assert(std::size(kGateNames) == kGates, "every Gate has a name");
 
-// A field of BlockShape by its name, as an integer: what Python calls a planner with.
+// A field of BlockShape by its name, as an integer, a double by its bits: what Python calls a planner
+// with.
+template <class T>
+constexpr int64_t to_integer(T value) {
+  return int64_t(value);
+}
+template <>
+constexpr int64_t to_integer(double value) {
+  return std::bit_cast<int64_t>(value);
+}
+template <class T>
+constexpr T from_integer(int64_t value) {
+  return T(value);
+}
+template <>
+constexpr double from_integer(int64_t value) {
+  return std::bit_cast<double>(value);
+}
 struct BlockField {
   const char* name;
   int64_t values;  // of an enumeration; 0 for any number
   int64_t (*get)(const BlockShape&);
   void (*set)(BlockShape&, int64_t);
 };
-#define MNV2_FIELD(field, values)                                        \
-  {#field, values, [](const BlockShape& s) { return int64_t(s.field); }, \
-   [](BlockShape& s, int64_t value) { s.field = decltype(s.field)(value); }}
+#define MNV2_FIELD(field, values)                                           \
+  {#field, values, [](const BlockShape& s) { return to_integer(s.field); }, \
+   [](BlockShape& s, int64_t value) { s.field = from_integer<decltype(s.field)>(value); }}
 inline constexpr BlockField kBlockFields[] = {
     MNV2_FIELD(batch, 0),
     MNV2_FIELD(height, 0),
@@ -51,6 +67,7 @@ inline constexpr BlockField kBlockFields[] = {
     MNV2_FIELD(squeeze_channels, 0),
     MNV2_FIELD(squeeze_activation, kActivations),
     MNV2_FIELD(gate, kGates),
+    MNV2_FIELD(negative_slope, 0),
 };
 #undef MNV2_FIELD
 

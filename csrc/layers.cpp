@@ -1,6 +1,7 @@
 #include "layers.h"
 
 #include <algorithm>
+#include <bit>
 #include <utility>
 
 namespace mnv2_fused {
@@ -8,7 +9,7 @@ namespace {
 
 // Values of each layer: kind, C_in, E (of a block), C_out, stride, residual, and how many values follow.
 // None follow where the rest is MobileNetV2's; else those of set_further, or for a layer that is no
-// block its activation.
+// block its activation; behind either the bits of a double, the slope of a leaky_relu, or 0.01.
 constexpr size_t kValues = 7, kBlockValues = 12;
 
 // Padding that TensorFlow calls SAME, before and behind.
@@ -21,14 +22,14 @@ void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& be
 
 // Kernel, dilation, padding left, right, top, bottom (-1: as TensorFlow's SAME), activation, of the
 // output, channels of a squeeze-and-excite, its activation and gate, activation of a stem.
-void set_further(BlockShape& s, const int64_t* values) {
+void set_further(BlockShape& s, const int64_t* values, double slope) {
   s.kernel = values[0];
   if (!is_kernel_size(s.kernel)) fail("kernel must be ", kernel_sizes(), ", got ", s.kernel);
   s.squeeze_channels = values[8];
   s.stem_activation = Activation(check_kind("stem activation", values[11], kActivations));
   const bool same = values[2] == -1;
   set_options(s, {values[1], same ? IntHeaderOnlyArrayRef() : IntHeaderOnlyArrayRef(values + 2, 4),
-                  values[6], values[7], values[9], values[10]});
+                  values[6], values[7], values[9], values[10], slope});
   if (!same || s.stride < 1 || s.dilation < 1) return;  // which the check names
   pad_as_tensorflow(s.width, s.extent(), s.stride, s.pad_left, s.pad_right);
   pad_as_tensorflow(s.height, s.extent(), s.stride, s.pad_top, s.pad_bottom);
@@ -42,9 +43,11 @@ LayerShape make_layer(const int64_t* values, const int64_t* further, const Sizes
   LayerShape l{};
   l.kind = LayerKind(values[0]);
   const int64_t most = l.is_block() ? kBlockValues : 1;
-  if (values[6] != 0 && values[6] != most)
-    fail("a layer of kind ", values[0], " must have 0 or ", most, " further values, got ",
-         values[6]);
+  if (values[6] != 0 && values[6] != most && values[6] != most + 1)
+    fail("a layer of kind ", values[0], " must have 0, ", most, " or ", most + 1,
+         " further values, got ", values[6]);
+  const double slope =
+      check_slope(values[6] > most ? std::bit_cast<double>(further[most]) : kNegativeSlope);
   if (l.is_block()) {
     BlockShape& s = l.block;
     s = {x[0], x[2], x[3], in, values[2], out, values[4], Expand::kPointwise, values[5] != 0};
@@ -56,7 +59,7 @@ LayerShape make_layer(const int64_t* values, const int64_t* further, const Sizes
       s.height = (x[2] - 1) / kStemStride + 1;
       s.width = (x[3] - 1) / kStemStride + 1;
     }
-    if (values[6] > 0) set_further(s, further);
+    if (values[6] > 0) set_further(s, further, slope);
     check(s, x);
     l.y = {x[0], out, s.out_height(), s.out_width()};
   } else {
@@ -66,6 +69,7 @@ LayerShape make_layer(const int64_t* values, const int64_t* further, const Sizes
     if (values[6] > 0) activation = Activation(check_kind("activation", *further, kActivations));
     l.pointwise = pointwise_shape(x, out, activation, l.kind == kPooled);
     l.pointwise.linear = l.kind == kLinear;
+    l.pointwise.negative_slope = slope;
     if (l.pointwise.linear) std::swap(l.pointwise.batch, l.pointwise.height);
     l.y = {x[0], out, l.kind == kPooled ? 1 : x[2], l.kind == kPooled ? 1 : x[3]};
   }

@@ -11,11 +11,12 @@
   "Tensor? w_excite, Tensor? b_excite, int stride, bool residual, int[] plan=[], "          \
   "int dilation=1, int[] padding=[], int activation=0, int out_activation=2, "              \
   "int squeeze_activation=1, int gate=0"
+#define MNV2_SLOPE ", float negative_slope=0.01) -> Tensor"
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
-  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS ") -> Tensor");
-  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS ") -> Tensor");
-  m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False) -> Tensor");
+  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS MNV2_SLOPE);
+  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS MNV2_SLOPE);
+  m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False" MNV2_SLOPE);
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
   m.def("sequence_cuda(Tensor x, Tensor weights, int[] layers, bool tf32=False) -> Tensor");
 }

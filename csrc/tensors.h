@@ -9,6 +9,7 @@
 #pragma GCC diagnostic pop
 
 #include <array>
+#include <cmath>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -52,6 +53,7 @@ struct Options {
   int64_t dilation;
   IntHeaderOnlyArrayRef padding;  // left, right, top, bottom; empty for as much as keeps the size
   int64_t activation, out_activation, squeeze_activation, gate;
+  double negative_slope;
 };
 
 // An activation, or gate, by its number.
@@ -59,6 +61,11 @@ inline int64_t check_kind(const char* name, int64_t value, int64_t count) {
   if (value < 0 || value >= count)
     fail(name, " must be 0 to ", count - 1, " (see mnv2_fused.block), got ", value);
   return value;
+}
+
+inline double check_slope(double slope) {
+  if (!std::isfinite(slope)) fail("negative_slope must be finite, got ", slope);
+  return slope;
 }
 
 // Options put into a shape whose kernel size is known.
@@ -71,6 +78,7 @@ inline void set_options(BlockShape& s, const Options& options) {
   s.out_activation = activation("out_activation", options.out_activation);
   s.squeeze_activation = activation("squeeze_activation", options.squeeze_activation);
   s.gate = Gate(check_kind("gate", options.gate, kGates));
+  s.negative_slope = check_slope(options.negative_slope);
   const auto& p = options.padding;
   if (!p.empty() && p.size() != 4)
     fail("padding must be [left, right, top, bottom] or empty, got ", p.size(), " values");

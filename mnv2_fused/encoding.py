@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import backends
+from .activations import ACTIVATIONS, GATES, LEAKY_RELU, NEGATIVE_SLOPE, slope_bits, slope_of_bits
 from .fold import conv_norms
-from .spec import ACTIVATIONS, GATES, BlockSpec
+from .spec import BlockSpec
 
 
 class LayerKind(enum.IntEnum):
@@ -18,8 +19,9 @@ class LayerKind(enum.IntEnum):
     Seven values tell of each layer: kind, C_in, E (of a block), C_out, stride, residual, and how many further ones
     follow. None do for what MobileNetV2 has. Else a block's are kernel, dilation, padding left, right, top and bottom
     (-1: "same"), activation, of the output, channels of a squeeze-and-excite, its activation and gate, and activation
-    of a stem; another layer's is its activation. Numbers of activations and gates are their places in
-    :data:`mnv2_fused.spec.ACTIVATIONS` and :data:`mnv2_fused.spec.GATES`.
+    of a stem; another layer's is its activation. Where one of them is a "leaky_relu", the bits of its slope follow,
+    of a double. Numbers of activations and gates are their places in :data:`mnv2_fused.activations.ACTIVATIONS` and
+    :data:`mnv2_fused.activations.GATES`.
     """
 
     BLOCK = 0
@@ -49,7 +51,8 @@ def op_rest(spec: BlockSpec) -> list[int]:
         return []
     padding = [-1] if isinstance(spec.padding, str) else list(spec.padding or ())
     names = spec.activation, spec.out_activation, spec.squeeze_activation
-    return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding]
+    slope = [slope_bits(spec.negative_slope)] if spec.has_slope else []
+    return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding, *slope]
 
 
 def make_spec(
@@ -64,6 +67,10 @@ def make_spec(
     rest: tuple[int, ...],
 ) -> BlockSpec:
     dilation, activation, out_activation, squeeze_activation, gate, *padding = rest or (1, 0, 2, 1, 0)
+    negative_slope = NEGATIVE_SLOPE
+    if ACTIVATIONS.index(LEAKY_RELU) in (activation, out_activation, squeeze_activation if squeezed else -1):
+        *padding, bits = padding
+        negative_slope = slope_of_bits(bits)
     sides: Any = "same" if padding == [-1] else tuple(padding) or None
     return BlockSpec(
         *(in_channels, hidden, out_channels, stride, stages == 3, residual, kernel, dilation),
@@ -73,6 +80,7 @@ def make_spec(
         squeeze_channels=squeezed,
         squeeze_activation=ACTIVATIONS[squeeze_activation],
         gate=GATES[gate],
+        negative_slope=negative_slope,
     )
 
 
@@ -97,8 +105,11 @@ def spec_of_rest(
     )
 
 
-def block_values(spec: BlockSpec, stem_activation: str) -> list[int]:
-    """A block's further values in the op's ``layers``: none where all is as in MobileNetV2."""
+def block_values(spec: BlockSpec, stem_activation: str = "relu6", stem_slope: float = NEGATIVE_SLOPE) -> list[int]:
+    """A block's further values in the op's ``layers``: none where all is as in MobileNetV2.
+
+    Raises ValueError where block and stem have slopes that differ: one kernel computes both.
+    """
     if not spec.beyond_mobilenet_v2 and stem_activation == "relu6":
         return []
     padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(1, 1)
@@ -106,7 +117,20 @@ def block_values(spec: BlockSpec, stem_activation: str) -> list[int]:
         ACTIVATIONS.index, (spec.activation, spec.out_activation, spec.squeeze_activation, stem_activation)
     )
     gate = GATES.index(spec.gate)
-    return [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
+    values = [spec.kernel, spec.dilation, *padding, activation, out, spec.squeeze_channels, squeezed, gate, stem]
+    slopes = {spec.negative_slope} if spec.has_slope else set()
+    if stem_activation == LEAKY_RELU:
+        slopes.add(stem_slope)
+    if len(slopes) > 1:
+        raise ValueError(f"one kernel has one negative_slope, got {sorted(slopes)} of a block and the stem before it")
+    return [*values, *map(slope_bits, slopes)]
+
+
+def layer_values(usual: str, activation: str, negative_slope: float = NEGATIVE_SLOPE) -> list[int]:
+    """The same of a layer that is no block: none where its activation is the ``usual`` one."""
+    if activation == usual:
+        return []
+    return [ACTIVATIONS.index(activation), *([slope_bits(negative_slope)] if activation == LEAKY_RELU else [])]
 
 
 SQUEEZE_CHANNELS = 8  # their place among those
@@ -127,6 +151,7 @@ BLOCK_FIELDS = {
     "squeeze_channels": 0,
     "squeeze_activation": ACTIVATIONS.index("relu"),
     "gate": GATES.index("hardsigmoid"),
+    "negative_slope": slope_bits(NEGATIVE_SLOPE),
 }
 EXPANDS = ("none", "pointwise", "stem")
 
@@ -180,6 +205,7 @@ def shape_of(
         "squeeze_channels": spec.squeeze_channels,
         "squeeze_activation": ACTIVATIONS.index(spec.squeeze_activation),
         "gate": GATES.index(spec.gate),
+        "negative_slope": slope_bits(spec.negative_slope),
     }
     if stem is None:
         return fields

@@ -63,7 +63,8 @@ def packed_inverted_residual(
     if backend == "cuda":
         op = family.inverted_residual_cuda.default
         tf32 = x.dtype == torch.float32 and backends.tf32_allowed()
-        arguments = (x, *packed, stride, residual, plan, *(options or PLAIN_OPTIONS), tf32)
+        first, slope = options[:6] or PLAIN_OPTIONS, options[6:]
+        arguments = (x, *packed, stride, residual, plan, *first, tf32, *slope)
     else:
         op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -118,7 +119,8 @@ _TENSORS = 1 + len(PackedWeights._fields)  # that the op takes, before all else
 
 def _spec(x: Tensor, packed: PackedWeights, stride: int, residual: bool, plan=(), *options):
     check_input(x, x.shape[1] if x.dim() == 4 else -1)
-    spec = BlockSpec.of_op(packed, x.shape[1], stride, residual, *options[:6])  # behind them, whether TF32 may be
+    slope = (o for o in options[6:] if not isinstance(o, bool))  # before it the CUDA op has whether TF32 may be
+    spec = BlockSpec.of_op(packed, x.shape[1], stride, residual, *options[:6], *slope)
     check_input(x, spec.in_channels, spec)
     return spec
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .activations import function_of
 from .fold import BlockWeights, PackedWeights, unpack
 from .spec import BlockSpec, Geometry
 from .tensors import channels_of, check_input
-
-TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu6": F.relu6,
-    "relu": F.relu,
-    "identity": lambda t: t,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "hardsigmoid": F.hardsigmoid,
-    "sigmoid": torch.sigmoid,
-}
 
 
 def inverted_residual_reference(
@@ -47,7 +36,7 @@ def inverted_residual_reference(
 
 def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """The reference on weights of ``x``'s dtype that are known to be of ``spec``."""
-    act = TORCH_ACTIVATIONS[spec.activation]
+    act = function_of(spec.activation, spec.negative_slope)
     expanded = x if w.w_expand is None else act(F.conv2d(x, w.w_expand, w.b_expand))
     left, right, top, bottom = spec.padding_of(*x.shape[2:])
     if left == right and top == bottom:
@@ -61,7 +50,7 @@ def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     )
     if w.w_squeeze is not None and w.w_excite is not None:
         squeezed = F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze)
-        squeezed = TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
-        d = d * TORCH_ACTIVATIONS[spec.gate](F.conv2d(squeezed, w.w_excite, w.b_excite))
-    y = TORCH_ACTIVATIONS[spec.out_activation](F.conv2d(d, w.w_project, w.b_project))
+        squeezed = function_of(spec.squeeze_activation, spec.negative_slope)(squeezed)
+        d = d * function_of(spec.gate)(F.conv2d(squeezed, w.w_excite, w.b_excite))
+    y = function_of(spec.out_activation, spec.negative_slope)(F.conv2d(d, w.w_project, w.b_project))
     return y + x if spec.residual else y

@@ -12,12 +12,8 @@ from typing import Any, TypedDict
 
 from typing_extensions import Unpack
 
+from .activations import ACTIVATIONS, GATES, LEAKY_RELU, NEGATIVE_SLOPE
 from .fold import FRAGMENT, PANEL, BlockWeights, PackedWeights, fragment_channels, hidden_channels, in_fragments
-
-ACTIVATIONS = ("relu6", "relu", "identity", "hardswish", "silu")  # in the order of csrc/block.h
-
-
-GATES = ("hardsigmoid", "sigmoid")  # of squeeze-and-excite, the same
 
 
 def _named(name: str, number: int, names: tuple[str, ...]) -> str:
@@ -39,6 +35,7 @@ class Geometry(TypedDict, total=False):
     out_activation: str  # of the result, before x is added; default "identity"
     squeeze_activation: str  # between the two products of a squeeze-and-excite; default "relu"
     gate: str  # behind them, one of GATES; default "hardsigmoid"
+    negative_slope: float  # of every "leaky_relu" among the activations; default 0.01
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class BlockSpec:
     squeeze_channels: int = 0
     squeeze_activation: str = "relu"
     gate: str = "hardsigmoid"
+    negative_slope: float = NEGATIVE_SLOPE
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_channels", "out_channels", "dilation"):
@@ -84,6 +82,7 @@ class BlockSpec:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_slope()
         self._check_padding()
         if not self.expand and self.hidden_channels != self.in_channels:
             raise ValueError(
@@ -95,6 +94,18 @@ class BlockSpec:
                 "a residual needs stride 1 and in_channels equal to out_channels, got stride "
                 f"{self.stride}, {self.in_channels} and {self.out_channels}"
             )
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether one of its activations is a "leaky_relu"."""
+        squeeze = self.squeeze_activation if self.squeeze_channels else ""
+        return LEAKY_RELU in (self.activation, self.out_activation, squeeze)
+
+    def _check_slope(self) -> None:
+        if not isinstance(self.negative_slope, (int, float)) or not math.isfinite(self.negative_slope):
+            raise ValueError(f"negative_slope must be a finite number, got {self.negative_slope!r}")
+        # One value where nothing rests on it: such blocks are equal.
+        object.__setattr__(self, "negative_slope", float(self.negative_slope) if self.has_slope else NEGATIVE_SLOPE)
 
     def _check_padding(self) -> None:
         if self.padding is None or self.padding == "same":
@@ -150,7 +161,8 @@ class BlockSpec:
             return ()
         explicit = [] if padding is None else list(self.padding_of(height, width))
         activations = (ACTIVATIONS.index(a) for a in rest[1:4])
-        return (self.dilation, explicit, *activations, GATES.index(self.gate))
+        slope = (self.negative_slope,) if self.has_slope else ()
+        return (self.dilation, explicit, *activations, GATES.index(self.gate), *slope)
 
     @property
     def beyond_mobilenet_v2(self) -> bool:
@@ -170,6 +182,7 @@ class BlockSpec:
         out_activation: int = 2,
         squeeze_activation: int = 1,
         gate: int = 0,
+        negative_slope: float = NEGATIVE_SLOPE,
     ) -> BlockSpec:
         """The block that the op's arguments describe, its plan left out: what :meth:`options` makes, read back."""
         sides: Any = tuple(padding) or None
@@ -184,7 +197,11 @@ class BlockSpec:
             out_activation=_named("out_activation", out_activation, ACTIVATIONS),
             squeeze_activation=_named("squeeze_activation", squeeze_activation, ACTIVATIONS),
             gate=_named("gate", gate, GATES),
+            negative_slope=negative_slope,
         )
+
+    def _named(self, activation: str) -> str:
+        return f"{activation}({self.negative_slope:g})" if activation == LEAKY_RELU else activation
 
     def __str__(self) -> str:
         hidden = f" -> {self.hidden_channels}" if self.expand else ""
@@ -197,11 +214,11 @@ class BlockSpec:
         if self.padding is not None:
             parts.append(f"padding {self.padding}")
         if self.activation != "relu6":
-            parts.append(self.activation)
+            parts.append(self._named(self.activation))
         if self.squeeze_channels:
-            parts.append(f"squeeze {self.squeeze_channels} ({self.squeeze_activation}, {self.gate})")
+            parts.append(f"squeeze {self.squeeze_channels} ({self._named(self.squeeze_activation)}, {self.gate})")
         if self.out_activation != "identity":
-            parts.append(f"output {self.out_activation}")
+            parts.append(f"output {self._named(self.out_activation)}")
         if self.residual:
             parts.append("residual")
         return ", ".join(parts)

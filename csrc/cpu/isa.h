@@ -27,7 +27,7 @@ struct Kernels {
   // Of a squeeze-and-excite: an image's rows' sums [rows][channels] to its mean, times `scale`;
   // and what follows a product, in place.
   void (*mean_of_rows)(const T* rows, int64_t count, int64_t channels, T scale, T* mean);
-  void (*activate)(T* p, int64_t count, Activation a);
+  void (*activate)(T* p, int64_t count, ActivationFunction a);
   void (*gate)(T* p, int64_t count, Gate gate);
   void (*run_pointwise)(const PointwiseArgs<S>&, int64_t task);  // task: image x part
   // Does rounds x flops_per_round floating-point operations of the products' kind, a multiply-add

@@ -46,7 +46,8 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                              const std::optional<Tensor>& b_excite,   // [E/16 * 16]
                              int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
                              int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
-                             int64_t out_activation, int64_t squeeze_activation, int64_t gate) {
+                             int64_t out_activation, int64_t squeeze_activation, int64_t gate,
+                             double negative_slope) {
   const ScalarType type = x.scalar_type();
   return dispatch("inverted_residual", type, w_project.scalar_type(), [&]<class S>(S) {
     if (w_expand.has_value() != b_expand.has_value())
@@ -58,7 +59,8 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                          &b_depthwise,       &w_project,         &b_project,
                          pointer(w_squeeze), pointer(b_squeeze), pointer(w_excite),
                          pointer(b_excite)};
-    const Options options{dilation, padding, activation, out_activation, squeeze_activation, gate};
+    const Options options{dilation,           padding, activation,    out_activation,
+                          squeeze_activation, gate,    negative_slope};
     const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual, options);
     const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
     const bool channels_last = is_channels_last(x);

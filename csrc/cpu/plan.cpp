@@ -31,9 +31,6 @@ constexpr int64_t kBandPixels = 112;
 // What a squeeze-and-excite may keep of one image, and of several at once, instead of computing it
 // twice: about what caches hold. Past it, memory is what the block is fused for.
 constexpr int64_t kMostCached = int64_t{4} << 20, kMostCachedTogether = int64_t{16} << 20;
-// Vector operations of an activation beside those of ReLU6: of hardswish, and of SiLU with its
-// exponential and division; both come by way of memory.
-constexpr double kHardswish = 6.0, kSilu = 30.0;
 // Of expanded pixels, while scratch stays in L2; every plan for MobileNetV2's blocks stays below 2. Of
 // a dilated block's scratch, most of which lies between the rows of its taps, each row is written once
 // and read three times: on a Zen 4 core whole rows of 160 -> 960 -> 160 at 272x480, dilated by 36, in
@@ -52,20 +49,6 @@ double tile_cost(int64_t vectors, int64_t most) {
   const double cost = double((pieces - wider) * narrow) * kTileCost[narrow - 1] +
                       double(wider * (narrow + 1)) * kTileCost[std::min<int64_t>(narrow, 3)];
   return cost / double(vectors);
-}
-
-double activation_cost(Activation a) {
-  switch (a) {
-    case Activation::kRelu6:
-    case Activation::kRelu:
-    case Activation::kIdentity:
-      return 0;
-    case Activation::kHardswish:
-      return kHardswish;
-    case Activation::kSilu:
-      return kSilu;
-  }
-  __builtin_unreachable();
 }
 
 // Bytes that a squeeze-and-excite's d of one image takes.
@@ -166,7 +149,7 @@ double read_again(const BlockShape& s, const Machine& m, const Plan& p, const Co
 // Vector operations from x to d, of one image.
 double cost_of_depthwise(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
   const double wide = tile_cost(p.group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
-  const double act = activation_cost(s.activation);
+  const double act = row_of(s.activation).cpu_operations;
   const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
   return c.in_pixels * c.vectors *
              (double(s.expand_terms()) / double(m.depth) * wide + kExpandEpilogue + expand_act) +

@@ -175,7 +175,7 @@ void compute_gate(const BlockShape& s, const Plan& plan, const BlockPointers& w,
                      {{1, in, s.batch, 1}, {0, 1, pitch, 0}, x}, weight, bias, y, y);
   };
   product(mean, s.hidden_channels, hidden, w.w_squeeze, w.b_squeeze, s.squeeze_channels, squeezed);
-  kernels.activate(squeezed, s.batch * s.squeeze_channels, s.squeeze_activation);
+  kernels.activate(squeezed, s.batch * s.squeeze_channels, s.function(s.squeeze_activation));
   product(squeezed, s.squeeze_channels, s.squeeze_channels, w.w_excite, w.b_excite,
           s.hidden_channels, gate);
   kernels.gate(gate, s.batch * s.hidden_channels, s.gate);

@@ -2,35 +2,21 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "../block.h"
 #include "shared_layout.h"
 
 namespace mnv2_fused::cuda {
 
-// An activation. kRelu6, kRelu and kIdentity are clips to [low, high].
+// An activation: a clip to [low, high], or the formula of its kind.
 struct ActivationArgs {
   Activation kind;
   float low, high;
+  float negative_slope;
 };
-inline ActivationArgs activation_args(Activation kind) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  switch (kind) {
-    case Activation::kRelu6:
-      return {kind, 0, 6};
-    case Activation::kRelu:
-      return {kind, 0, kInfinity};
-    case Activation::kIdentity:
-      return {kind, -kInfinity, kInfinity};
-    case Activation::kHardswish:
-    case Activation::kSilu:  // formulas without bounds
-      return {kind, 0, 0};
-  }
-  throw std::invalid_argument("the CUDA kernel has no code for activation " +
-                              std::to_string(int64_t(kind)) + "; use backend='eager'");
+inline ActivationArgs activation_args(ActivationFunction f) {
+  const auto [low, high] = row_of(f.kind).bounds;
+  return {f.kind, float(low), float(high), float(f.negative_slope)};
 }
 
 struct Args {

@@ -40,14 +40,14 @@ inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
   a.pad_top = int32_t(s.pad_top);
   a.pad_left = int32_t(s.pad_left);
   a.dilation = int32_t(s.dilation);
-  a.activation = activation_args(s.activation);
+  a.activation = activation_args(s.function(s.activation));
   a.stem = s.expand == Expand::kStem;
-  a.expand_activation = a.stem ? activation_args(s.stem_activation) : a.activation;
+  a.expand_activation = a.stem ? activation_args(s.function(s.stem_activation)) : a.activation;
   a.image_height = int32_t(s.image_height);
   a.image_width = int32_t(s.image_width);
   a.image_rows =
       int32_t(stem_rows(std::min<int64_t>(in_rows(p.tile_rows, s.stride, s.kernel), s.height)));
-  a.out_activation = activation_args(s.out_activation);
+  a.out_activation = activation_args(s.function(s.out_activation));
   return a;
 }
 
@@ -88,7 +88,7 @@ inline SqueezeProducts squeeze_products(const BlockShape& s, const Plan& p, cons
   const SqueezeMemory sizes(s, tiles_of(p), p.warps);
   float *const squeezed = memory + sizes.pooled, *const gate = squeezed + sizes.squeezed;
   const int64_t rows = tiles_of(p) / std::max<int64_t>(s.batch, 1) * p.warps;
-  const ActivationArgs activation = activation_args(s.squeeze_activation);
+  const ActivationArgs activation = activation_args(s.function(s.squeeze_activation));
   return {
       {memory, w.w_squeeze, w.b_squeeze, squeezed, int32_t(rows),
        int32_t(s.hidden_panels() * kPanel), int32_t(s.hidden_channels), int32_t(s.squeeze_channels),

@@ -74,8 +74,6 @@ class WorkCount {
         in_(double(expand_panels(s))),
         taps_(double(s.taps())) {
     static_assert(kPrecisions == 4, "a new precision needs its counts here");
-    static_assert(kActivations == 5 && kGates == 2,
-                  "instructions of a new activation or gate must be compared with these counts");
   }
 
   Work work() {
@@ -105,7 +103,10 @@ class WorkCount {
     const double rounds = double(ceil_div(ceil_div(int64_t(pixels_), 16), warps_));
     const auto [instructions, bytes] = product(double(v_.expand_tiles));
     const double loads = 3.0 / double(v_.expand_panels);
-    const double each = in_ * (instructions + loads) + 30 + 14 / double(v_.expand_panels);
+    // A lane's share of 16 pixels and channels is 8 elements.
+    const Activation f = s_.expand == Expand::kStem ? s_.stem_activation : s_.activation;
+    const double each = in_ * (instructions + loads) + 30 + 14 / double(v_.expand_panels) +
+                        8 * row_of(f).gpu_instructions;
     w_.instructions += rounds * panels_ * each;
     w_.issued += tiles * panels_ * each;
     w_.shared +=
@@ -134,7 +135,9 @@ class WorkCount {
   void add_depthwise_and_project() {
     const double kernel = double(s_.kernel), warps = double(warps_), tiles = double(v_.tiles);
     const double lines = (rows_ - 1) * double(s_.stride) + kernel;
-    const double depthwise = depthwise_instructions(kernel, lines);
+    // Four channels of a lane's rows.
+    const double depthwise =
+        depthwise_instructions(kernel, lines) + 4 * rows_ * row_of(s_.activation).gpu_instructions;
     const auto [instructions, bytes] = product(tiles);
     const double project = out_ * tiles * instructions;
     w_.instructions += panels_ * (depthwise + project);

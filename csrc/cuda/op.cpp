@@ -123,7 +123,7 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
                               int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
                               int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
                               int64_t out_activation, int64_t squeeze_activation, int64_t gate,
-                              bool tf32) try {
+                              bool tf32, double negative_slope) try {
   if (w_expand.has_value() != b_expand.has_value())
     fail("w_expand and b_expand must both be given or both be None");
   for (const auto* t : {&b_squeeze, &w_excite, &b_excite})
@@ -133,7 +133,8 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
   const Weights w{given(w_expand), given(b_expand), &w_depthwise,     &b_depthwise,
                   &w_project,      &b_project,      given(w_squeeze), given(b_squeeze),
                   given(w_excite), given(b_excite)};
-  const Options options{dilation, padding, activation, out_activation, squeeze_activation, gate};
+  const Options options{dilation,           padding, activation,    out_activation,
+                        squeeze_activation, gate,    negative_slope};
 
   const Sizes sizes = sizes_of(x);
   const ScalarType type = x.scalar_type();

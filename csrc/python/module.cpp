@@ -132,7 +132,9 @@ PYBIND11_MODULE(_C, m) {
     return fields;
   });
   m.def("activations", [] {
-    return std::vector<std::string>(std::begin(kActivationNames), std::end(kActivationNames));
+    std::vector<std::string> names;
+    for (const ActivationRow& row : kActivationRows) names.push_back(row.name);
+    return names;
   });
   m.def("gates",
         [] { return std::vector<std::string>(std::begin(kGateNames), std::end(kGateNames)); });

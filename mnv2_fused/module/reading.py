@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..activations import ACTIVATION_TABLE, GATE_TABLE, LEAKY_RELU, Function
 from ..fold import unfoldable
 from ..spec import BlockSpec
 from .guard import has_hooks, is_compiled
@@ -46,22 +47,6 @@ def flatten(modules: Iterable[nn.Module | None]) -> Iterator[nn.Module]:
             yield module
 
 
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.ReLU6": "relu6",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.linear.Identity": "identity",
-    "torch.nn.modules.activation.Hardswish": "hardswish",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "timm.layers.activations.Swish": "silu",
-    "transformers.activations.SiLUActivation": "silu",
-    "timm.layers.activations.HardSwish": "hardswish",
-}
-_GATES = {
-    "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
-    "torch.nn.modules.activation.Sigmoid": "sigmoid",
-    "timm.layers.activations.Sigmoid": "sigmoid",
-    "timm.layers.activations.HardSigmoid": "hardsigmoid",
-}
 # The two products, what is between them and the gate, by a squeeze-and-excite's type.
 _SQUEEZES = {
     "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2", "activation", "scale_activation"),
@@ -92,6 +77,7 @@ def read_chain(
     """
     stages: list[tuple[nn.Module, nn.Module | None]] = []
     activations: list[str] = []
+    slopes: set[float] = set()
     squeeze, dropouts = None, []
     for module in flatten(modules):
         name = full_name(module)
@@ -105,11 +91,14 @@ def read_chain(
             activations[-1] = activations[-1] or "identity"
         elif activations[-1]:
             raise Unfusable(f"its layers are not {_LAYOUT}: there is a {name} where none belongs")
-        elif name in _ACTIVATIONS or stages[-1][1] is not None:
+        elif _computes_one(name) or stages[-1][1] is not None:
             activations[-1] = activation_of(module)
+            slopes |= slope_of(module)
         else:
             stages[-1] = stages[-1][0], module
-            activations[-1] = _timm_activation(module) if _is_timm_norm(module) else ""
+            act = _timm_activation(module) if _is_timm_norm(module) else None
+            activations[-1] = "" if act is None else activation_of(act)
+            slopes |= slope_of(act)
     if len(stages) not in (2, 3):
         raise Unfusable(f"its layers are not {_LAYOUT}")
     beside = tuple(module for module in beside if residual and type(module) is not nn.Identity)
@@ -135,6 +124,9 @@ def read_chain(
     if squeeze is not None and squeeze[0] != len(stages) - 1:
         raise Unfusable("its squeeze-and-excite does not follow the depthwise convolution")
     products, options = (None, {}) if squeeze is None else _read_squeeze(squeeze[1], depthwise.out_channels)
+    slopes |= options.pop("slopes", set())
+    if len(slopes) > 1:
+        raise Unfusable(f"its LeakyReLUs have slopes of {sorted(slopes)}, the fused op has one for a block")
     try:
         spec = BlockSpec(
             convs[0].in_channels,
@@ -148,6 +140,7 @@ def read_chain(
             padding=_padding(depthwise, same),
             activation=activation,
             out_activation=out_activation,
+            **({"negative_slope": slopes.pop()} if slopes else {}),
             **options,
         )
     except ValueError as error:  # a residual that the convolutions' shapes contradict, a padding too large
@@ -163,24 +156,33 @@ def _first(objections: Iterator[str]) -> None:
         raise Unfusable(reason)
 
 
-def activation_of(module: nn.Module, names: dict[str, str] = _ACTIVATIONS) -> str:
+def _computes_one(name: str) -> bool:
+    return any(name in function.modules for function in ACTIVATION_TABLE.values())
+
+
+def activation_of(module: nn.Module, table: dict[str, Function] = ACTIVATION_TABLE) -> str:
     """What the fused ops call it. Raises :class:`Unfusable` for one that they do not compute."""
-    name = full_name(module)
-    if name not in names:
-        raise Unfusable(f"its activation is {name}, the fused op computes {', '.join(dict.fromkeys(names.values()))}")
-    if names[name] == "relu6" and (module.min_val, module.max_val) != (0.0, 6.0):
-        raise Unfusable(f"its ReLU6 clips to {module.min_val} ... {module.max_val}")
-    return names[name]
+    kind = full_name(module)
+    why = None
+    for name, function in table.items():
+        if kind in function.modules and (why := function.modules[kind](module)) is None:
+            return name
+    raise Unfusable(why or f"its activation is {kind}, the fused op computes {', '.join(table)}")
+
+
+def slope_of(module: nn.Module | None) -> set[float]:
+    """The slope of a leaky_relu; nothing of any other activation."""
+    return {float(module.negative_slope)} if module is not None and activation_of(module) == LEAKY_RELU else set()
 
 
 def _is_timm_norm(module: nn.Module) -> bool:
     return full_name(module) in [f"timm.layers.norm_act.{name}" for name in _TIMM_NORMS]
 
 
-def _timm_activation(norm: nn.Module) -> str:
+def _timm_activation(norm: nn.Module) -> nn.Module | None:
     if type(norm._modules.get("drop", nn.Identity())) not in (nn.Identity, type(None)):
         raise Unfusable(f"its {type(norm).__name__} has a {full_name(norm.drop)} before the activation")
-    return activation_of(norm.act) if "act" in norm._modules else ""
+    return norm._modules.get("act")
 
 
 def _norm_objections(norm: nn.Module) -> Iterator[str]:
@@ -224,7 +226,8 @@ def _read_squeeze(module: nn.Module, hidden: int) -> tuple[tuple[nn.Conv2d, nn.C
     return products, {
         "squeeze_channels": channels,
         "squeeze_activation": activation_of(module._modules[between]),
-        "gate": activation_of(module._modules[gate], _GATES),
+        "gate": activation_of(module._modules[gate], GATE_TABLE),
+        "slopes": slope_of(module._modules[between]),
     }
 
 

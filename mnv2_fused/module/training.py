@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..activations import function_of
 from ..fold import conv_norms
-from ..reference import TORCH_ACTIVATIONS
 from ..spec import BlockSpec
 
 
@@ -44,12 +44,12 @@ def unfolded(
             y = _of_batch(y, conv.norm_weight, conv.norm_bias, e, None if norms is None else norms[i])
         elif conv.mean is not None:
             y = F.batch_norm(y, conv.mean, conv.variance, conv.norm_weight, conv.norm_bias, training=False, eps=e)
-        y = TORCH_ACTIVATIONS[spec.activation if i < len(eps) - 1 else spec.out_activation](y)
+        y = function_of(spec.activation if i < len(eps) - 1 else spec.out_activation, spec.negative_slope)(y)
         if squeeze and i == len(eps) - 2:
             reduce, excite = squeeze
             s = F.conv2d(y.mean((2, 3), keepdim=True), reduce.weight, reduce.bias)
-            s = TORCH_ACTIVATIONS[spec.squeeze_activation](s)
-            y = y * TORCH_ACTIVATIONS[spec.gate](F.conv2d(s, excite.weight, excite.bias))
+            s = function_of(spec.squeeze_activation, spec.negative_slope)(s)
+            y = y * function_of(spec.gate)(F.conv2d(s, excite.weight, excite.bias))
     return y + x if spec.residual else y
 
 

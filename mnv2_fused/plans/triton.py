@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..activations import ACTIVATION_TABLE
 from ..fold import PANEL
 from ..gpus import H200, Gpu
 from ..spec import BlockSpec
@@ -155,7 +156,7 @@ def _estimate(
     expand_flops, project_flops = 2 * m * positions * k * tile.group, 2 * m * outputs * tile.group * out
     flops = expand_flops + project_flops
     loads = tile.group * (k + out) * itemsize / 16 / threads  # of 16 bytes
-    activation = 1 + _ACTIVATION_SLOTS[spec.activation]
+    activation = 1 + ACTIVATION_TABLE[spec.activation].triton_slots
     taps = spec.kernel**2
     slots = positions * activation * e + taps * outputs * e + outputs * activation * e
     slots += 5 * loads + 2 * taps * columns + 100
@@ -186,8 +187,6 @@ def patches_of_image(spec: BlockSpec, out_size: tuple[int, int], tile: Tile) -> 
     return patches
 
 
-# Instructions per element; min and max take two, exponential and quotient eight each, by a quarter of the lanes.
-_ACTIVATION_SLOTS = {"relu6": 4, "relu": 3, "identity": 1, "hardswish": 7, "silu": 20}
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 30, 60)
 # Above this the compiler spills; the estimate runs below what is used.
 _MOST_ESTIMATED = 205

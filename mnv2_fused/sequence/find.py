@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..encoding import LayerKind, block_values
+from ..activations import NEGATIVE_SLOPE
+from ..encoding import LayerKind, block_values, layer_values
 from ..module import reading
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks, is_compiled
 from ..module.parameters import parameters_of, trackable
-from ..spec import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,21 @@ class Layer:
         if isinstance(last, FusedBlock):
             spec, stem = last.spec, None if first is last else first
             values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
-            further = block_values(spec, "relu6" if stem is None else reading.activation_of(stem[2]))
+            further = block_values(spec, *([] if stem is None else _activation(stem[2])))
             in_channels = spec.in_channels if stem is None else stem[0].in_channels
             return [self.kind, in_channels, *values, len(further), *further]
         if (linear := self.linear) is not None:
             c_out, c_in = linear.weight.shape
-            activation = "identity" if last is linear else reading.activation_of(last)
-            usual = activation == "identity"
+            further = [] if last is linear else layer_values("identity", *_activation(last))
         else:
-            c_in, c_out, activation = first[0].in_channels, first[0].out_channels, reading.activation_of(first[2])
-            usual = activation == "relu6"
-        further = [] if usual else [ACTIVATIONS.index(activation)]
+            c_in, c_out = first[0].in_channels, first[0].out_channels
+            further = layer_values("relu6", *_activation(first[2]))
         return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
+
+
+def _activation(module: nn.Module) -> tuple[str, float]:
+    """Its name and its slope, which matters for a leaky_relu."""
+    return reading.activation_of(module), next(iter(reading.slope_of(module)), NEGATIVE_SLOPE)
 
 
 STEM_CHANNELS = 4  # of an image, at most, whose stem the CUDA kernel runs with the block behind it
@@ -81,6 +84,8 @@ def _block_at(
     elif isinstance(second, FusedBlock) and _is_conv(first, "stem") and _block_can_run(second, backend):
         spec, conv = second.spec, first[0]
         fits = backend == "cpu" or (conv.in_channels <= STEM_CHANNELS and spec.dilation == 1)
+        slopes = reading.slope_of(first[2]) | ({spec.negative_slope} if spec.has_slope else set())
+        fits = fits and len(slopes) < 2
         if fits and not spec.expand and not spec.residual and spec.in_channels == conv.out_channels:
             return LayerKind.STEM_AND_BLOCK, 2
     return None, 1

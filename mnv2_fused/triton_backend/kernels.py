@@ -78,6 +78,7 @@ def inverted_residual_kernel(
     EXPAND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUT_ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -113,7 +114,7 @@ def inverted_residual_kernel(
         exists = hidden < HIDDEN
         d = depthwise_of_group(
             *(pixels, caps, w_expand, b_expand, w_depthwise, b_depthwise, hidden, exists),
-            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, PRECISION),
+            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, NEGATIVE_SLOPE, PRECISION),
             *(ROWS, COLS, M, GROUP, RAGGED, CHUNK, KEEP_X),
         )
         stored = ()
@@ -141,7 +142,7 @@ def inverted_residual_kernel(
             result = sums[t * OUTPUTS + o]
             if not PARTIAL:
                 result += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]
-                result = activate(result, OUT_ACTIVATION)
+                result = activate(result, OUT_ACTIVATION, NEGATIVE_SLOPE)
                 if RESIDUAL:
                     x_at = x + image[:, None] * x_image + r * x_row + c * x_col + out[None, :]
                     result += tl.load(x_at, mask=stored_at, other=0.0).to(tl.float32)
@@ -173,6 +174,7 @@ def pool_kernel(
     DILATION: tl.constexpr,
     EXPAND: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -200,7 +202,7 @@ def pool_kernel(
         exists = hidden < HIDDEN
         d = depthwise_of_group(
             *(pixels, caps, w_expand, b_expand, w_depthwise, b_depthwise, hidden, exists),
-            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, PRECISION),
+            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, NEGATIVE_SLOPE, PRECISION),
             *(ROWS, COLS, M, GROUP, RAGGED, CHUNK, KEEP_X),
         )
         total = tl.full((M, GROUP), 0.0, tl.float32)
@@ -231,6 +233,7 @@ def add_splits_kernel(
     SPLITS: tl.constexpr,
     C_OUT: tl.constexpr,
     OUT_ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     M: tl.constexpr,
     OUT_TILE: tl.constexpr,
@@ -248,7 +251,7 @@ def add_splits_kernel(
         total += tl.load(at, mask=inside, other=0.0)
         at += tl.cast(pixels, tl.int64) * C_OUT
     total += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]
-    total = activate(total, OUT_ACTIVATION)
+    total = activate(total, OUT_ACTIVATION, NEGATIVE_SLOPE)
     if RESIDUAL:
         x_at = x + image * x_image + row * x_row + col * x_col + out[None, :]
         total += tl.load(x_at, mask=inside, other=0.0).to(tl.float32)

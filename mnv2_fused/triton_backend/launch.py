@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..activations import function_of
 from ..backends import tf32_allowed
 from ..fold import PANEL, PackedWeights
 from ..gpus import H200, Gpu
 from ..plans.triton import TritonPlan, best_plans, patches_of_image, triton_plan, unsupported
-from ..reference import TORCH_ACTIVATIONS
 from ..spec import BlockSpec
 from ..tensors import check_input, empty_output
 from . import tune
@@ -119,6 +119,7 @@ def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object
         "EXPAND": spec.expand,
         "ACTIVATION": spec.activation,
         "OUT_ACTIVATION": spec.out_activation,
+        "NEGATIVE_SLOPE": spec.negative_slope,
         "RESIDUAL": spec.residual,
         "GATED": spec.squeeze_channels > 0,
         "PARTIAL": plan.splits > 1,
@@ -145,6 +146,7 @@ def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
         "SPLITS": splits,
         "C_OUT": spec.out_channels,
         "OUT_ACTIVATION": spec.out_activation,
+        "NEGATIVE_SLOPE": spec.negative_slope,
         "RESIDUAL": spec.residual,
         "M": _ADDED_PIXELS,
         "OUT_TILE": _ADDED_CHANNELS,
@@ -183,9 +185,9 @@ def _gate(
 
     pooled = sums.sum(1) / (out_size[0] * out_size[1])
     squeezed = product(pooled, packed.w_squeeze, packed.b_squeeze, spec.squeeze_channels)
-    squeezed = TORCH_ACTIVATIONS[spec.squeeze_activation](squeezed)
+    squeezed = function_of(spec.squeeze_activation, spec.negative_slope)(squeezed)
     excited = product(squeezed, packed.w_excite, packed.b_excite, spec.hidden_channels)
-    return TORCH_ACTIVATIONS[spec.gate](excited).contiguous()
+    return function_of(spec.gate)(excited).contiguous()
 
 
 def launch(plan: TritonPlan, spec: BlockSpec, x: Tensor, packed: PackedWeights, y: Tensor, tf32: bool) -> None:

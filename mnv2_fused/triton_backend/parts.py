@@ -21,8 +21,8 @@ def _relu6(v, cap):
 
 
 @triton.jit
-def activate(v, NAME: tl.constexpr):
-    """One of ``mnv2_fused.spec.ACTIVATIONS``, as torch computes it."""
+def activate(v, NAME: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
+    """One of ``mnv2_fused.activations.ACTIVATIONS``, as torch computes it."""
     if NAME == "relu6":
         return _relu6(v, 6.0)
     elif NAME == "relu":
@@ -31,6 +31,13 @@ def activate(v, NAME: tl.constexpr):
         return v * (_relu6(v + 3.0, 6.0) * (1.0 / 6.0))
     elif NAME == "silu":
         return v / (1.0 + tl.exp(-v))
+    elif NAME == "leaky_relu":
+        return tl.where(v > 0.0, v, v * NEGATIVE_SLOPE)
+    elif NAME == "gelu":
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))  # 1 / sqrt(2)
+    elif NAME == "gelu_tanh":
+        # v / 2 (1 + tanh(u)) = v / (1 + exp(-2 u)), u = sqrt(2 / pi) (v + 0.044715 v^3).
+        return v / (1.0 + tl.exp(-1.5957691216057308 * v * (1.0 + 0.044715 * v * v)))
     else:
         tl.static_assert(NAME == "identity")
         return v
@@ -89,6 +96,7 @@ def _expand(
     HIDDEN: tl.constexpr,
     RAGGED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     DILATION: tl.constexpr,
 ):  # [M, G]
     e = tl.full((M, hidden.shape[0]), 0.0, tl.float32) + bias[None, :]
@@ -101,7 +109,7 @@ def _expand(
     if ACTIVATION == "relu6" and DILATION == 1:
         return _relu6(e, cap[:, None])
     else:
-        return tl.where((cap > 0.0)[:, None], activate(e, ACTIVATION), 0.0)
+        return tl.where((cap > 0.0)[:, None], activate(e, ACTIVATION, NEGATIVE_SLOPE), 0.0)
 
 
 @triton.constexpr_function
@@ -151,6 +159,7 @@ def depthwise_of_group(
     DILATION: tl.constexpr,
     EXPAND: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -177,7 +186,7 @@ def depthwise_of_group(
             b = load(b_expand + hidden, exists, RAGGED)
             e = _expand(
                 *(pixels[position], caps[position], w_expand, b, hidden),
-                *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, ACTIVATION, DILATION),
+                *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, ACTIVATION, NEGATIVE_SLOPE, DILATION),
             )
         else:
             there = (caps[position] > 0.0)[:, None] & exists[None, :]
@@ -185,7 +194,7 @@ def depthwise_of_group(
         sums = _depthwise(sums, e, taps, position, RIM_COLS, COLS, STRIDE, KERNEL, OUTPUTS)
     d = ()
     for o in tl.static_range(OUTPUTS):
-        result = activate(sums[o], ACTIVATION)
+        result = activate(sums[o], ACTIVATION, NEGATIVE_SLOPE)
         if RAGGED:  # a channel of the padding is 0 * Inf where x is infinite
             result = tl.where(exists[None, :], result, 0.0)
         d = d + (result,)

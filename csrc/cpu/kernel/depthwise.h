@@ -18,7 +18,7 @@ struct DepthwiseRow {
   const T* weights;  // [taps][16]
   const T* bias;
   O* out;
-  Activation activation;
+  ActivationFunction activation;
   const T* gate;                        // factors of the activation's results, or null
   bool only_clips;                      // the activation does no more, and there is no gate
   Clip<T> clip{Activation::kIdentity};  // of the activation
@@ -129,7 +129,7 @@ void depthwise(const Window<S>& w, const Compute<S>* expanded, S* d, Group group
                Band band) {
   const BlockShape& s = w.shape;
   DepthwiseRow<V, S> t{};
-  t.activation = s.activation;
+  t.activation = s.function(s.activation);
   t.clip = Clip<Compute<S>>(s.activation);
   t.only_clips = is_clip(s.activation) && !w.gate;
   t.dilation = s.dilation;

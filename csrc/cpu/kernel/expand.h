@@ -86,10 +86,11 @@ template <class V, class S>
 void activate_rows(const Window<S>& w, Compute<S>* expanded, Vectors vectors, RowRange rows,
                    Activation activation) {
   if (is_clip(activation)) return;
+  const ActivationFunction function = w.shape.function(activation);
   for (int64_t v = vectors.first; v < vectors.first + vectors.count; ++v)
     for (int64_t row = rows.from; row < rows.to; ++row)
       activate<V>(expanded + vector_offset<V>(v, w.panel) + w.image_offset(row), w.image_cols(),
-                  kPanel, activation);
+                  kPanel, function);
 }
 
 template <class V, class S>

@@ -109,7 +109,7 @@ class Pointwise {
     for_pixels(t, N, block, count, kRows, [&](int64_t, int rows) {
       table[rows - 1](t);
       const int pixels = clips ? 1 : rows;
-      if (!clips) activate<V>(results, rows * N, V::kLanes, s_.activation);
+      if (!clips) activate<V>(results, rows * N, V::kLanes, s_.function());
       for (int i = 0; i < pixels; ++i)
         unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
           sums[j] = V::add(sums[j], V::load(results + (i * N + j) * V::kLanes));
@@ -168,7 +168,7 @@ class Pointwise {
     const int64_t channels = left < N * V::kLanes ? left : N * V::kLanes;
     for_pixels(t, N, block, count, max_rows<V>(N), [&](int64_t, int rows) {
       table[rows - 1](t);
-      activate<V>(results, rows * N, V::kLanes, s_.activation);
+      activate<V>(results, rows * N, V::kLanes, s_.function());
       for (int i = 0; i < rows; ++i, y += s_.out_channels)
         for_vectors<V>(channels, [&](int64_t c, auto, auto store) MNV2_INLINE_LAMBDA {
           store(V::load(results + i * N * V::kLanes + c), y + c);

@@ -116,7 +116,7 @@ class Projection {
     S* const y = this->y(r, col);
     const S* const x = w_.residual(r, col);
     for_vectors<V>(s_.out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
-      V v = activated(load(y + c), s_.out_activation);
+      V v = activated(load(y + c), s_.function(s_.out_activation));
       if (s_.residual) v = V::add(v, load(x + c));
       store(v, y + c);
     });
@@ -132,7 +132,7 @@ class Projection {
       for_vectors<V>(s_.out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
         V total = V::add(load(run_sums + c), load(group_sums + c));
         if (!last) return store(total, group_sums + c);
-        total = activated(total, s_.out_activation);
+        total = activated(total, s_.function(s_.out_activation));
         if (s_.residual) total = V::add(total, load(x + c));
         store(total, y + c);
       });
@@ -181,7 +181,7 @@ void add_row(const BlockArgs<S>& args, const Plan& plan, int64_t row) {
       V sum = load(args.partial + pixel + c);
       for (int64_t g = 1; g < groups; ++g)
         sum = V::add(load(args.partial + g * group_size + pixel + c), sum);
-      sum = activated(sum, s.out_activation);
+      sum = activated(sum, s.function(s.out_activation));
       if (s.residual) sum = V::add(sum, load(x + col * args.x_col + c));
       store(sum, args.y + pixel + c);
     });

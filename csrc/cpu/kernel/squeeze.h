@@ -46,7 +46,7 @@ void mean_of_rows(const typename V::T* rows, int64_t count, int64_t channels, ty
 
 // In place: the activation between the two products, and the gate behind them.
 template <class V>
-void activate_all(typename V::T* p, int64_t count, Activation a) {
+void activate_all(typename V::T* p, int64_t count, ActivationFunction a) {
   for_vectors<V>(count, [&](int64_t i, auto load, auto store)
                             MNV2_INLINE_LAMBDA { store(activated(load(p + i), a), p + i); });
 }
