@@ -102,7 +102,7 @@ class BlockSpec:
         return LEAKY_RELU in (self.activation, self.out_activation, squeeze)
 
     def _check_slope(self) -> None:
-        if not isinstance(self.negative_slope, (int, float)) or not math.isfinite(self.negative_slope):
+        if not isinstance(self.negative_slope, (int, float)) or not abs(self.negative_slope) < math.inf:
             raise ValueError(f"negative_slope must be a finite number, got {self.negative_slope!r}")
         # One value where nothing rests on it: such blocks are equal.
         object.__setattr__(self, "negative_slope", float(self.negative_slope) if self.has_slope else NEGATIVE_SLOPE)

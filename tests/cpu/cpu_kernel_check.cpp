@@ -101,8 +101,8 @@ struct Strides {
 };
 
 double relu6(double v) { return std::fmin(std::fmax(v, 0.0), 6.0); }
-double activated(double v, Activation a) {
-  switch (a) {
+double activated(double v, ActivationFunction a) {
+  switch (a.kind) {
     case Activation::kRelu6:
       return relu6(v);
     case Activation::kRelu:
@@ -113,6 +113,13 @@ double activated(double v, Activation a) {
       return v / (1 + std::exp(-v));
     case Activation::kIdentity:
       return v;
+    case Activation::kLeakyRelu:
+      return v > 0 ? v : v * a.negative_slope;
+    case Activation::kGelu:
+      return v / 2 * std::erfc(-v / std::sqrt(2.0));
+    case Activation::kGeluTanh:
+      return v / 2 *
+             (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (v + 0.044715 * v * v * v)));
   }
   std::abort();
 }
@@ -150,7 +157,7 @@ double expanded(const BlockArgs<S>& a, const S* x, int64_t h, int64_t w, int64_t
       sum += value(x[row * a.x_row + col * a.x_col + k * a.x_channel]) *
              weight(a.w_expand, s.expand_terms(depth<S>), c, tap * channels + k);
   }
-  return activated(sum, stem ? s.stem_activation : s.activation);
+  return activated(sum, s.function(stem ? s.stem_activation : s.activation));
 }
 
 // d[c][h][w] of image n, multiplied by its gate where there is one.
@@ -174,7 +181,7 @@ std::vector<double> depthwise(const BlockArgs<S>& a, int64_t n) {
           sum += e[ih * s.width + iw] *
                  double(a.w_depthwise[(c / kPanel * s.taps() + k) * kPanel + c % kPanel]);
         }
-        const double v = activated(sum, s.activation);
+        const double v = activated(sum, s.function(s.activation));
         // What is kept is rounded before the gate, too, as eager rounds it.
         d[(c * oh + h) * ow + w] = value(rounded<S>((a.cached ? value(rounded<S>(v)) : v) * gate));
       }
@@ -196,7 +203,7 @@ std::vector<double> plain_loops(const BlockArgs<S>& a) {
           double sum = a.b_project[o];
           for (int64_t c = 0; c < s.hidden_channels; ++c)
             sum += d[(c * oh + h) * ow + w] * weight(a.w_project, s.hidden_channels, o, c);
-          sum = activated(sum, s.out_activation);
+          sum = activated(sum, s.function(s.out_activation));
           if (s.residual) sum += value(x[h * a.x_row + w * a.x_col + o]);
           y[((n * oh + h) * ow + w) * s.out_channels + o] = sum;
         }
@@ -216,7 +223,7 @@ std::vector<double> plain_loops(const PointwiseArgs<S>& a) {
         double sum = a.bias[o];
         for (int64_t c = 0; c < s.in_channels; ++c)
           sum += value(x[c]) * weight(a.weight, s.in_channels, o, c);
-        sum = activated(sum, s.activation);
+        sum = activated(sum, s.function());
         if (s.pool)
           y[n * s.out_channels + o] += sum / double(pixels);
         else
@@ -253,6 +260,7 @@ void choose_options(BlockShape& s) {
   s.activation = Activation(between(0, kActivations - 1));
   s.stem_activation = Activation(between(0, kActivations - 1));
   s.out_activation = Activation(between(0, kActivations - 1));
+  s.negative_slope = double(between(-20, 20)) / 10;
 }
 
 // Sums of d as the first pass leaves them against those of plain loops.
@@ -384,6 +392,7 @@ bool check_pointwise(const cpu::Isa& isa, double tolerance) {
   s.in_channels = between(1, 40);
   s.out_channels = between(1, 150);
   s.activation = Activation(between(0, kActivations - 1));
+  s.negative_slope = double(between(-20, 20)) / 10;
   s.pool = between(0, 1);
   const Strides at(s.batch, s.height, s.width, s.in_channels);
   const std::vector<S> x = uniform<S>(at.elements, -3, 3);

@@ -401,6 +401,7 @@ BEHIND_STEMS = {
         BlockSpec(24, 24, 16, expand=False, activation="silu", squeeze_channels=6, gate="sigmoid"),
         "silu",
     ),
+    "LeakyReLU": (BlockSpec(24, 24, 16, expand=False, activation="leaky_relu", negative_slope=0.2), "gelu"),
     "ReLU": (BlockSpec(9, 9, 70, expand=False, kernel=5, activation="hardswish", padding=(2, 1, 0, 3)), "relu"),
 }
 by_behind = pytest.mark.parametrize(("spec", "activation"), BEHIND_STEMS.values(), ids=BEHIND_STEMS)

@@ -45,6 +45,8 @@ UNEXPANDED = BlockSpec(24, 24, 20, expand=False)
 OUT_BLOCKS = BlockSpec(8, 16, 180)
 UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_activation="relu")
 DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
+LEAKY = BlockSpec(20, 40, 20, activation="leaky_relu", negative_slope=0.2)
+GELU, GELU_TANH = (BlockSpec(20, 40, 20, activation=name) for name in ("gelu", "gelu_tanh"))
 FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
 SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
 STEMMED = BlockSpec(20, 20, 24, expand=False)
@@ -111,6 +113,9 @@ MUTATIONS = {
     "clip": ("return clip(v, f.low, f.high)", "return v"),
     "hardswish": ("v * (clip(v + 3, 0, 6)", "v * (clip(v + 2.9f, 0, 6)"),
     "silu": ("divide(v, 1 + exponential(-v))", "divide(v, 1 + exponential(-1.05f * v))"),
+    "leaky_relu": ("v > 0 ? v : v * negative_slope", "v > 0 ? v : v * 0.01f"),
+    "gelu": ("erff(v * 0.707", "erff(v * 0.72"),
+    "gelu_tanh": ("-1.5957691f * v", "-1.61f * v"),
     "output's activation": ("if (C::kGeneral && biased) v[p]", "if (false) v[p]"),
     "output's activation of one split": ("if (C::kGeneral && biased) v[p]", "if (C::kGeneral) v[p]"),
     "output's activation after splits": ("if constexpr (kActivated) sum", "if constexpr (false) sum"),
@@ -184,6 +189,9 @@ SHOWN_BY = {
     "infinities that activations leave": ("float16", UNEVEN),
     "barrier after an expansion with infinities": ("float16", UNEVEN),
     **dict.fromkeys((name for name in MUTATIONS if "dilat" in name or name == "silu"), ("float32", DILATED)),
+    "leaky_relu": ("float32", LEAKY),
+    "gelu": ("float32", GELU),
+    "gelu_tanh": ("float32", GELU_TANH),
     **dict.fromkeys(("fifth row", "fifth column", "hardswish"), ("float32", FIVE)),
     **dict.fromkeys(
         ("fifth row on tensor cores", "fifth row's weights", "rows three and four on tensor cores"), ("float16", FIVE)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from mnv2_fused import cuda_plan, fold, inverted_residual_reference, pack
+from mnv2_fused.activations import function_of
 from mnv2_fused.plans.cuda import stem_size
-from mnv2_fused.reference import TORCH_ACTIVATIONS
 from mnv2_fused.testing import agreement
 
 from .emulation import compiled_kernel, emulated_inverted_residual, loaded
@@ -50,12 +50,13 @@ class Stem(NamedTuple):
     weight: torch.Tensor  # [E, C, 3, 3]
     bias: torch.Tensor  # [E]
     activation: str = "relu6"
+    negative_slope: float = 0.01
 
     def __call__(self, x, precision=None):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if precision == "tf32":
             x, weight = tf32(x), tf32(weight)
-        return TORCH_ACTIVATIONS[self.activation](F.conv2d(x, weight, bias, 2, 1))
+        return function_of(self.activation, self.negative_slope)(F.conv2d(x, weight, bias, 2, 1))
 
 
 def eager(x, weights, spec, precision, stem=None):
@@ -66,7 +67,8 @@ def eager(x, weights, spec, precision, stem=None):
         return inverted_residual_reference(x, weights, **spec.geometry)
     w = weights._make(None if t is None else t.float() for t in weights)
     act, out_act, squeeze_act, gate = (
-        TORCH_ACTIVATIONS[name] for name in (spec.activation, spec.out_activation, spec.squeeze_activation, spec.gate)
+        function_of(name, spec.negative_slope)
+        for name in (spec.activation, spec.out_activation, spec.squeeze_activation, spec.gate)
     )
     e = act(F.conv2d(tf32(x), tf32(w.w_expand), w.b_expand)) if spec.expand else x
     e = F.pad(e, spec.padding_of(*x.shape[2:]))

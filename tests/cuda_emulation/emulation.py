@@ -55,7 +55,7 @@ def compiled_kernel(
     return compiled(target, HERE / "emulate.cpp", *options)
 
 
-class _Shape(ctypes.Structure):  # csrc/block.h: of the fields all but a few are numbers of eight bytes
+class _Shape(ctypes.Structure):  # csrc/block.h: all but a few are numbers of eight bytes, a double its bits
     _fields_ = [
         (name, ctypes.c_int8 if name in ("expand", "residual", "gate") or "activation" in name else ctypes.c_int64)
         for name in BLOCK_FIELDS

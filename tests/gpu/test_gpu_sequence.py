@@ -14,12 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mnv2_fused
 from mnv2_fused import BlockSpec, FusedInvertedResidual, backends, encoding, fold, ops
 from mnv2_fused import inverted_residual_reference as reference
+from mnv2_fused.activations import ACTIVATIONS, GATES, NEGATIVE_SLOPE, function_of, slope_of_bits
 from mnv2_fused.fold import FRAGMENT, PANEL, PackedWeights
 from mnv2_fused.module import packed_cache
 from mnv2_fused.module.parameters import trackable
-from mnv2_fused.reference import TORCH_ACTIVATIONS
 from mnv2_fused.sequence.weights import join
-from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import agreement, perturb_batch_norm
 
 pytestmark = cuda_op_there
@@ -43,10 +42,11 @@ def _reference_sequence(x, weights, layers, tf32=False):
     """What the op computes, in torch's own layers."""
     reader, dtype = _Reader(weights), x.dtype
     for (kind, c_in, hidden, c_out, stride, residual), further in encoding.split_layers(layers):
-        kernel, dilation, *padding, act, out, squeeze, squeeze_act, gate, stem_act = further or (
+        kernel, dilation, *padding, act, out, squeeze, squeeze_act, gate, stem_act = further[:12] or (
             *(3, 1, 1, 1, 1, 1, 0, 2, 0, 1, 0),
             0,
         )
+        slope = slope_of_bits(further[12]) if len(further) > 12 else NEGATIVE_SLOPE
         panels, outs, squeezes = (-(-n // PANEL) for n in (hidden, c_out, squeeze))
         w_expand = b_expand = None
         if kind == encoding.LayerKind.STEM_AND_BLOCK:
@@ -55,7 +55,7 @@ def _reference_sequence(x, weights, layers, tf32=False):
             rows = rows.view(hidden, 3, 4, 4)
             assert not rows[:, :, 3].any() and not rows[..., c_in:].any()
             x = F.conv2d(x, rows[:, :, :3, :c_in].permute(0, 3, 1, 2), bias, 2, 1)
-            x, c_in = TORCH_ACTIVATIONS[ACTIVATIONS[stem_act]](x), hidden
+            x, c_in = function_of(ACTIVATIONS[stem_act], slope)(x), hidden
         elif kind == encoding.LayerKind.BLOCK:
             w_expand = reader.take(dtype, panels, -(-c_in // PANEL), FRAGMENT)
             b_expand = reader.take(torch.float32, panels * PANEL + c_in)

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mnv2_fused import BlockSpec, inverted_residual_reference, pack
+from mnv2_fused.activations import ACTIVATIONS, GATES, function_of, slope_bits
 from mnv2_fused.encoding import LayerKind
 from mnv2_fused.fold import pack_conv
-from mnv2_fused.reference import TORCH_ACTIVATIONS
 from mnv2_fused.sequence.weights import join
-from mnv2_fused.spec import ACTIVATIONS, GATES
 from mnv2_fused.testing import (
     agreement,
     instruction_set,
@@ -52,7 +51,8 @@ def further(spec, stem="relu6"):
     padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(5, 5)
     of_squeeze = spec.squeeze_channels, ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)
     activations = ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation)
-    return [spec.kernel, spec.dilation, *padding, *activations, *of_squeeze, ACTIVATIONS.index(stem)]
+    slope = [slope_bits(spec.negative_slope)] if spec.has_slope else []
+    return [spec.kernel, spec.dilation, *padding, *activations, *of_squeeze, ACTIVATIONS.index(stem), *slope]
 
 
 def block(spec, seed=0):
@@ -73,7 +73,7 @@ def stem(c_in, hidden, c_out, stride=1, seed=0, activation="relu6", block_activa
     """``options``: of the block behind it."""
     weight, bias = conv_weights(hidden, c_in, 3, seed)
     spec = BlockSpec(hidden, hidden, c_out, stride, expand=False, activation=block_activation, **options)
-    behind, act = block(spec, seed), TORCH_ACTIVATIONS[activation]
+    behind, act = block(spec, seed), function_of(activation, spec.negative_slope)
     more = further(spec, activation) if spec.beyond_mobilenet_v2 or activation != "relu6" else []
     return OpLayer(
         (LayerKind.STEM_AND_BLOCK, c_in, hidden, c_out, stride, 0, len(more), *more),
@@ -82,15 +82,15 @@ def stem(c_in, hidden, c_out, stride=1, seed=0, activation="relu6", block_activa
     )
 
 
-def head(c_in, c_out, pool=False, seed=0, activation="relu6"):
+def head(c_in, c_out, pool=False, seed=0, activation="relu6", slope=()):
     weight, bias = conv_weights(c_out, c_in, 1, seed)
 
     def eager(x):
-        y = TORCH_ACTIVATIONS[activation](F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)))
+        y = function_of(activation, *slope)(F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)))
         return F.adaptive_avg_pool2d(y, 1) if pool else y
 
     kind = LayerKind.POOLED if pool else LayerKind.POINTWISE
-    more = [] if activation == "relu6" else [ACTIVATIONS.index(activation)]
+    more = [] if activation == "relu6" else [ACTIVATIONS.index(activation), *map(slope_bits, slope)]
     geometry = kind, c_in, 0, c_out, 1, 0, len(more), *more
     return OpLayer(geometry, lambda dtype: list(pack_conv(weight, bias, dtype)), eager)
 
@@ -100,7 +100,7 @@ def linear(c_in, c_out, seed=0, activation="identity"):
 
     def eager(x):
         y = F.linear(x.flatten(1), weight[:, :, 0, 0].to(x.dtype), bias.to(x.dtype))
-        return TORCH_ACTIVATIONS[activation](y)[:, :, None, None]
+        return function_of(activation)(y)[:, :, None, None]
 
     more = [] if activation == "identity" else [ACTIVATIONS.index(activation)]
     geometry = LayerKind.LINEAR, c_in, 0, c_out, 1, 0, len(more), *more
@@ -225,7 +225,16 @@ GENERAL = [
     linear(200, 50, activation="hardswish"),
     linear(50, 11),
 ]
-CHAINS = {"MobileNetV2": CHAIN, "others": GENERAL}
+LEAKY = [
+    stem(3, 16, 16, 2, activation="leaky_relu", block_activation="leaky_relu", negative_slope=0.3),
+    block(BlockSpec(16, 72, 24, 2, activation="gelu", squeeze_channels=5, squeeze_activation="leaky_relu")),
+    block(BlockSpec(24, 50, 24, residual=True, activation="gelu_tanh", out_activation="leaky_relu", negative_slope=-3)),
+    head(24, 100, activation="leaky_relu", slope=(0.2,)),
+    head(100, 200, pool=True, activation="gelu"),
+    linear(200, 50, activation="leaky_relu"),
+    linear(50, 11, activation="gelu_tanh"),
+]
+CHAINS = {"MobileNetV2": CHAIN, "others": GENERAL, "slopes": LEAKY}
 by_length = pytest.mark.parametrize(
     ("name", "length"), [(name, i + 1) for name, chain in CHAINS.items() for i in range(len(chain))]
 )
@@ -539,13 +548,13 @@ BAD_FURTHER = {
     "right": (3, -2, "padding must be 0 to 4, got -2"),
     "top": (4, 2**62, "padding must be 0 to 4"),
     "bottom": (5, -(2**63), "padding must be 0 to 4"),
-    "activation": (6, 5, "activation must be 0 to 4 (see mnv2_fused.block), got 5"),
-    "of the output": (7, -1, "out_activation must be 0 to 4"),
+    "activation": (6, 8, "activation must be 0 to 7 (see mnv2_fused.block), got 8"),
+    "of the output": (7, -1, "out_activation must be 0 to 7"),
     "squeeze channels": (8, -1, "squeeze_channels must be at least 0, got -1"),
     "more squeeze channels": (8, 2**62, "channel counts must be at most 2^18"),
-    "squeeze activation": (9, 2**62, "squeeze_activation must be 0 to 4"),
+    "squeeze activation": (9, 2**62, "squeeze_activation must be 0 to 7"),
     "gate": (10, 2, "gate must be 0 to 1"),
-    "of a stem": (11, 9, "stem activation must be 0 to 4"),
+    "of a stem": (11, 9, "stem activation must be 0 to 7"),
 }
 
 
@@ -560,8 +569,10 @@ def test_wrong_further_values(at, value, part):
 def test_a_wrong_number_of_further_values(count):
     fails(["values"], image(1, 8, 9, 9), OTHER_WEIGHTS, [*OTHER_LAYERS[:6], count, *OTHER_LAYERS[7:]])
     weights, layers = arguments([head(8, 20)], torch.float32)
-    fails(["0 or 1 further values, got 2"], image(1, 8, 9, 9), weights, [*layers[:6], 2, 0, 0])
-    fails(["activation must be 0 to 4"], image(1, 8, 9, 9), weights, [*layers[:6], 1, 5])
+    fails(["0, 1 or 2 further values, got 3"], image(1, 8, 9, 9), weights, [*layers[:6], 3, 0, 0, 0])
+    fails(["activation must be 0 to 7"], image(1, 8, 9, 9), weights, [*layers[:6], 1, 8])
+    infinite = slope_bits(float("inf"))
+    fails(["negative_slope must be finite, got inf"], image(1, 8, 9, 9), weights, [*layers[:6], 2, 5, infinite])
 
 
 def test_the_number_of_squeeze_channels_is_that_of_the_weights():

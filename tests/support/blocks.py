@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mnv2_fused import BlockSpec
-from mnv2_fused.spec import ACTIVATIONS, GATES
+from mnv2_fused.activations import ACTIVATIONS, GATES
 from mnv2_fused.testing import mobilenet_v2_blocks
 
 from .inputs import GPU_DTYPES, MEMORY_FORMATS
@@ -45,6 +45,18 @@ GENERAL_SPECS = [
     BlockSpec(8, 8, 12, expand=False, activation="relu", out_activation="relu"),
     BlockSpec(8, 33, 8, residual=True, kernel=3, dilation=2),
     BlockSpec(8, 20, 12, activation="identity", padding=(2, 0, 1, 0)),
+    BlockSpec(
+        8,
+        24,
+        8,
+        residual=True,
+        activation="leaky_relu",
+        squeeze_channels=3,
+        squeeze_activation="gelu",
+        negative_slope=0.2,
+    ),
+    BlockSpec(8, 40, 12, stride=2, kernel=5, activation="gelu", out_activation="leaky_relu", negative_slope=-1.5),
+    BlockSpec(8, 8, 12, expand=False, activation="gelu_tanh", out_activation="gelu_tanh"),
 ]
 
 # Values of every option of a block; those of "squeeze" are (squeeze_activation, gate).
@@ -83,6 +95,7 @@ def spec_of(kernel, stride, dilation, padding, activation, out_activation, squee
         squeeze_channels=5 if squeeze else 0,
         squeeze_activation=squeeze_activation,
         gate=gate,
+        negative_slope=0.3,
     )
 
 

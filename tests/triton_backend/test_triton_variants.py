@@ -81,7 +81,7 @@ def test_a_dilation_larger_than_the_image():
 @pytest.mark.parametrize("out_activation", ACTIVATIONS)
 def test_residual_adds_x_behind_the_outputs_activation(out_activation, splits):
     """With a projection of zeros the result is the activated bias plus x."""
-    spec = BlockSpec(8, 40, 8, residual=True, out_activation=out_activation)
+    spec = BlockSpec(8, 40, 8, residual=True, out_activation=out_activation, negative_slope=0.25)
     weights = weights_of(spec)
     weights = weights._replace(w_project=torch.zeros_like(weights.w_project), b_project=weights.b_project * 4)
     x = random_input(spec, 2, (3, 4)).to(DEVICE)
@@ -91,6 +91,9 @@ def test_residual_adds_x_behind_the_outputs_activation(out_activation, splits):
         "identity": lambda t: t,
         "hardswish": lambda t: t * (t + 3).clamp(0, 6) / 6,
         "silu": lambda t: t / (1 + torch.exp(-t)),
+        "leaky_relu": lambda t: t.clamp(min=0) + 0.25 * t.clamp(max=0),
+        "gelu": lambda t: t / 2 * (1 + torch.erf(t / 2**0.5)),
+        "gelu_tanh": lambda t: t / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (t + 0.044715 * t**3))),
     }[out_activation](weights.b_project)
     y = run(x, weights, spec, backend="triton", plan=forced(spec, x, group=16, splits=splits))
     torch.testing.assert_close(y.double(), x.double() + activated[:, None, None], rtol=1e-6, atol=1e-6)
@@ -165,13 +168,16 @@ MUTATIONS = {
     "fifth tap": ("0 <= row < kernel and", "0 <= row < 3 and", GENERAL_SPECS[0]),
     "order of taps": ("return kernel * row + col if", "return 3 * row + col if", GENERAL_SPECS[0]),
     "halo": (
-        "tl.where((cap > 0.0)[:, None], activate(e, ACTIVATION), 0.0)",
-        "activate(e, ACTIVATION)",
+        "tl.where((cap > 0.0)[:, None], activate(e, ACTIVATION, NEGATIVE_SLOPE), 0.0)",
+        "activate(e, ACTIVATION, NEGATIVE_SLOPE)",
         GENERAL_SPECS[0],
     ),
     "hardswish": ("_relu6(v + 3.0, 6.0)", "_relu6(v + 2.9, 6.0)", GENERAL_SPECS[0]),
     "silu": ("tl.exp(-v)", "tl.exp(-1.05 * v)", GENERAL_SPECS[1]),
-    "output's activation": ("result = activate(result, OUT_ACTIVATION)", "pass", GENERAL_SPECS[2]),
+    "leaky_relu": ("v * NEGATIVE_SLOPE", "v * 0.01", GENERAL_SPECS[5]),
+    "gelu": ("tl.erf(v * 0.707", "tl.erf(v * 0.72", GENERAL_SPECS[6]),
+    "gelu_tanh": ("tl.exp(-1.5957691216057308 *", "tl.exp(-1.61 *", GENERAL_SPECS[7]),
+    "output's activation": ("result = activate(result, OUT_ACTIVATION, NEGATIVE_SLOPE)", "pass", GENERAL_SPECS[2]),
     "gate": ("(d[o] * gates)", "(d[o])", GENERAL_SPECS[0]),
     "gate of another image": ("gate + image[:, None] * HIDDEN", "gate + 0 * image[:, None] * HIDDEN", GENERAL_SPECS[0]),
     "border in the pool": ("tl.where(there[:, None], d[o], 0.0)", "d[o]", GENERAL_SPECS[0]),
