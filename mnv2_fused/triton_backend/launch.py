@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..activations import function_of
+from ..activations import NEGATIVE_SLOPE, function_of
 from ..backends import tf32_allowed
 from ..fold import PANEL, PackedWeights
 from ..gpus import H200, Gpu
@@ -73,6 +73,7 @@ def inverted_residual_triton(
     out_activation: int = 2,
     squeeze_activation: int = 1,
     gate: int = 0,
+    negative_slope: float = NEGATIVE_SLOPE,
 ) -> Tensor:  # [N, C_out, H', W'], in x's memory format
     """The op. Raises ValueError or RuntimeError, naming value, limit and way out, for what the kernel cannot take."""
     products = w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project
@@ -84,7 +85,7 @@ def inverted_residual_triton(
     if (w_expand is None) != (b_expand is None):
         raise RuntimeError("w_expand and b_expand must both be given or both be None")
     _check_weights(x.dtype, x.device, packed)
-    options = dilation, tuple(padding), activation, out_activation, squeeze_activation, gate
+    options = dilation, tuple(padding), activation, out_activation, squeeze_activation, gate, negative_slope
     spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual, *options)
     y = empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
     if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together

@@ -44,7 +44,7 @@ def test_the_pairs_are_there():
     for a, b in itertools.combinations(("kernel", "padding", "activation", "squeeze", "expand", "dtype"), 2):
         assert {(c[a], c[b]) for c in cases} == set(itertools.product(OPTIONS[a], OPTIONS[b]))
     assert {(c["kernel"], c["dilation"]) for c in cases} == set(itertools.product((3, 5), (1, 2, 3)))
-    assert len(cases) < 50
+    assert len(cases) < 1.1 * len(ACTIVATIONS) ** 2  # what activation and out_activation alone need
 
 
 by_spec = pytest.mark.parametrize("spec", GENERAL_SPECS, ids=str)
