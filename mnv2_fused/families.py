@@ -224,7 +224,7 @@ class FusedTransformersStem(FusedInPlace):
     """transformers' stem: its first convolution as it is, the rest as one kernel."""
 
     @property
-    def in_front(self) -> nn.Module:
+    def leading_child(self) -> nn.Module:
         return self._modules["first_conv"]
 
     def forward(self, features: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _block_report(
         return BlockReport(name, None, False, None, found, None)
     if isinstance(found, Match):
         return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
-    reason = block.why_modules()
+    reason = block.fallback_reason()
     if block.spec is None:  # its layers were changed beyond recognition
         return BlockReport(name, None, True, "eager", reason, None)
     weight = block._pairs[-1][0].weight
@@ -179,7 +179,7 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
             module._forward_pre_hooks.clear()
         for name, block, _ in blocks_of(meta):
             if isinstance(block, FusedBlock) and block.spec is not None:
-                block.forward = _recorder(block.spec, shapes.setdefault(name, []), block.in_front)
+                block.forward = _recorder(block.spec, shapes.setdefault(name, []), block.leading_child)
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         with torch.no_grad(), torch.device("meta"):
             meta(torch.empty(*input_shape, dtype=dtype))
@@ -191,11 +191,11 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
     return shapes
 
 
-def _recorder(spec: BlockSpec, shapes: list[torch.Size], in_front: nn.Module | None) -> Callable[[Tensor], Tensor]:
+def _recorder(spec: BlockSpec, shapes: list[torch.Size], leading_child: nn.Module | None) -> Callable[[Tensor], Tensor]:
     """Stands in for a block's forward: notes the input's shape, returns an output without values."""
 
     def forward(x: Tensor) -> Tensor:
-        x = x if in_front is None else in_front(x)
+        x = x if leading_child is None else leading_child(x)
         shapes.append(x.shape)
         return x.new_empty(x.shape[0], spec.out_channels, *spec.out_size(*x.shape[2:]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,30 @@ from .guard import readable
 
 
 def fold_and_pack(
-    sources: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
+    parameters: list[Tensor | None], eps: list[float], dtype: torch.dtype, backend: str = "auto"
 ) -> PackedWeights:
     """Packed weights of a block for activations of ``dtype``.
 
-    ``sources``: the block's tensors in a row, as :func:`mnv2_fused.fold.conv_norms` reads them; ``eps``: the norms',
+    ``parameters``: the block's tensors in a row, as :func:`mnv2_fused.fold.conv_norms` reads them; ``eps``: the norms',
     one number a stage, 0 without a norm.
     """
-    stages, squeeze = conv_norms(sources, len(eps))
+    stages, squeeze = conv_norms(parameters, len(eps))
     folded: list[Tensor | None] = [] if len(eps) == 3 else [None, None]
     for conv, e in zip([*stages, *squeeze], [*eps, 0.0, 0.0], strict=False):
         folded += conv.folded(e)
     return pack(BlockWeights(*folded), dtype, backend)
 
 
-def parameters_of(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNorm:
+class Norm(Protocol):
+    """What folding reads of a batch norm, of whatever class; statistics lie among the buffers."""
+
+    eps: float
+    training: bool
+    _parameters: dict[str, nn.Parameter | None]
+    _buffers: dict[str, Tensor | None]
+
+
+def parameters_of(conv: nn.Conv2d, norm: Norm | None) -> ConvNorm:
     """The tensors of a convolution and its norm now, straight from the modules' dictionaries.
 
     ``nn.Module.__getattr__`` costs more than all else that a prepared call looks at.

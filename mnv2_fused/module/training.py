@@ -17,7 +17,7 @@ from ..spec import BlockSpec
 
 def unfolded(
     x: Tensor,  # [N, C_in, H, W]
-    sources: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
     eps: Sequence[float],
     spec: BlockSpec,
     batch: tuple[bool, ...],
@@ -28,7 +28,7 @@ def unfolded(
     ``batch``: which norms take their statistics from the batch. ``norms``, if given, then note them, as each does in
     train().
     """
-    stages, squeeze = conv_norms(sources, len(eps))
+    stages, squeeze = conv_norms(parameters, len(eps))
     y = x
     left, right, top, bottom = spec.padding_of(*x.shape[2:])
     for i, (conv, e) in enumerate(zip(stages, eps, strict=True)):
@@ -87,9 +87,9 @@ class Recomputed(torch.autograd.Function):
         eps: Sequence[float],
         spec: BlockSpec,
         batch: tuple[bool, ...],
-        *sources: Tensor | None,
+        *parameters: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, *sources)
+        ctx.save_for_backward(x, *parameters)
         ctx.block = functools.partial(unfolded, eps=eps, spec=spec, batch=batch)
         ctx.spec, ctx.whole = spec, any(batch)
         device = ctx.device = x.device.type
@@ -108,10 +108,10 @@ class Recomputed(torch.autograd.Function):
                 "a fused block has no second derivative here (create_graph=True); run it with backend='eager' or "
                 "unfuse the model"
             )
-        x, *sources = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
         x_needed, *needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         leaves = [
-            None if t is None else t.detach().requires_grad_(need) for t, need in zip(sources, needed, strict=True)
+            None if t is None else t.detach().requires_grad_(need) for t, need in zip(parameters, needed, strict=True)
         ]
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         x_grads: list[Tensor] = []

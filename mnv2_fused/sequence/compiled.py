@@ -17,7 +17,7 @@ from ..module.compiled import tracing_export, tracing_transform
 from ..module.fused_block import FusedBlock
 from ..module.packed_cache import PackedCache, fold_ahead
 from .find import FLATTEN, POOL, geometry_of, grouped, layers_of, one_kind, sequence_backend
-from .weights import fold_layers, sources_of
+from .weights import fold_layers, layer_parameters
 
 # Of each sequence the weights of its runs.
 _weights: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref.WeakKeyDictionary()
@@ -41,7 +41,7 @@ def _runs_now(module: nn.Module, backend: str) -> bool:
     if isinstance(module, FusedBlock):
         if module._token < 0 or module.backend not in ("auto", backend):  # another block has another token
             return False
-        return not (module.training or module._trains() or reading.drops_now(module._beside))
+        return not (module.training or module._trains() or reading.drops_now(module._drop_path))
     if isinstance(module, nn.Sequential):  # convolution, norm and activation
         conv, norm, activation = module
         _ = id(conv), id(norm), id(activation), *conv.stride, *conv.padding, *conv.dilation, conv.groups
@@ -68,15 +68,15 @@ class RunsTraced:
             modules = _called(self, names)
             runs = geometry and type(x) is Tensor and all(_runs_now(module, backend) for module in modules)
             if runs:
-                sources, eps = sources_of(modules)
-                recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+                parameters, eps = layer_parameters(modules)
+                recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
                 runs = not recording and x.dtype == dtype
             if not runs:
                 for module in modules:
                     x = module(x)
                 continue
             site = fold_ahead(token, dtype, backend)
-            x = torch.ops.mnv2_fused.cached_sequence(x, sources, eps, geometry, token, backend, site)
+            x = torch.ops.mnv2_fused.cached_sequence(x, parameters, eps, geometry, token, backend, site)
             x = x.flatten(1) if flat else x
         return x if steps else None
 
@@ -101,8 +101,8 @@ class RunsTraced:
                 steps += [((name_of[module],), (), 0, False) for module in entries]
                 continue
             modules = [module for layer in entries for module in layer.modules]
-            sources, _ = sources_of(modules)
-            kinds = {(t.dtype, t.device) for t in sources if t is not None and t.is_floating_point()}
+            parameters, _ = layer_parameters(modules)
+            kinds = {(t.dtype, t.device) for t in parameters if t is not None and t.is_floating_point()}
             if kinds != {(dtype, device)} or not one_kind(kinds, backend):
                 return whose, ()
             names, geometry = tuple(map(name_of.get, modules)), tuple(geometry_of(entries))
@@ -115,7 +115,7 @@ class RunsTraced:
         key = names, geometry, backend
         if key not in caches:
             caches[key] = PackedCache(
-                lambda: sources_of(_called(sequence(), names)),
+                lambda: layer_parameters(_called(sequence(), names)),
                 _folding(geometry),
                 # By train() and eval() of each of its blocks, whichever they are now.
                 lambda: [m._forgotten for m in _called(sequence(), names) if isinstance(m, FusedBlock)],
@@ -136,7 +136,7 @@ _library.define(
 )
 
 
-def _cached_sequence(x, sources, eps, layers, cache, backend, site):
+def _cached_sequence(x, sources, eps, layers, cache, backend, site):  # by the schema's names
     found = PackedCache.of(cache) or PackedCache(fold=_folding(layers))
     (weights,) = found.get(sources, eps, x.dtype, backend, site)
     return ops.sequence(x, weights, layers, backend)

@@ -38,9 +38,9 @@ class Layer:
         if isinstance(last, FusedBlock):
             spec, stem = last.spec, None if first is last else first
             values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
-            further = block_values(spec, "relu6" if stem is None else reading.activation_of(stem[2]))
+            op_options = block_values(spec, "relu6" if stem is None else reading.activation_of(stem[2]))
             in_channels = spec.in_channels if stem is None else stem[0].in_channels
-            return [self.kind, in_channels, *values, len(further), *further]
+            return [self.kind, in_channels, *values, len(op_options), *op_options]
         if (linear := self.linear) is not None:
             c_out, c_in = linear.weight.shape
             activation = "identity" if last is linear else reading.activation_of(last)
@@ -48,8 +48,8 @@ class Layer:
         else:
             c_in, c_out, activation = first[0].in_channels, first[0].out_channels, reading.activation_of(first[2])
             usual = activation == "relu6"
-        further = [] if usual else [ACTIVATIONS.index(activation)]
-        return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
+        op_options = [] if usual else [ACTIVATIONS.index(activation)]
+        return [self.kind, c_in, 0, c_out, 1, 0, len(op_options), *op_options]
 
 
 STEM_CHANNELS = 4  # of an image, at most, whose stem the CUDA kernel runs with the block behind it

@@ -94,14 +94,14 @@ class FrozenBlock(_Frozen):
 
     def __init__(self, block: FusedBlock, backend: str) -> None:
         super().__init__()
-        sources, eps = block._sources()
-        self.dtype, self.is_cpu, self.backend = sources[0].dtype, sources[0].is_cpu, backend
+        parameters, eps = block._fold_parameters()
+        self.dtype, self.is_cpu, self.backend = parameters[0].dtype, parameters[0].is_cpu, backend
         self.spec = block.spec
         with torch.no_grad():
-            packed = fold_and_pack(sources, eps, self.dtype, backend)
+            packed = fold_and_pack(parameters, eps, self.dtype, backend)
         for name, t in zip(PackedWeights._fields, packed, strict=True):
             self.register_buffer(name, t)
-        self.leading = block.in_front
+        self.leading = block.leading_child
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
@@ -109,9 +109,9 @@ class FrozenBlock(_Frozen):
         self._check(x)
         spec, packed = self.spec, PackedWeights(*(self._buffers[name] for name in PackedWeights._fields))
         check_input(x, spec.in_channels, spec)
-        options = spec.options(*x.shape[2:])
+        op_options = spec.options(*x.shape[2:])
         return ops.packed_inverted_residual(
-            x, packed, spec.stride, spec.residual, backend=self.backend, options=options
+            x, packed, spec.stride, spec.residual, backend=self.backend, op_options=op_options
         )
 
     def extra_repr(self) -> str:
@@ -167,9 +167,9 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
         alone = len(steps) == 1 and not has_hooks(module)
         swaps[module] = steps[0] if alone else _hooked_as(module, FrozenModel(*steps))
     elif isinstance(module, FusedBlock):
-        why = module.why_modules()
+        why = module.fallback_reason()
         if why is None:
-            backend, why = ops.kernel_for(module.spec, module.backend, module._sources()[0][0].device)
+            backend, why = ops.kernel_for(module.spec, module.backend, module._fold_parameters()[0][0].device)
             if backend == "eager":
                 why = why or "backend='eager'"
         if why is None:
