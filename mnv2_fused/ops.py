@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .encoding import PLAIN_OPTIONS, LayerKind, split_layers
-from .fold import FRAGMENT, PackedWeights, cast_fragments, unpack
+from .fold import PackedWeights, cast_product, unpack
 from .plans import triton as triton_plans
 from .reference import in_torch
 from .spec import BlockSpec
@@ -197,9 +197,6 @@ def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequenc
 
     ``products``: which of the arguments after x are weights of 1x1 products, to be cast with it.
     """
-
-    def cast_product(t: Tensor, dtype: torch.dtype) -> Tensor:
-        return cast_fragments(t, dtype) if t.shape[-1] == FRAGMENT else t.to(dtype)
 
     place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
