@@ -168,7 +168,7 @@ def read_efficientnet(block: nn.Module) -> Parts:
     _require_type(block, "torchvision.models.efficientnet.MBConv")
     _require_children(block, "block", "stochastic_depth")
     return read_chain(
-        [block.block], residual=_flag(block, "use_res_connect"), beside=[block._modules["stochastic_depth"]]
+        [block.block], residual=_flag(block, "use_res_connect"), drop_path=[block._modules["stochastic_depth"]]
     )
 
 
@@ -182,8 +182,8 @@ def read_timm(block: nn.Module) -> Parts:
     if "conv_s2d" in inside:
         raise Unfusable("it moves pixels into channels first (conv_s2d), which the fused op does not")
     _require_children(block, *names, "drop_path", "conv_s2d", "bn_s2d")
-    beside = [inside["drop_path"]] if "drop_path" in inside else []
-    return read_chain([inside.get(name) for name in names], residual=_flag(block, "has_skip"), beside=beside)
+    drop_path = [inside["drop_path"]] if "drop_path" in inside else []
+    return read_chain([inside.get(name) for name in names], residual=_flag(block, "has_skip"), drop_path=drop_path)
 
 
 _TIMM_BLOCKS = ("InvertedResidual", "DepthwiseSeparableConv")

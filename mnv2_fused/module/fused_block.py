@@ -121,7 +121,7 @@ class FusedBlock(nn.Module):
         self._pairs = cast(tuple[tuple[nn.Conv2d, Norm | None], ...], parts.stages if parts else ())
         self._squeeze: tuple[nn.Conv2d, ...] = (parts.squeeze or ()) if parts else ()
         self._dropouts: tuple[nn.Module, ...] = parts.dropouts if parts else ()
-        self._drop_path: tuple[nn.Module, ...] = parts.beside if parts else ()
+        self._drop_path: tuple[nn.Module, ...] = parts.drop_path if parts else ()
         self._spec: BlockSpec | None = parts.spec if parts else None
         self._op_options = op_rest(parts.spec) if parts else []
 
