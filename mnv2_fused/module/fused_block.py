@@ -22,9 +22,9 @@ from . import reading
 from .compiled import tracing_export, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
-from .parameters import Norm, fold_and_pack, freed, parameters_of, trackable
+from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
-from .training import Recomputed, unfolded
+from .training import BatchNorm, Recomputed, unfolded
 
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
@@ -133,7 +133,13 @@ class FusedBlock(nn.Module):
     def _reset_cache(self) -> None:
         self._ready: PreparedCall | None = None
         parameters = weakref.WeakMethod(self._fold_parameters)
-        self._cache = PackedCache(lambda: parameters()())  # who asks has the block
+
+        def own() -> tuple[list[Tensor | None], list[float]]:
+            found = parameters()
+            assert found is not None  # who asks has the block
+            return found()
+
+        self._cache = PackedCache(own)
         self._token = self._cache.token
         _blocks[self._token] = self
 
@@ -249,8 +255,8 @@ class FusedBlock(nn.Module):
         parameters, eps = self._fold_parameters()
         if not (x.requires_grad or any(t is not None and t.requires_grad for t in parameters)):
             return self._forward_modules(x)
-        norms = [norm for _, norm in self._pairs]
-        batch = tuple(norm is not None and norm.training and bool(norm._parameters) for norm in norms)
+        batch = tuple(norm is not None and norm.training and bool(norm._parameters) for _, norm in self._pairs)
+        norms = [norm if isinstance(norm, BatchNorm) else None for _, norm in self._pairs]
         stages, squeeze = conv_norms(parameters, len(batch))
         stages = [s._replace(mean=None, variance=None) if b else s for s, b in zip(stages, batch, strict=True)]
         parameters = [t for stage in stages for t in stage] + [t for conv in squeeze for t in conv[:2]]
@@ -314,7 +320,7 @@ class FusedBlock(nn.Module):
         if reading.drops_now(self._drop_path):
             return False
         parameters, _ = self._fold_parameters()
-        weight = _first_weight(parameters)
+        weight = first_weight(parameters)
         dtype, device = weight.dtype, weight.device
         # In one run, every product's weights are packed alike.
         alike = packed_dtypes(dtype, device, self._read_spec.hidden_channels) == packed_dtypes(dtype, device)
@@ -339,7 +345,7 @@ class FusedBlock(nn.Module):
         return parameters, self._eps()
 
     def _compute_dtype(self, x: Tensor, parameters: list[Tensor | None], backend: str) -> torch.dtype:
-        dtype, device = _first_weight(parameters).dtype, x.device.type
+        dtype, device = first_weight(parameters).dtype, x.device.type
         autocast = torch.is_autocast_enabled(device)
         if x.dtype != dtype and not autocast:
             raise TypeError(
@@ -370,9 +376,3 @@ class FusedBlock(nn.Module):
         return torch.ops.mnv2_fused.cached_inverted_residual(
             x, parameters, eps, spec.stride, spec.residual, self._token, backend, self._op_options, site
         )
-
-
-def _first_weight(parameters: list[Tensor | None]) -> Tensor:
-    weight = parameters[0]
-    assert weight is not None  # the first stage's convolution has one
-    return weight

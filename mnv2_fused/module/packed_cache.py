@@ -134,16 +134,17 @@ class PackedCache:
             tensors = own  # which count their versions
         if not trackable(tensors):
             return fold(parameters, eps, dtype, backend)
-        unchanged = kept is not None and _is_current(kept, key, tensors)
-        if unchanged and kept.serves(site):
-            return self._used(kept)
+        current = kept if kept is not None and _is_current(kept, key, tensors) else None
+        if current is not None and current.serves(site):
+            return self._used(current)
         guard = Guard(tensors)  # before folding, so that what is written meanwhile is noticed
         # Ordinary tensors, that a later call's derivative may keep.
         with torch.inference_mode(False), torch.no_grad():
             packed = fold(parameters, eps, dtype, backend)
         if not cacheable(_one_of(packed), site is not None):
             return packed
-        sites = None if site is None else (kept.sites if unchanged else frozenset()) | {site}
+        seen = frozenset() if current is None or current.sites is None else current.sites
+        sites = None if site is None else seen | {site}
         self._kept = _Kept(key, guard, packed, sites)
         return self.hold_if_captured(packed)
 
@@ -154,6 +155,7 @@ class PackedCache:
 
     def fold_ahead(self, dtype: torch.dtype, backend: str) -> int:
         """Of the module's own, if they are tensors that a graph could be given. Returns a new site."""
+        assert self._own is not None  # every module's cache that a graph finds has it
         parameters, eps = self._own()
         if all(t is None or type(t) in (Tensor, nn.Parameter) for t in parameters):
             self.get(parameters, eps, dtype, backend)
@@ -171,7 +173,9 @@ def fold_ahead(token: int, dtype: torch.dtype, backend: str) -> int:
 
     Returns the site of an op that is to be put into that graph.
     """
-    return PackedCache.of(token).fold_ahead(dtype, backend)
+    cache = PackedCache.of(token)
+    assert cache is not None  # its module is being traced
+    return cache.fold_ahead(dtype, backend)
 
 
 def _is_current(kept: _Kept, key: list[Any], tensors: list[Tensor]) -> bool:

@@ -14,6 +14,8 @@ from ..fold import conv_norms
 from ..reference import TORCH_ACTIVATIONS
 from ..spec import BlockSpec
 
+BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
+
 
 def unfolded(
     x: Tensor,  # [N, C_in, H, W]
@@ -21,7 +23,7 @@ def unfolded(
     eps: Sequence[float],
     spec: BlockSpec,
     batch: tuple[bool, ...],
-    norms: Sequence[nn.Module | None] | None = None,
+    norms: Sequence[BatchNorm | None] | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
     """The block as separate convolutions and norms, from the tensors that :mod:`mnv2_fused.module.parameters` folds.
 
@@ -53,7 +55,7 @@ def unfolded(
     return y + x if spec.residual else y
 
 
-def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: nn.Module | None) -> Tensor:
+def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: BatchNorm | None) -> Tensor:
     """Normalised by its own statistics, which ``norm``, if given, averages as torch's ``_BatchNorm`` does."""
     if norm is None or not norm.track_running_stats:
         return F.batch_norm(y, None, None, weight, bias, training=True, eps=eps)
@@ -113,7 +115,7 @@ class Recomputed(torch.autograd.Function):
         leaves = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(parameters, needed, strict=True)
         ]
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
         x_grads: list[Tensor] = []
         totals: list[Tensor] = []
         enabled, dtype = ctx.autocast

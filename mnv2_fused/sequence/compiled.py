@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..module import reading
 from ..module.compiled import tracing_export, tracing_transform
 from ..module.fused_block import FusedBlock
 from ..module.packed_cache import PackedCache, fold_ahead
+from ..module.parameters import conv_norm_activation
 from .find import FLATTEN, POOL, geometry_of, grouped, layers_of, one_kind, sequence_backend
 from .weights import fold_layers, layer_parameters
 
@@ -43,15 +44,17 @@ def _runs_now(module: nn.Module, backend: str) -> bool:
             return False
         return not (module.training or module._trains() or reading.drops_now(module._drop_path))
     if isinstance(module, nn.Sequential):  # convolution, norm and activation
-        conv, norm, activation = module
+        conv, norm, activation = conv_norm_activation(module)
         _ = id(conv), id(norm), id(activation), *conv.stride, *conv.padding, *conv.dilation, conv.groups
         return not norm.training
     _ = id(module)
     return not (isinstance(module, nn.Dropout) and module.training)
 
 
-class RunsTraced:
+class RunsTraced(nn.Module):
     """What :class:`mnv2_fused.sequence.fused.RunsFused`, which has the ``fusable_children``, does in a graph."""
+
+    fusable_children: Callable[[], tuple[list[nn.Module | None], list[nn.Module]]]
 
     def run_traced(self, x: Tensor) -> Tensor | None:
         """The result, while a graph is traced; None where the ordinary forward has to run."""
@@ -105,20 +108,26 @@ class RunsTraced:
             kinds = {(t.dtype, t.device) for t in parameters if t is not None and t.is_floating_point()}
             if kinds != {(dtype, device)} or not one_kind(kinds, backend):
                 return whose, ()
-            names, geometry = tuple(map(name_of.get, modules)), tuple(geometry_of(entries))
+            names, geometry = tuple(name_of[module] for module in modules), tuple(geometry_of(entries))
             cache = self._cache_of_run(names, geometry, backend)
             steps.append((names, geometry, cache.token, entries[-1].kind is LayerKind.LINEAR))
         return whose, tuple(steps)
 
     def _cache_of_run(self, names: tuple[str, ...], geometry: tuple[int, ...], backend: str) -> PackedCache:
-        caches, sequence = _weights.setdefault(self, {}), weakref.ref(self)
+        caches, found = _weights.setdefault(self, {}), weakref.ref(self)
+
+        def modules() -> list[nn.Module]:
+            sequence = found()
+            assert sequence is not None  # who asks has it
+            return _called(sequence, names)
+
         key = names, geometry, backend
         if key not in caches:
             caches[key] = PackedCache(
-                lambda: layer_parameters(_called(sequence(), names)),
+                lambda: layer_parameters(modules()),
                 _folding(geometry),
                 # By train() and eval() of each of its blocks, whichever they are now.
-                lambda: [m._forgotten for m in _called(sequence(), names) if isinstance(m, FusedBlock)],
+                lambda: [m._forgotten for m in modules() if isinstance(m, FusedBlock)],
             )
         return caches[key]
 
@@ -139,6 +148,7 @@ _library.define(
 def _cached_sequence(x, sources, eps, layers, cache, backend, site):  # by the schema's names
     found = PackedCache.of(cache) or PackedCache(fold=_folding(layers))
     (weights,) = found.get(sources, eps, x.dtype, backend, site)
+    assert weights is not None
     return ops.sequence(x, weights, layers, backend)
 
 

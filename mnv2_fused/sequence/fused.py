@@ -78,7 +78,7 @@ class PreparedRun:
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
         self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
         self.steps: list[Run | nn.Module] = []
-        if not self.runs:
+        if not self.runs or self.dtype is None:
             return
         for is_run, entries in grouped(found):
             self.steps += [Run(entries, self.dtype, backend)] if is_run else entries
@@ -219,6 +219,9 @@ class RunsWhole(RunsFused):
 
     Called directly, they still give what they always gave.
     """
+
+    features: nn.Sequential
+    classifier: nn.Sequential
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         parents = [self, self.features, self.classifier]

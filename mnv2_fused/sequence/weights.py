@@ -13,7 +13,7 @@ from .. import backends
 from ..encoding import SQUEEZE_CHANNELS, LayerKind, split_layers
 from ..fold import ConvNorm, pack_conv, pack_stem
 from ..module.fused_block import FusedBlock
-from ..module.parameters import fold_and_pack, parameters_of
+from ..module.parameters import conv_norm_activation, fold_and_pack, parameters_of
 
 
 def layer_parameters(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[float]]:
@@ -31,7 +31,7 @@ def layer_parameters(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None],
         elif isinstance(module, nn.Linear):
             tensors += [module.weight, module.bias]
         elif isinstance(module, nn.Sequential):
-            conv, norm, _ = module
+            conv, norm, _ = conv_norm_activation(module)
             tensors.extend(parameters_of(conv, norm))
             eps.append(norm.eps)
     return tensors, eps
@@ -45,7 +45,7 @@ def fold_layers(
     packed: list[Tensor | None] = []
 
     def conv_and_norm() -> tuple[Tensor, Tensor]:
-        return ConvNorm(*itertools.islice(tensors, len(ConvNorm._fields))).folded(next(epsilons))
+        return ConvNorm._make(itertools.islice(tensors, len(ConvNorm._fields))).folded(next(epsilons))
 
     with torch.no_grad():
         for (kind, *_), op_options in split_layers(geometry):
@@ -58,6 +58,7 @@ def fold_layers(
                 packed += fold_and_pack(of_block, list(itertools.islice(epsilons, stages)), dtype, backend)
             elif kind == LayerKind.LINEAR:
                 weight, bias = itertools.islice(tensors, 2)
+                assert weight is not None  # a linear layer has one
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
                 packed += pack_conv(weight[:, :, None, None], bias, dtype)
             else:
