@@ -69,9 +69,10 @@ def packed_inverted_residual(
     ``op_options``: what :meth:`mnv2_fused.spec.BlockSpec.options` returns.
     """
     family = torch.ops.mnv2_fused
-    arguments = (x, *packed, stride, residual)
     if plan or op_options:
-        arguments = (*arguments, plan, *op_options)
+        arguments = (x, *packed, stride, residual, plan, *op_options)
+    else:
+        arguments = (x, *packed, stride, residual)
     if backend == "cuda":
         op = family.inverted_residual_cuda.default
         tf32 = x.dtype == torch.float32 and backends.tf32_allowed()
