@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 try:
@@ -188,9 +189,10 @@ def tf32_allowed() -> bool:
 
 
 def within_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return peek_interpreter_stack() is not None
 
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is going on: the op knows neither."""
-    return within_functorch() or forward_ad._current_level >= 0
+    # Written out: every call of a block asks.
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from . import backends, ops
-from .fold import BlockWeights, PackedWeights, in_fragments, pack
+from .fold import BlockWeights, PackedWeights, pack
 from .plans.cpu import Plan
 from .plans.cuda import CudaPlan
 from .plans.triton import TritonPlan
@@ -59,11 +59,7 @@ def inverted_residual(
     if forward_ad._current_level >= 0:
         raise RuntimeError("the kernel has no forward-mode derivative; use backend='eager'")
     packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype, backend)
-    if in_fragments(packed) != (backend == "cuda"):
-        raise ValueError(
-            f"the weights are packed for another backend than {backend!r}, which runs here; pack them with "
-            f"mnv2_fused.pack(weights, x.dtype, {backend!r})"
-        )
+    packed.check_layout(backend)
     forced = ()
     if plan is not None:
         forced = plan.forced()

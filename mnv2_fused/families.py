@@ -8,7 +8,7 @@ read from the convolutions: segmentation encoders change their strides and dilat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,50 +126,66 @@ def read_mobilenet_v2(block: nn.Module) -> Parts:
     if cls.__name__ != "InvertedResidual":
         raise Unfusable(f"{cls.__name__} is a subclass of InvertedResidual and may compute something else")
     _require_children(block, "conv")
+    conv = [block._modules["conv"]]
     if cls.__module__ in _OPENMMLAB:
         if getattr(block, "with_cp", False):
             raise Unfusable("it checkpoints (with_cp): build it with with_cp=False")
-        modules = [m for child in reading.flatten([block.conv]) for m in _of_conv_module(child)]
+        modules = [m for child in reading.flatten(conv) for m in _of_conv_module(child)]
         return read_chain(modules, residual=_flag(block, "use_res_connect"))
     of_torchvision = cls.__module__ in ("torchvision.models.mobilenetv2", "torchvision.models.mobilenet")
     if of_torchvision or _same_code(cls.forward, _torchvision_forward):
-        return read_chain([block.conv], residual=_flag(block, "use_res_connect"))
+        return read_chain(conv, residual=_flag(block, "use_res_connect"))
     if _same_code(cls.forward, _identity_forward):
-        return read_chain([block.conv], residual=_flag(block, "identity"))
+        return read_chain(conv, residual=_flag(block, "identity"))
     raise Unfusable(f"{cls.__module__}.InvertedResidual has a forward that is not torchvision's")
+
+
+class _ConvModule(Protocol):
+    """mmcv's ConvModule, as far as it is read."""
+
+    order: tuple[str, str, str]
+    norm_name: str
+    with_norm: bool
+    with_activation: bool
+    _modules: dict[str, nn.Module | None]
 
 
 def _of_conv_module(module: nn.Module) -> list[nn.Module | None]:
     """What mmcv's ConvModule runs, in order."""
     if reading.full_name(module) != "mmcv.cnn.bricks.conv_module.ConvModule":
         return [module]
-    if tuple(module.order) != ("conv", "norm", "act") or getattr(module, "with_explicit_padding", False):
-        raise Unfusable(f"its ConvModule runs {module.order}, or pads by itself")
-    norm = module._modules[module.norm_name] if module.with_norm else None
-    return [module._modules["conv"], norm, module._modules["activate"] if module.with_activation else None]
+    conv_module = cast(_ConvModule, module)
+    if tuple(conv_module.order) != ("conv", "norm", "act") or getattr(module, "with_explicit_padding", False):
+        raise Unfusable(f"its ConvModule runs {conv_module.order}, or pads by itself")
+    children = conv_module._modules
+    norm = children[conv_module.norm_name] if conv_module.with_norm else None
+    return [children["conv"], norm, children["activate"] if conv_module.with_activation else None]
 
 
 def read_mobilenet_v3(block: nn.Module) -> Parts:
     """torchvision's MobileNetV3 ``InvertedResidual``, and this project's ``InvertedResidualV3``."""
     _require_type(block, "torchvision.models.mobilenetv3.InvertedResidual", "mnv2_fused.models.InvertedResidualV3")
     _require_children(block, "block")
-    return read_chain([block.block], residual=_flag(block, "use_res_connect"))
+    return read_chain([block._modules["block"]], residual=_flag(block, "use_res_connect"))
 
 
 def read_mnasnet(block: nn.Module) -> Parts:
     """torchvision's MNASNet ``_InvertedResidual``."""
     _require_type(block, "torchvision.models.mnasnet._InvertedResidual")
     _require_children(block, "layers")
-    return read_chain([block.layers], residual=_flag(block, "apply_residual"))
+    return read_chain([block._modules["layers"]], residual=_flag(block, "apply_residual"))
 
 
 def read_efficientnet(block: nn.Module) -> Parts:
     """torchvision's EfficientNet ``MBConv``."""
     _require_type(block, "torchvision.models.efficientnet.MBConv")
     _require_children(block, "block", "stochastic_depth")
-    return read_chain(
-        [block.block], residual=_flag(block, "use_res_connect"), beside=[block._modules["stochastic_depth"]]
-    )
+    drop_path = _present([block._modules["stochastic_depth"]])
+    return read_chain([block._modules["block"]], residual=_flag(block, "use_res_connect"), drop_path=drop_path)
+
+
+def _present(modules: list[nn.Module | None]) -> list[nn.Module]:
+    return [m for m in modules if m is not None]
 
 
 def read_timm(block: nn.Module) -> Parts:
@@ -182,8 +198,8 @@ def read_timm(block: nn.Module) -> Parts:
     if "conv_s2d" in inside:
         raise Unfusable("it moves pixels into channels first (conv_s2d), which the fused op does not")
     _require_children(block, *names, "drop_path", "conv_s2d", "bn_s2d")
-    beside = [inside["drop_path"]] if "drop_path" in inside else []
-    return read_chain([inside.get(name) for name in names], residual=_flag(block, "has_skip"), beside=beside)
+    drop_path = _present([inside.get("drop_path")])
+    return read_chain([inside.get(name) for name in names], residual=_flag(block, "has_skip"), drop_path=drop_path)
 
 
 _TIMM_BLOCKS = ("InvertedResidual", "DepthwiseSeparableConv")
@@ -214,7 +230,7 @@ def _read_transformers_layers(block: nn.Module, names: tuple[str, ...], residual
         if reading.full_name(layer) != f"{_TRANSFORMERS}.MobileNetV2ConvLayer":
             raise Unfusable(f"it has a {reading.full_name(layer)} where a MobileNetV2ConvLayer is needed")
     modules = [layer._modules.get(n) for layer in found for n in ("convolution", "normalization", "activation")]
-    pads = {bool(layer.config.tf_padding) for layer in found}
+    pads = {bool(vars(layer)["config"].tf_padding) for layer in found}
     if len(pads) > 1:
         raise Unfusable("some of its layers pad as TensorFlow does (tf_padding), others do not")
     return read_chain(modules, residual=residual, same=pads == {True})
@@ -223,9 +239,14 @@ def _read_transformers_layers(block: nn.Module, names: tuple[str, ...], residual
 class FusedTransformersStem(FusedInPlace):
     """transformers' stem: its first convolution as it is, the rest as one kernel."""
 
+    first_conv: nn.Module
+    expand_1x1: nn.Module | None
+    conv_3x3: nn.Module
+    reduce_1x1: nn.Module
+
     @property
-    def in_front(self) -> nn.Module:
-        return self._modules["first_conv"]
+    def leading_child(self) -> nn.Module:
+        return self.first_conv
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(self.first_conv(features))
@@ -241,7 +262,7 @@ def read_sequential(block: nn.Module) -> Parts:
     return read_chain(block._modules.values(), residual=False)
 
 
-def _is_chain(module: nn.Sequential) -> bool:
+def _is_chain(module: nn.Module) -> bool:
     """Whether a Sequential is just one block: a depthwise convolution and the products around it."""
     leaves = list(reading.flatten([module]))
     convs = [m for m in leaves if isinstance(m, nn.Conv2d)]

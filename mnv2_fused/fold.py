@@ -47,6 +47,7 @@ C_in and E, which padded shapes do not, and a kernel may read whole panels of th
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -59,6 +60,28 @@ from .backends import gpu_backend
 
 PANEL = 16
 FRAGMENT = PANEL * PANEL
+
+
+class Layout(enum.Enum):
+    """How the weights of both 1x1 products lie in memory, in the words of this module's docstring."""
+
+    PANELS = "panels"  # the CPU's kernels, but for bfloat16 products; Triton's
+    PAIRS = "panels of pairs"  # the CPU's kernels for bfloat16 products
+    FRAGMENTS = "fragments"  # the CUDA kernel
+
+    @staticmethod
+    def of(product: Tensor) -> Layout:
+        """That of one packed weight, the one place that tells it by its shape."""
+        if product.dim() == 3 and product.shape[2] == FRAGMENT:
+            return Layout.FRAGMENTS
+        return Layout.PAIRS if product.dim() == 4 and product.shape[3] == 2 else Layout.PANELS
+
+    @staticmethod
+    def needed(backend: str, dtype: torch.dtype) -> Layout:
+        """What the kernel of ``backend`` reads, where its products' packed weights are of ``dtype``."""
+        if backend == "cuda":
+            return Layout.FRAGMENTS
+        return Layout.PAIRS if backend == "cpu" and dtype == torch.bfloat16 else Layout.PANELS
 
 
 class BlockWeights(NamedTuple):
@@ -89,6 +112,20 @@ class PackedWeights(NamedTuple):
     b_squeeze: Tensor | None = None
     w_excite: Tensor | None = None
     b_excite: Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.w_project)
+
+    def check_layout(self, backend: str) -> None:
+        """Raises ValueError, naming both layouts, where the kernel of ``backend`` reads another one than this."""
+        needed = Layout.needed(backend, self.w_project.dtype)
+        if self.layout is not needed:
+            raise ValueError(
+                f"the weights are packed for another backend than {backend!r}, which runs here: they are in "
+                f"{self.layout.value}, it reads {needed.value}; pack the folded weights with "
+                f"mnv2_fused.pack(weights, x.dtype, {backend!r})"
+            )
 
 
 # Buffers only, no base class; others of the name have their eps elsewhere.
@@ -196,17 +233,12 @@ def _of_fragments(t: Tensor) -> Tensor:
     return split.permute(0, 2, 5, 3, 1, 4, 6).reshape(PANEL * t.shape[0], PANEL * t.shape[1])
 
 
-def cast_fragments(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, K, 256] in another dtype, in the order that belongs to it."""
-    if (t.itemsize == 2) != (dtype.itemsize == 2):
+def cast_product(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product's packed weights in another dtype, fragments in the order that belongs to it."""
+    if Layout.of(t) is Layout.FRAGMENTS and (t.itemsize == 2) != (dtype.itemsize == 2):
         lanes = t.unflatten(2, (32, 2, 4) if t.itemsize == 2 else (2, 32, 4))
         t = lanes.transpose(2, 3).flatten(2)
     return t.to(dtype)
-
-
-def in_fragments(packed: PackedWeights) -> bool:
-    """Whether weights are packed for the CUDA kernel."""
-    return packed.w_project.dim() == 3 and packed.w_project.shape[2] == FRAGMENT
 
 
 def fragment_channels(packed: PackedWeights) -> int:
@@ -311,9 +343,9 @@ def pack_stem(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 def hidden_channels(packed: PackedWeights) -> int:
     """E of packed weights."""
-    if in_fragments(packed):
+    if packed.layout is Layout.FRAGMENTS:
         return packed.b_depthwise.shape[0] - PANEL
-    return packed.w_project.shape[1] * (packed.w_project.dim() - 2)  # one channel, or pairs of them
+    return packed.w_project.shape[1] * (2 if packed.layout is Layout.PAIRS else 1)
 
 
 def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeights:
@@ -321,14 +353,15 @@ def unpack(packed: PackedWeights, in_channels: int | None = None) -> BlockWeight
     out_channels = packed.b_project.shape[0]
 
     def rows(t: Tensor, count: int) -> Tensor:
-        if t.shape[-1] == FRAGMENT:
+        layout = Layout.of(t)
+        if layout is Layout.FRAGMENTS:
             return _of_fragments(t)[:count]
-        if t.dim() == 4:
+        if layout is Layout.PAIRS:
             t = t.transpose(2, 3).flatten(1, 2)
         return t.transpose(1, 2).reshape(-1, t.shape[1])[:count]
 
     hidden, w_project = hidden_channels(packed), packed.w_project
-    if in_fragments(packed):
+    if packed.layout is Layout.FRAGMENTS:
         in_channels, w_project = fragment_channels(packed), w_project.transpose(0, 1)
     w_expand = b_expand = None
     if packed.w_expand is not None and packed.b_expand is not None:

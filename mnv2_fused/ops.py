@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .encoding import PLAIN_OPTIONS, LayerKind, split_layers
-from .fold import FRAGMENT, PackedWeights, cast_fragments, unpack
+from .fold import PackedWeights, cast_product, unpack
 from .plans import triton as triton_plans
 from .reference import in_torch
 from .spec import BlockSpec
@@ -40,12 +40,19 @@ def kernel_for(spec: BlockSpec, backend: str, device: torch.device) -> tuple[str
     block.
     """
     found = backends.resolve_backend(backend, device)
-    why = missing_kernel(found, spec)
-    if why is None:
-        return found, None
-    if (os.environ.get("MNV2_FUSED_BACKEND") or backend) != "auto":
-        raise RuntimeError(f"{why} (backend={found!r}); use backend='auto' or 'eager', or unfuse the model")
-    return "eager", why
+    reason = kernel_refusal(found, spec, backend)
+    return (found, None) if reason is None else ("eager", reason)
+
+
+def kernel_refusal(found: str, spec: BlockSpec, asked: str) -> str | None:
+    """Why ``found``, the backend that ``asked`` resolved to, runs no such block; None where it does.
+
+    Raises RuntimeError where ``asked`` names that backend: only "auto" may run the block another way.
+    """
+    reason = missing_kernel(found, spec)
+    if reason is not None and (os.environ.get("MNV2_FUSED_BACKEND") or asked) != "auto":
+        raise RuntimeError(f"{reason} (backend={found!r}); use backend='auto' or 'eager', or unfuse the model")
+    return reason
 
 
 def packed_inverted_residual(
@@ -55,15 +62,21 @@ def packed_inverted_residual(
     residual: bool,
     plan: Sequence[int] = (),
     backend: str = "cpu",
-    options: tuple[Any, ...] = (),
+    op_options: tuple[Any, ...] = (),
 ) -> Tensor:  # [N, C_out, H', W']
-    """The op itself, skipping the Python part of autograd where nothing records. ``options``: of a BlockSpec."""
+    """The op itself, skipping the Python part of autograd where nothing records.
+
+    ``op_options``: what :meth:`mnv2_fused.spec.BlockSpec.options` returns.
+    """
     family = torch.ops.mnv2_fused
-    arguments = (x, *packed, stride, residual, plan, *options) if plan or options else (x, *packed, stride, residual)
+    if plan or op_options:
+        arguments = (x, *packed, stride, residual, plan, *op_options)
+    else:
+        arguments = (x, *packed, stride, residual)
     if backend == "cuda":
         op = family.inverted_residual_cuda.default
         tf32 = x.dtype == torch.float32 and backends.tf32_allowed()
-        first, slope = options[:6] or PLAIN_OPTIONS, options[6:]
+        first, slope = op_options[:6] or PLAIN_OPTIONS, op_options[6:]
         arguments = (x, *packed, stride, residual, plan, *first, tf32, *slope)
     else:
         op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
@@ -91,12 +104,12 @@ def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool 
     if weights.device != x.device:
         raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
     n, c_out, height, width = x.shape
-    for values, further in split_layers(layers):
+    for values, op_options in split_layers(layers):
         kind, _, _, c_out, stride, _ = values
         if kind == LayerKind.STEM_AND_BLOCK:
             height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
         if kind <= LayerKind.STEM_AND_BLOCK:
-            kernel, dilation, left, right, top, bottom = further[:6] or (3, 1, 1, 1, 1, 1)
+            kernel, dilation, left, right, top, bottom = op_options[:6] or (3, 1, 1, 1, 1, 1)
             # SAME: as many outputs as the stride allows, whatever the kernel.
             around = 1 if left == -1 else dilation * (kernel - 1) + 1
             rows, columns = (0, 0) if left == -1 else (top + bottom, left + right)
@@ -187,9 +200,6 @@ def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequenc
 
     ``products``: which of the arguments after x are weights of 1x1 products, to be cast with it.
     """
-
-    def cast_product(t: Tensor, dtype: torch.dtype) -> Tensor:
-        return cast_fragments(t, dtype) if t.shape[-1] == FRAGMENT else t.to(dtype)
 
     place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from typing_extensions import Unpack
 
 from .activations import ACTIVATIONS, GATES, LEAKY_RELU, NEGATIVE_SLOPE
-from .fold import FRAGMENT, PANEL, BlockWeights, PackedWeights, fragment_channels, hidden_channels, in_fragments
+from .fold import FRAGMENT, PANEL, BlockWeights, Layout, PackedWeights, fragment_channels, hidden_channels
 
 
 def _named(name: str, number: int, names: tuple[str, ...]) -> str:
@@ -237,8 +237,8 @@ class BlockSpec:
         if any((t is not None) != squeeze for t in weights[6:]):
             raise ValueError("w_squeeze, b_squeeze, w_excite and b_excite must all be given or all be None")
         packed = isinstance(weights, PackedWeights)
-        pairs = packed and weights.w_project.dim() == 4 and weights.w_project.shape[3] == 2
-        fragments = packed and in_fragments(weights)
+        pairs = packed and weights.layout is Layout.PAIRS
+        fragments = packed and weights.layout is Layout.FRAGMENTS
         for name, tensor in zip(weights._fields, weights, strict=True):
             is_product = name in ("w_expand", "w_project")
             dims = 1 if name.startswith("b_") else 3 if packed and not (pairs and is_product) else 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -10,7 +12,11 @@ from .module import become
 from .sequence import RunsWhole
 
 
-class _RunsWhole(RunsWhole):
+class _HasImplementation(RunsWhole):
+    _forward_impl: Callable[[Tensor], Tensor]  # torchvision's
+
+
+class _RunsWhole(_HasImplementation):
     def _forward_impl(self, x: Tensor) -> Tensor:
         y = self.run_fused(x)
         return super()._forward_impl(x) if y is None else y
@@ -56,6 +62,6 @@ def run_whole(model: nn.Module) -> None:
     fused, known = _KNOWN.get(type(model), (None, None))
     if fused is None or {"forward", "_forward_impl"} & vars(model).keys():
         return
-    code, expected = type(model)._forward_impl.__code__, known.__code__
+    code, expected = vars(type(model))["_forward_impl"].__code__, known.__code__
     if (code.co_code, code.co_names) == (expected.co_code, expected.co_names):
         become(model, fused)

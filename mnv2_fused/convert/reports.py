@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..encoding import LayerKind
 from ..module import FusedBlock
+from ..module.parameters import conv_norm_activation
 from ..ops import kernel_for
 from ..plans.cpu import plan
 from ..sequence import RunsFused
@@ -125,19 +126,19 @@ def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Ite
             seen.add(module)
             block = last if layer.kind is LayerKind.STEM_AND_BLOCK else layer.before
             count = None
-            if block is not None and (found := shapes.get(names.get(block, ""))):
-                count = _never_written(layer, block.spec, found[0])
+            if isinstance(block, FusedBlock) and (spec := block.spec) and (found := shapes.get(names.get(block, ""))):
+                count = _never_written(layer, spec, found[0])
             yield LayerReport(names[module], _LAYERS[layer.kind], backend, count)
 
 
 def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
     """Bytes per image; ``shape`` is what the nearest block takes."""
     height, width = shape[2:]
-    conv = layer.modules[0][0] if isinstance(layer.modules[0], nn.Sequential) else None
     if layer.kind is LayerKind.POOLED:
         height, width = spec.out_size(height, width)
-    if conv is None or layer.kind is LayerKind.POINTWISE:
+    if not isinstance(layer.modules[0], nn.Sequential) or layer.kind is LayerKind.POINTWISE:
         return 0
+    conv, _, _ = conv_norm_activation(layer.modules[0])
     return conv.out_channels * height * width * conv.weight.dtype.itemsize
 
 
@@ -148,7 +149,8 @@ def _block_report(
         return BlockReport(name, None, False, None, found, None)
     if isinstance(found, Match):
         return BlockReport(name, found.spec, False, None, "not fused: call fuse(model)", None)
-    reason = block.why_modules()
+    assert isinstance(block, FusedBlock)  # all others have a match or a reason
+    reason = block.fallback_reason()
     if block.spec is None:  # its layers were changed beyond recognition
         return BlockReport(name, None, True, "eager", reason, None)
     weight = block._pairs[-1][0].weight
@@ -179,7 +181,7 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
             module._forward_pre_hooks.clear()
         for name, block, _ in blocks_of(meta):
             if isinstance(block, FusedBlock) and block.spec is not None:
-                block.forward = _recorder(block.spec, shapes.setdefault(name, []), block.in_front)
+                vars(block)["forward"] = _recorder(block.spec, shapes.setdefault(name, []), block.leading_child)
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         with torch.no_grad(), torch.device("meta"):
             meta(torch.empty(*input_shape, dtype=dtype))
@@ -191,11 +193,11 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
     return shapes
 
 
-def _recorder(spec: BlockSpec, shapes: list[torch.Size], in_front: nn.Module | None) -> Callable[[Tensor], Tensor]:
+def _recorder(spec: BlockSpec, shapes: list[torch.Size], leading_child: nn.Module | None) -> Callable[[Tensor], Tensor]:
     """Stands in for a block's forward: notes the input's shape, returns an output without values."""
 
     def forward(x: Tensor) -> Tensor:
-        x = x if in_front is None else in_front(x)
+        x = x if leading_child is None else leading_child(x)
         shapes.append(x.shape)
         return x.new_empty(x.shape[0], spec.out_channels, *spec.out_size(*x.shape[2:]))
 

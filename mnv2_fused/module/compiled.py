@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from .. import ops
 from ..backends import within_functorch
 from ..encoding import make_spec, spec_of_rest
+from ..fold import PackedWeights
 from ..tensors import empty_output
 from .packed_cache import PackedCache
 
@@ -38,11 +39,14 @@ _library.define(
 )
 
 
-def _cached_inverted_residual(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
+def _cached_inverted_residual(  # by the schema's names
+    x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1
+):
     found = PackedCache.of(cache) or PackedCache()
     packed = found.get(sources, eps, x.dtype, backend, site)
-    options = spec_of_rest(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
-    return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, options=options)
+    assert isinstance(packed, PackedWeights)
+    op_options = spec_of_rest(sources, len(eps), stride, residual, rest).options(*x.shape[2:]) if rest else ()
+    return ops.packed_inverted_residual(x, packed, stride, residual, backend=backend, op_options=op_options)
 
 
 _library.impl("cached_inverted_residual", _cached_inverted_residual, "CompositeExplicitAutograd")

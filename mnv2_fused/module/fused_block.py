@@ -7,7 +7,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from .. import backends, ops
 from ..encoding import op_rest
 from ..fold import PackedWeights, conv_norms, packed_dtypes
-from ..ops import kernel_for
 from ..spec import BlockSpec
 from ..tensors import check_input
 from . import reading
 from .compiled import tracing_export, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
-from .parameters import fold_and_pack, freed, parameters_of, trackable
+from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
-from .training import Recomputed, unfolded
+from .training import BatchNorm, Recomputed, unfolded
 
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
@@ -33,21 +32,33 @@ Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 class PreparedCall:
     """A block found fit to run fused on ``packed``, while its ``guard`` is valid."""
 
-    def __init__(self, block: FusedBlock, sources: list[Tensor | None], guard: Guard | None, backend: str) -> None:
+    def __init__(
+        self,
+        block: FusedBlock,
+        spec: BlockSpec,
+        parameters: list[Tensor | None],
+        guard: Guard | None,
+        backend: str,
+        packed: PackedWeights,
+    ) -> None:
         self.backend = backend
-        self.is_cpu = sources[0].is_cpu
-        self.sources = sources
-        self.tensors = [t for t in sources if t is not None]
+        self.parameters = parameters
+        self.tensors = [t for t in parameters if t is not None]
         self.eps = block._eps()
-        self.dtype = sources[0].dtype
-        # What stochastic depth comes before the sum with x is not the kernel's now.
-        self.beside = block._beside if reading.drops_now(block._beside) else ()
-        self.spec = spec = dataclasses.replace(block.spec, residual=False) if self.beside else block.spec
-        self.stride, self.residual = spec.stride, spec.residual
-        # The op's, where they do not rest on the image's size.
-        self.options = None if spec.padding == "same" and spec.stride > 1 else spec.options(8, 8)
+        self.dtype, self.is_cpu = self.tensors[0].dtype, self.tensors[0].is_cpu
+        # Stochastic depth that drops now comes before the sum with x: the kernel leaves both to the modules.
+        self.drop_path = block._drop_path if reading.drops_now(block._drop_path) else ()
+        self.spec = dataclasses.replace(spec, residual=False) if self.drop_path else spec
+        self.stride, self.residual = self.spec.stride, self.spec.residual
+        # None: TensorFlow's padding at stride 2 depends on the size of the image.
+        self.op_options = None if spec.padding == "same" and spec.stride > 1 else self.spec.options(8, 8)
         self.guard = guard
-        self.packed: PackedWeights | None = None
+        self.is_valid = _never if guard is None else guard.is_valid
+        self.packed = packed
+
+
+def _never() -> bool:
+    return False
 
 
 # By the tokens of their caches, for what is asked while a graph is traced.
@@ -55,9 +66,9 @@ _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDiction
 
 
 @torch.compiler.assume_constant_result
-def _why_modules(token: int) -> str | None:
+def _fallback_reason(token: int) -> str | None:
     """Asked once per graph: dynamo cannot trace the look at hooks and types."""
-    return _blocks[token].why_modules()
+    return _blocks[token].fallback_reason()
 
 
 class FusedBlock(nn.Module):
@@ -78,7 +89,7 @@ class FusedBlock(nn.Module):
         self.recompute = recompute
         self._warned = False
         self._forgotten = 0
-        self._look_inside()
+        self._inspect()
         if self._objection is not None:
             raise ValueError(f"{self._objection}; leave this block unfused")
         self._reset_cache()
@@ -86,17 +97,17 @@ class FusedBlock(nn.Module):
     def _inside(self) -> list[nn.Module]:
         """The modules that a kernel stands in for."""
         inside = list(self.modules())[1:]
-        if self.in_front is None:
+        if self.leading_child is None:
             return inside
-        others = set(self.in_front.modules())
+        others = set(self.leading_child.modules())
         return [m for m in inside if m not in others]
 
     @property
-    def in_front(self) -> nn.Module | None:
+    def leading_child(self) -> nn.Module | None:
         """A child that forward runs first, as it is."""
         return None
 
-    def _look_inside(self) -> None:
+    def _inspect(self) -> None:
         """Notes what the inner modules are, and why the fused op could not stand in for them."""
         objection = next(reading.inner_objections(self._inside()), None)
         parts = None
@@ -104,32 +115,38 @@ class FusedBlock(nn.Module):
             parts = self._read()
         except Unfusable as why:
             objection = objection or str(why)
-        # Only now, and never to nothing in between: another thread may run this block.
+        # Attributes go from one finding to the next with no gap: another thread may run this block.
         self._objection = objection
         # (convolution, norm) of each stage: [expand,] depthwise, project.
-        self._pairs: tuple[tuple[nn.Conv2d, nn.Module | None], ...] = parts.stages if parts else ()
+        self._pairs = cast(tuple[tuple[nn.Conv2d, Norm | None], ...], parts.stages if parts else ())
         self._squeeze: tuple[nn.Conv2d, ...] = (parts.squeeze or ()) if parts else ()
         self._dropouts: tuple[nn.Module, ...] = parts.dropouts if parts else ()
-        self._beside: tuple[nn.Module, ...] = parts.beside if parts else ()
+        self._drop_path: tuple[nn.Module, ...] = parts.drop_path if parts else ()
         self._spec: BlockSpec | None = parts.spec if parts else None
-        self._rest = op_rest(parts.spec) if parts else []
+        self._op_options = op_rest(parts.spec) if parts else []
 
-    def why_modules(self) -> str | None:
+    def fallback_reason(self) -> str | None:
         """Why the inner modules run one by one even in eval, because of how they were changed; None if they don't."""
-        self._look_inside()
+        self._inspect()
         return self._objection
 
     def _reset_cache(self) -> None:
         self._ready: PreparedCall | None = None
-        sources = weakref.WeakMethod(self._sources)
-        self._cache = PackedCache(lambda: sources()())  # who asks has the block
+        parameters = weakref.WeakMethod(self._fold_parameters)
+
+        def own() -> tuple[list[Tensor | None], list[float]]:
+            found = parameters()
+            assert found is not None  # who asks has the block
+            return found()
+
+        self._cache = PackedCache(own)
         self._token = self._cache.token
         _blocks[self._token] = self
 
     # What it knows of its modules, and all that a fused block has beside what its original had.
     _FOUND = (
         *("_ready", "_cache", "_token", "_objection", "_pairs"),
-        *("_squeeze", "_dropouts", "_beside", "_spec", "_rest"),
+        *("_squeeze", "_dropouts", "_drop_path", "_spec", "_op_options"),
     )
     OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original")
 
@@ -141,7 +158,7 @@ class FusedBlock(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._look_inside()
+        self._inspect()
         self._reset_cache()
 
     def _replicate_for_data_parallel(self) -> FusedBlock:
@@ -164,6 +181,12 @@ class FusedBlock(nn.Module):
         """None where the layers were changed beyond recognition."""
         return self._spec
 
+    @property
+    def _read_spec(self) -> BlockSpec:
+        """The same of a block whose inspection found no objection."""
+        assert self._spec is not None
+        return self._spec
+
     def extra_repr(self) -> str:
         own = super().extra_repr()
         return f"{own}{', ' if own else ''}{self._objection or self.spec}, backend={self.backend}"
@@ -179,10 +202,10 @@ class FusedBlock(nn.Module):
         ready = self._ready
         if backends.transformed():
             return self._forward_modules(x)
-        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.guard.is_valid():
+        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.is_valid():
             if ready is not None and ready.guard is not None:
                 ready.guard.warn_if_late()
-            # Mode and backend are looked at here only: while the guard is valid, they are what they were.
+            # Mode and backend are decided here alone: they stay the same while the guard is valid.
             if self._trains():
                 return self._forward_training(x)
             ready = self._prepare(x)
@@ -190,29 +213,29 @@ class FusedBlock(nn.Module):
                 return self._forward_modules(x)
         if not ready.is_cpu:
             self._cache.hold_if_captured(ready.packed)
-        options = ready.options
+        op_options = ready.op_options
         try:
-            if options is None:
-                options = ready.spec.options(*x.shape[2:])
+            if op_options is None:
+                op_options = ready.spec.options(*x.shape[2:])
             if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
                 run = functools.partial(
                     ops.packed_inverted_residual,
                     **{"packed": ready.packed, "stride": ready.stride, "residual": ready.residual},
-                    **{"backend": ready.backend, "options": options},
+                    **{"backend": ready.backend, "op_options": op_options},
                 )
-                y = Recomputed.apply(x, run, ready.eps, ready.spec, (False,) * 3, *ready.sources)
+                y = Recomputed.apply(x, run, ready.eps, ready.spec, (False,) * 3, *ready.parameters)
             else:
                 y = ops.packed_inverted_residual(
-                    x, ready.packed, ready.stride, ready.residual, backend=ready.backend, options=options
+                    x, ready.packed, ready.stride, ready.residual, backend=ready.backend, op_options=op_options
                 )
         except (RuntimeError, TypeError):
             check_input(x, ready.spec.in_channels, ready.spec)  # says it better, if x is what is wrong
             raise
-        return self._sum(x, y, ready.beside) if ready.beside else y
+        return self._sum(x, y, ready.drop_path) if ready.drop_path else y
 
     @staticmethod
-    def _sum(x: Tensor, y: Tensor, beside: tuple[nn.Module, ...]) -> Tensor:
-        for module in beside:
+    def _sum(x: Tensor, y: Tensor, drop_path: tuple[nn.Module, ...]) -> Tensor:
+        for module in drop_path:
             y = module(y)
         return y + x
 
@@ -220,7 +243,7 @@ class FusedBlock(nn.Module):
         """With statistics of the batch, or dropouts: by the modules, or, with ``recompute``, keeping x alone."""
         if not self.recompute or not torch.is_grad_enabled():
             return self._forward_modules(x)
-        why = self.why_modules()
+        why = self.fallback_reason()
         if why is None and reading.drops_now(self._dropouts):
             why = "it has dropouts between its layers, which would drop others the second time"
         synced = any(isinstance(norm, nn.SyncBatchNorm) and norm.training for _, norm in self._pairs)
@@ -229,67 +252,79 @@ class FusedBlock(nn.Module):
         if why is not None:
             self._warn(f"an inverted residual keeps what recompute=True would not: {why}")
             return self._forward_modules(x)
-        sources, eps = self._sources()
-        if not (x.requires_grad or any(t is not None and t.requires_grad for t in sources)):
+        parameters, eps = self._fold_parameters()
+        if not (x.requires_grad or any(t is not None and t.requires_grad for t in parameters)):
             return self._forward_modules(x)
-        norms = [norm for _, norm in self._pairs]
-        batch = tuple(norm is not None and norm.training and bool(norm._parameters) for norm in norms)
-        stages, squeeze = conv_norms(sources, len(batch))
+        batch = tuple(norm is not None and norm.training and bool(norm._parameters) for _, norm in self._pairs)
+        norms = [norm if isinstance(norm, BatchNorm) else None for _, norm in self._pairs]
+        stages, squeeze = conv_norms(parameters, len(batch))
         stages = [s._replace(mean=None, variance=None) if b else s for s, b in zip(stages, batch, strict=True)]
-        sources = [t for stage in stages for t in stage] + [t for conv in squeeze for t in conv[:2]]
-        beside = self._beside if reading.drops_now(self._beside) else ()
-        spec = dataclasses.replace(self._spec, residual=False) if beside else self._spec
+        parameters = [t for stage in stages for t in stage] + [t for conv in squeeze for t in conv[:2]]
+        drop_path = self._drop_path if reading.drops_now(self._drop_path) else ()
+        spec = dataclasses.replace(self._read_spec, residual=False) if drop_path else self._read_spec
         check_input(x, spec.in_channels, spec)
-        run = functools.partial(unfolded, sources=sources, eps=eps, spec=spec, batch=batch, norms=norms)
-        y = Recomputed.apply(x, run, eps, spec, batch, *sources)
-        return self._sum(x, y, beside) if beside else y
+        run = functools.partial(unfolded, parameters=parameters, eps=eps, spec=spec, batch=batch, norms=norms)
+        y = Recomputed.apply(x, run, eps, spec, batch, *parameters)
+        return self._sum(x, y, drop_path) if drop_path else y
 
     def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(message, stacklevel=4)
 
+    def _decide(self, device: torch.device) -> tuple[str, str | None]:
+        """The backend of calls on ``device``, "eager" for the inner modules, and why nobody's choice was taken.
+
+        The one place that chooses, in eager mode and while a graph is traced. Raises as
+        :func:`mnv2_fused.ops.kernel_for`.
+        """
+        backend = backends.resolve_backend(self.backend, device)
+        if backend == "eager":
+            return backend, None
+        reason = _fallback_reason(self._token) if torch.compiler.is_compiling() else self.fallback_reason()
+        if reason is None and self._trains():  # asked again: inspection may have found other layers
+            return "eager", None
+        if reason is None:
+            reason = ops.kernel_refusal(backend, self._read_spec, self.backend)
+        return (backend, None) if reason is None else ("eager", reason)
+
     def _prepare(self, x: Tensor) -> PreparedCall | None:
         """Looks at everything and folds what changed; None when the inner modules must run."""
-        backend = backends.resolve_backend(self.backend, x.device)
-        if backend == "eager":
-            return None
         next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
-        why = self.why_modules()
-        if why is None:
-            backend, why = kernel_for(self._spec, self.backend, x.device)
+        backend, why = self._decide(x.device)
         if why is not None:
             self._warn(f"an inverted residual runs unfused: {why}")
+        if backend == "eager":
             return None
-        if self._trains():  # only now seen, if its layers were replaced
+        parameters, _ = self._fold_parameters()
+        if any(map(freed, parameters)):  # the modules' own kernels say so
             return None
-        sources, _ = self._sources()
-        if any(map(freed, sources)):  # the modules' own kernels say so
-            return None
-        guard = Guard.of_modules([self], next_hook) if trackable(t for t in sources if t is not None) else None
+        guard = Guard.of_modules([self], next_hook) if trackable(t for t in parameters if t is not None) else None
         # Again: a guard takes for unchanged what another thread changed before it was there.
-        if self.why_modules() is not None or self._trains():
+        if self.fallback_reason() is not None or self._trains():
             return None
-        sources, eps = self._sources()
-        ready = PreparedCall(self, sources, guard, backend)
-        dtype = self._compute_dtype(x, sources, backend)
-        ready.packed = self._cache.get(sources, eps, dtype, backend)
+        spec, (parameters, eps) = self._read_spec, self._fold_parameters()
+        dtype = self._compute_dtype(x, parameters, backend)
+        packed = self._cache.get(parameters, eps, dtype, backend)
+        assert isinstance(packed, PackedWeights)
+        ready = PreparedCall(self, spec, parameters, guard, backend, packed)
         # Else autocast allows it, for now; or a CUDA graph is being captured.
-        if guard is not None and x.dtype == ready.dtype == dtype and self._cache.keeps(ready.packed):
+        if guard is not None and x.dtype == ready.dtype == dtype and self._cache.keeps(packed):
             self._ready = ready
         return ready
 
     def fits_sequence(self) -> bool:
         """Whether a sequence may run this block in eval, as long as it guards it."""
-        if self.training or self.why_modules() is not None or self._trains() or self.in_front is not None:
+        if self.training or self.fallback_reason() is not None or self._trains() or self.leading_child is not None:
             return False
-        if reading.drops_now(self._beside):
+        if reading.drops_now(self._drop_path):
             return False
-        sources, _ = self._sources()
-        dtype, device = sources[0].dtype, sources[0].device
+        parameters, _ = self._fold_parameters()
+        weight = first_weight(parameters)
+        dtype, device = weight.dtype, weight.device
         # In one run, every product's weights are packed alike.
-        alike = packed_dtypes(dtype, device, self.spec.hidden_channels) == packed_dtypes(dtype, device)
-        return alike and trackable(t for t in sources if t is not None)
+        alike = packed_dtypes(dtype, device, self._read_spec.hidden_channels) == packed_dtypes(dtype, device)
+        return alike and trackable(t for t in parameters if t is not None)
 
     def _trains(self) -> bool:
         """Whether something inside needs the whole tensor now: statistics of the batch, or dropout."""
@@ -300,16 +335,17 @@ class FusedBlock(nn.Module):
     def _eps(self) -> list[float]:
         return [0.0 if norm is None else norm.eps for _, norm in self._pairs]
 
-    def _sources(self) -> tuple[list[Tensor | None], list[float]]:
-        sources: list[Tensor | None] = []
+    def _fold_parameters(self) -> tuple[list[Tensor | None], list[float]]:
+        """Parameters and statistics in the order of :func:`mnv2_fused.fold.conv_norms`, and the eps of each norm."""
+        parameters: list[Tensor | None] = []
         for pair in self._pairs:
-            sources.extend(parameters_of(*pair))
+            parameters.extend(parameters_of(*pair))
         for conv in self._squeeze:
-            sources.extend(parameters_of(conv, None)[:2])
-        return sources, self._eps()
+            parameters.extend(parameters_of(conv, None)[:2])
+        return parameters, self._eps()
 
-    def _compute_dtype(self, x: Tensor, sources: list[Tensor | None], backend: str) -> torch.dtype:
-        dtype, device = sources[0].dtype, x.device.type
+    def _compute_dtype(self, x: Tensor, parameters: list[Tensor | None], backend: str) -> torch.dtype:
+        dtype, device = first_weight(parameters).dtype, x.device.type
         autocast = torch.is_autocast_enabled(device)
         if x.dtype != dtype and not autocast:
             raise TypeError(
@@ -320,25 +356,23 @@ class FusedBlock(nn.Module):
         return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if backends.resolve_backend(self.backend, x.device) == "eager" or tracing_transform():
+        if tracing_transform():
             return self._forward_modules(x)
-        # First, since it looks inside again.
-        if _why_modules(self._token) is not None or self._trains() or reading.drops_now(self._beside):
+        backend, _ = self._decide(x.device)
+        if backend == "eager" or reading.drops_now(self._drop_path):
             return self._forward_modules(x)
-        spec = self._spec
-        backend, _ = kernel_for(spec, self.backend, x.device)
-        if backend == "eager":
-            return self._forward_modules(x)
-        sources, eps = self._sources()
-        dtype = self._compute_dtype(x, sources, backend)
+        spec, (parameters, eps) = self._read_spec, self._fold_parameters()
+        dtype = self._compute_dtype(x, parameters, backend)
         check_input(x, spec.in_channels, spec)
-        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+        recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
         if recording or tracing_export():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
-            packed = fold_and_pack(sources, eps, dtype, backend)
-            options = spec.options(*x.shape[2:]) if self._rest else ()
-            return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, backend=backend, options=options)
+            packed = fold_and_pack(parameters, eps, dtype, backend)
+            op_options = spec.options(*x.shape[2:]) if self._op_options else ()
+            return ops.packed_inverted_residual(
+                x, packed, spec.stride, spec.residual, backend=backend, op_options=op_options
+            )
         site = fold_ahead(self._token, dtype, backend)
         return torch.ops.mnv2_fused.cached_inverted_residual(
-            x, sources, eps, spec.stride, spec.residual, self._token, backend, self._rest, site
+            x, parameters, eps, spec.stride, spec.residual, self._token, backend, self._op_options, site
         )

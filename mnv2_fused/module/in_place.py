@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .fused_block import FusedBlock, Reader
 from .reading import Parts
 
+_M = TypeVar("_M", bound=nn.Module)
 
-def become(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+
+def become(module: nn.Module, cls: type[_M]) -> _M:
     """Makes ``module`` an instance of ``cls``, a sub- or superclass of its own; returns it."""
     module.__class__ = cls
+    assert isinstance(module, cls)
     return module
 
 
@@ -72,10 +75,10 @@ def fuse_in_place(
 
     Raises ValueError, leaving it as it was, where ``reader`` finds it unfit, or for an unknown ``backend``.
     """
-    become(block, _fused_class(type(block), reader, base))
+    fused = become(block, _fused_class(type(block), reader, base))
     try:
-        block._start(backend, recompute)
+        fused._start(backend, recompute)
     except ValueError:
-        block.unfused()
+        fused.unfused()
         raise
-    return block
+    return fused

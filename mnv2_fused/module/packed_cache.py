@@ -80,8 +80,9 @@ class PackedCache:
         fold: Callable[..., _Packed] | None = None,
         forgotten: Callable[[], list[int]] | None = None,
     ) -> None:
-        """``own``: the module's sources and eps as they are now, for graphs; ``fold``: what makes the weights, instead
-        of :func:`fold_and_pack`, of the same arguments; ``forgotten``: counts, any of which ends what was kept.
+        """``own``: the module's parameters and eps as they are now, for graphs; ``fold``: a function of the same
+        arguments that makes the weights instead of :func:`fold_and_pack`; ``forgotten``: counts, any of which ends what
+        was kept.
         """
         self._own = own
         self._fold = fold
@@ -109,7 +110,7 @@ class PackedCache:
 
     def get(
         self,
-        sources: list[Tensor | None],
+        parameters: list[Tensor | None],
         eps: list[float],
         dtype: torch.dtype,
         backend: str = "auto",
@@ -120,42 +121,44 @@ class PackedCache:
         ``site``: of the op that calls, in a compiled graph. The graph's memory may be its own, and what it computes is
         written without torch's counting: only of what is the module's own is anything kept.
         """
-        tensors = [t for t in sources if t is not None]
+        tensors = [t for t in parameters if t is not None]
         fold = self._fold or fold_and_pack
         key = [dtype, backend, *eps, self._cleared, *(self._forgotten() if self._forgotten else ())]
         kept = self._kept
         if kept is not None and kept.serves(site) and _is_current(kept, key, tensors):
-            return self._lasting(kept)
+            return self._used(kept)
         if site is not None:
             own = [] if self._own is None else [t for t in self._own()[0] if t is not None]
             if len(own) != len(tensors) or not all(map(_same_place, own, tensors)):
-                return fold(sources, eps, dtype, backend)
+                return fold(parameters, eps, dtype, backend)
             tensors = own  # which count their versions
         if not trackable(tensors):
-            return fold(sources, eps, dtype, backend)
-        unchanged = kept is not None and _is_current(kept, key, tensors)
-        if unchanged and kept.serves(site):
-            return self._lasting(kept)
+            return fold(parameters, eps, dtype, backend)
+        current = kept if kept is not None and _is_current(kept, key, tensors) else None
+        if current is not None and current.serves(site):
+            return self._used(current)
         guard = Guard(tensors)  # before folding, so that what is written meanwhile is noticed
         # Ordinary tensors, that a later call's derivative may keep.
         with torch.inference_mode(False), torch.no_grad():
-            packed = fold(sources, eps, dtype, backend)
+            packed = fold(parameters, eps, dtype, backend)
         if not cacheable(_one_of(packed), site is not None):
             return packed
-        sites = None if site is None else (kept.sites if unchanged else frozenset()) | {site}
+        seen = frozenset() if current is None or current.sites is None else current.sites
+        sites = None if site is None else seen | {site}
         self._kept = _Kept(key, guard, packed, sites)
         return self.hold_if_captured(packed)
 
-    def _lasting(self, kept: _Kept) -> _Packed:
+    def _used(self, kept: _Kept) -> _Packed:
         if kept.sites is not None:
             self._kept = kept._replace(sites=None)
         return self.hold_if_captured(kept.packed)
 
     def fold_ahead(self, dtype: torch.dtype, backend: str) -> int:
         """Of the module's own, if they are tensors that a graph could be given. Returns a new site."""
-        sources, eps = self._own()
-        if all(t is None or type(t) in (Tensor, nn.Parameter) for t in sources):
-            self.get(sources, eps, dtype, backend)
+        assert self._own is not None  # every module's cache that a graph finds has it
+        parameters, eps = self._own()
+        if all(t is None or type(t) in (Tensor, nn.Parameter) for t in parameters):
+            self.get(parameters, eps, dtype, backend)
         return next(self._sites)
 
     def keeps(self, packed: _Packed) -> bool:
@@ -170,7 +173,9 @@ def fold_ahead(token: int, dtype: torch.dtype, backend: str) -> int:
 
     Returns the site of an op that is to be put into that graph.
     """
-    return PackedCache.of(token).fold_ahead(dtype, backend)
+    cache = PackedCache.of(token)
+    assert cache is not None  # its module is being traced
+    return cache.fold_ahead(dtype, backend)
 
 
 def _is_current(kept: _Kept, key: list[Any], tensors: list[Tensor]) -> bool:

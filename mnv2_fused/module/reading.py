@@ -26,7 +26,7 @@ class Parts(NamedTuple):
     squeeze: tuple[nn.Conv2d, nn.Conv2d] | None  # both products of a squeeze-and-excite
     spec: BlockSpec
     dropouts: tuple[nn.Module, ...]  # between them, which change a result in train() alone
-    beside: tuple[nn.Module, ...]  # between them and the sum with the block's input, the same: stochastic depth
+    drop_path: tuple[nn.Module, ...]  # between them and the sum with the block's input, the same: stochastic depth
 
 
 def full_name(module: nn.Module) -> str:
@@ -68,12 +68,12 @@ def read_chain(
     *,
     residual: bool,
     same: bool = False,
-    beside: Iterable[nn.Module] = (),
+    drop_path: Iterable[nn.Module] = (),
 ) -> Parts:
     """The block that ``modules``, run one after the other, compute. Raises :class:`Unfusable` with the reason.
 
-    ``same``: whether every convolution pads as TensorFlow does, whatever it says of its padding. ``beside``: what lies
-    on the way to the sum with the block's input.
+    ``same``: whether every convolution pads as TensorFlow does, whatever it says of its padding. ``drop_path``: modules
+    between the last of ``modules`` and the sum with the block's input.
     """
     stages: list[tuple[nn.Module, nn.Module | None]] = []
     activations: list[str] = []
@@ -101,8 +101,8 @@ def read_chain(
             slopes |= slope_of(act)
     if len(stages) not in (2, 3):
         raise Unfusable(f"its layers are not {_LAYOUT}")
-    beside = tuple(module for module in beside if residual and type(module) is not nn.Identity)
-    for module in beside:
+    drop_path = tuple(module for module in drop_path if residual and type(module) is not nn.Identity)
+    for module in drop_path:
         if full_name(module) not in _TRAINING_ONLY:
             raise Unfusable(f"it has a {full_name(module)} before the sum with its input")
     for i, (conv, norm) in enumerate(stages):
@@ -145,7 +145,7 @@ def read_chain(
         )
     except ValueError as error:  # a residual that the convolutions' shapes contradict, a padding too large
         raise Unfusable(str(error)) from None
-    return Parts(tuple(stages), products, spec, tuple(dropouts), beside)
+    return Parts(tuple(stages), products, spec, tuple(dropouts), drop_path)
 
 
 _LAYOUT = "[1x1, norm, activation], [depthwise, norm, activation], 1x1, norm"

@@ -14,21 +14,23 @@ from ..activations import function_of
 from ..fold import conv_norms
 from ..spec import BlockSpec
 
+BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
+
 
 def unfolded(
     x: Tensor,  # [N, C_in, H, W]
-    sources: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
     eps: Sequence[float],
     spec: BlockSpec,
     batch: tuple[bool, ...],
-    norms: Sequence[nn.Module | None] | None = None,
+    norms: Sequence[BatchNorm | None] | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
     """The block as separate convolutions and norms, from the tensors that :mod:`mnv2_fused.module.parameters` folds.
 
     ``batch``: which norms take their statistics from the batch. ``norms``, if given, then note them, as each does in
     train().
     """
-    stages, squeeze = conv_norms(sources, len(eps))
+    stages, squeeze = conv_norms(parameters, len(eps))
     y = x
     left, right, top, bottom = spec.padding_of(*x.shape[2:])
     for i, (conv, e) in enumerate(zip(stages, eps, strict=True)):
@@ -53,7 +55,7 @@ def unfolded(
     return y + x if spec.residual else y
 
 
-def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: nn.Module | None) -> Tensor:
+def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: BatchNorm | None) -> Tensor:
     """Normalised by its own statistics, which ``norm``, if given, averages as torch's ``_BatchNorm`` does."""
     if norm is None or not norm.track_running_stats:
         return F.batch_norm(y, None, None, weight, bias, training=True, eps=eps)
@@ -87,9 +89,9 @@ class Recomputed(torch.autograd.Function):
         eps: Sequence[float],
         spec: BlockSpec,
         batch: tuple[bool, ...],
-        *sources: Tensor | None,
+        *parameters: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, *sources)
+        ctx.save_for_backward(x, *parameters)
         ctx.block = functools.partial(unfolded, eps=eps, spec=spec, batch=batch)
         ctx.spec, ctx.whole = spec, any(batch)
         device = ctx.device = x.device.type
@@ -108,12 +110,12 @@ class Recomputed(torch.autograd.Function):
                 "a fused block has no second derivative here (create_graph=True); run it with backend='eager' or "
                 "unfuse the model"
             )
-        x, *sources = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
         x_needed, *needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         leaves = [
-            None if t is None else t.detach().requires_grad_(need) for t, need in zip(sources, needed, strict=True)
+            None if t is None else t.detach().requires_grad_(need) for t, need in zip(parameters, needed, strict=True)
         ]
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
         x_grads: list[Tensor] = []
         totals: list[Tensor] = []
         enabled, dtype = ctx.autocast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from ..module import reading
 from ..module.compiled import tracing_export, tracing_transform
 from ..module.fused_block import FusedBlock
 from ..module.packed_cache import PackedCache, fold_ahead
+from ..module.parameters import conv_norm_activation
 from .find import FLATTEN, POOL, geometry_of, grouped, layers_of, one_kind, sequence_backend
-from .weights import fold_layers, sources_of
+from .weights import fold_layers, layer_parameters
 
 # Of each sequence the weights of its runs.
 _weights: weakref.WeakKeyDictionary[nn.Module, dict[Any, PackedCache]] = weakref.WeakKeyDictionary()
@@ -41,17 +42,19 @@ def _runs_now(module: nn.Module, backend: str) -> bool:
     if isinstance(module, FusedBlock):
         if module._token < 0 or module.backend not in ("auto", backend):  # another block has another token
             return False
-        return not (module.training or module._trains() or reading.drops_now(module._beside))
+        return not (module.training or module._trains() or reading.drops_now(module._drop_path))
     if isinstance(module, nn.Sequential):  # convolution, norm and activation
-        conv, norm, activation = module
+        conv, norm, activation = conv_norm_activation(module)
         _ = id(conv), id(norm), id(activation), *conv.stride, *conv.padding, *conv.dilation, conv.groups
         return not norm.training
     _ = id(module)
     return not (isinstance(module, nn.Dropout) and module.training)
 
 
-class RunsTraced:
+class RunsTraced(nn.Module):
     """What :class:`mnv2_fused.sequence.fused.RunsFused`, which has the ``fusable_children``, does in a graph."""
+
+    fusable_children: Callable[[], tuple[list[nn.Module | None], list[nn.Module]]]
 
     def run_traced(self, x: Tensor) -> Tensor | None:
         """The result, while a graph is traced; None where the ordinary forward has to run."""
@@ -68,15 +71,15 @@ class RunsTraced:
             modules = _called(self, names)
             runs = geometry and type(x) is Tensor and all(_runs_now(module, backend) for module in modules)
             if runs:
-                sources, eps = sources_of(modules)
-                recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sources))
+                parameters, eps = layer_parameters(modules)
+                recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
                 runs = not recording and x.dtype == dtype
             if not runs:
                 for module in modules:
                     x = module(x)
                 continue
             site = fold_ahead(token, dtype, backend)
-            x = torch.ops.mnv2_fused.cached_sequence(x, sources, eps, geometry, token, backend, site)
+            x = torch.ops.mnv2_fused.cached_sequence(x, parameters, eps, geometry, token, backend, site)
             x = x.flatten(1) if flat else x
         return x if steps else None
 
@@ -101,24 +104,30 @@ class RunsTraced:
                 steps += [((name_of[module],), (), 0, False) for module in entries]
                 continue
             modules = [module for layer in entries for module in layer.modules]
-            sources, _ = sources_of(modules)
-            kinds = {(t.dtype, t.device) for t in sources if t is not None and t.is_floating_point()}
+            parameters, _ = layer_parameters(modules)
+            kinds = {(t.dtype, t.device) for t in parameters if t is not None and t.is_floating_point()}
             if kinds != {(dtype, device)} or not one_kind(kinds, backend):
                 return whose, ()
-            names, geometry = tuple(map(name_of.get, modules)), tuple(geometry_of(entries))
+            names, geometry = tuple(name_of[module] for module in modules), tuple(geometry_of(entries))
             cache = self._cache_of_run(names, geometry, backend)
             steps.append((names, geometry, cache.token, entries[-1].kind is LayerKind.LINEAR))
         return whose, tuple(steps)
 
     def _cache_of_run(self, names: tuple[str, ...], geometry: tuple[int, ...], backend: str) -> PackedCache:
-        caches, sequence = _weights.setdefault(self, {}), weakref.ref(self)
+        caches, found = _weights.setdefault(self, {}), weakref.ref(self)
+
+        def modules() -> list[nn.Module]:
+            sequence = found()
+            assert sequence is not None  # who asks has it
+            return _called(sequence, names)
+
         key = names, geometry, backend
         if key not in caches:
             caches[key] = PackedCache(
-                lambda: sources_of(_called(sequence(), names)),
+                lambda: layer_parameters(modules()),
                 _folding(geometry),
                 # By train() and eval() of each of its blocks, whichever they are now.
-                lambda: [m._forgotten for m in _called(sequence(), names) if isinstance(m, FusedBlock)],
+                lambda: [m._forgotten for m in modules() if isinstance(m, FusedBlock)],
             )
         return caches[key]
 
@@ -136,9 +145,10 @@ _library.define(
 )
 
 
-def _cached_sequence(x, sources, eps, layers, cache, backend, site):
+def _cached_sequence(x, sources, eps, layers, cache, backend, site):  # by the schema's names
     found = PackedCache.of(cache) or PackedCache(fold=_folding(layers))
     (weights,) = found.get(sources, eps, x.dtype, backend, site)
+    assert weights is not None
     return ops.sequence(x, weights, layers, backend)
 
 

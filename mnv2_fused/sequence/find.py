@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from ..encoding import LayerKind, block_values, layer_values
 from ..module import reading
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks, is_compiled
-from ..module.parameters import parameters_of, trackable
+from ..module.parameters import conv_norm_activation, parameters_of, trackable
+from ..spec import BlockSpec
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,23 @@ class Layer:
         """This layer's part of the op's ``layers``; see :class:`mnv2_fused.encoding.LayerKind`."""
         first, last = self.modules[0], self.modules[-1]
         if isinstance(last, FusedBlock):
-            spec, stem = last.spec, None if first is last else first
+            spec = last.spec
+            assert spec is not None  # else it were no layer
             values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
-            further = block_values(spec, *([] if stem is None else _activation(stem[2])))
-            in_channels = spec.in_channels if stem is None else stem[0].in_channels
-            return [self.kind, in_channels, *values, len(further), *further]
+            if first is last:
+                in_channels, op_options = spec.in_channels, block_values(spec)
+            else:
+                stem, _, act = conv_norm_activation(first)
+                in_channels, op_options = stem.in_channels, block_values(spec, *_activation(act))
+            return [self.kind, in_channels, *values, len(op_options), *op_options]
         if (linear := self.linear) is not None:
             c_out, c_in = linear.weight.shape
-            further = [] if last is linear else layer_values("identity", *_activation(last))
+            op_options = [] if last is linear else layer_values("identity", *_activation(last))
         else:
-            c_in, c_out = first[0].in_channels, first[0].out_channels
-            further = layer_values("relu6", *_activation(first[2]))
-        return [self.kind, c_in, 0, c_out, 1, 0, len(further), *further]
+            conv, _, act = conv_norm_activation(first)
+            c_in, c_out = conv.in_channels, conv.out_channels
+            op_options = layer_values("relu6", *_activation(act))
+        return [self.kind, c_in, 0, c_out, 1, 0, len(op_options), *op_options]
 
 
 def _activation(module: nn.Module) -> tuple[str, float]:
@@ -69,7 +75,8 @@ def layers_of(children: list[nn.Module | None], backend: str = "cpu") -> Iterato
         if kind is None:
             yield children[i]
         else:
-            yield Layer(kind, children[i : i + count], children[i - 1] if i > 0 else None)
+            modules = [m for m in children[i : i + count] if m is not None]
+            yield Layer(kind, modules, children[i - 1] if i > 0 else None)
         i += count
 
 
@@ -79,12 +86,14 @@ def _block_at(
     """The kind of the block that the next modules begin with, or None, and how many of them it takes."""
     first, second, *_ = [*ahead, None]
     if isinstance(first, FusedBlock):
-        if _block_can_run(first, backend):
-            return LayerKind.BLOCK if first.spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
-    elif isinstance(second, FusedBlock) and _is_conv(first, "stem") and _block_can_run(second, backend):
-        spec, conv = second.spec, first[0]
+        if (spec := _spec_of_block(first, backend)) is not None:
+            return LayerKind.BLOCK if spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND, 1
+    elif isinstance(second, FusedBlock) and _is_conv(first, "stem"):
+        if (spec := _spec_of_block(second, backend)) is None:
+            return None, 1
+        conv, _, act = conv_norm_activation(first)
         fits = backend == "cpu" or (conv.in_channels <= STEM_CHANNELS and spec.dilation == 1)
-        slopes = reading.slope_of(first[2]) | ({spec.negative_slope} if spec.has_slope else set())
+        slopes = reading.slope_of(act) | ({spec.negative_slope} if spec.has_slope else set())
         fits = fits and len(slopes) < 2
         if fits and not spec.expand and not spec.residual and spec.in_channels == conv.out_channels:
             return LayerKind.STEM_AND_BLOCK, 2
@@ -112,7 +121,8 @@ def _layer_at(ahead: list[nn.Module | None], previous: LayerKind | None) -> tupl
 
 def _linear_at(ahead: list[nn.Module | None]) -> int:
     """How many of the next modules are [dropout,] linear layer [, activation]; 0 where they are something else."""
-    dropouts = 1 if ahead and _is_plain(ahead[0], nn.Dropout) and not ahead[0].training else 0
+    first = ahead[0] if ahead else None
+    dropouts = 1 if _is_plain(first, nn.Dropout) and not first.training else 0
     linear, activation, *_ = [*ahead[dropouts:], None, None]
     if not (_is_plain(linear, nn.Linear) and _is_trackable(linear.weight, linear.bias) and _bias_fits(linear)):
         return 0
@@ -125,9 +135,12 @@ def _linear_at(ahead: list[nn.Module | None]) -> int:
     return dropouts + 2
 
 
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def _is_plain(module: nn.Module | None, kind: type[_M]) -> TypeGuard[_M]:
     """Whether it is just that: no subclass, nothing hooked, no weight that is computed from others."""
-    if type(module) is not kind or "forward" in vars(module) or has_hooks(module):
+    if module is None or type(module) is not kind or "forward" in vars(module) or has_hooks(module):
         return False
     return kind is not nn.Linear or ("weight" in module._parameters and not is_compiled(module))
 
@@ -143,17 +156,18 @@ def _bias_fits(linear: nn.Linear) -> bool:
     return linear.bias is None or linear.bias.shape == linear.weight.shape[:1]  # another shape is broadcast
 
 
-def _is_conv(module: nn.Module, name: str) -> bool:
+def _is_conv(module: nn.Module | None, name: str) -> TypeGuard[nn.Sequential]:
     if not isinstance(module, nn.Sequential) or next(reading.conv_objections(module, name), None) is not None:
         return False
-    conv, norm, _ = module
+    conv, norm, _ = conv_norm_activation(module)
     return not (norm.training and norm._parameters) and _is_trackable(*parameters_of(conv, norm))
 
 
-def _block_can_run(block: FusedBlock, backend: str) -> bool:
+def _spec_of_block(block: FusedBlock, backend: str) -> BlockSpec | None:
+    """The block's spec where ``backend`` can run it in a row of layers."""
     if block.backend not in ("auto", backend) or "forward" in vars(block) or has_hooks(block):
-        return False
-    return block.fits_sequence()
+        return None
+    return block.spec if block.fits_sequence() else None
 
 
 def grouped(found: Iterable[Layer | nn.Module | None]) -> Iterator[tuple[bool, list[Any]]]:

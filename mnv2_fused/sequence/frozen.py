@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from .. import backends, ops
 from ..fold import PackedWeights
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
-from ..module.parameters import fold_and_pack
+from ..module.parameters import first_weight, fold_and_pack
 from ..tensors import check_input
 from .find import sequence_backend
 from .fused import PreparedRun, Run, RunsFused
 from .weights import join
 
-_AGAIN = "call mnv2_fused.fuse(model, frozen=True) again, on the original model"
+_AGAIN = "call mnv2_fused.fuse(model, frozen=True) again, on the original model"  # as the end of a sentence
 
 
 class _Frozen(nn.Module):
@@ -40,6 +40,17 @@ class _Frozen(nn.Module):
             raise RuntimeError(
                 "a frozen model has no derivative; use torch.no_grad(), or mnv2_fused.fuse(model) without frozen=True"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Frozen:
+        """Refuses a change of dtype or device: packed weights are laid out for one kernel and one dtype."""
+        device = next(self.buffers()).device
+        moved = fn(torch.empty(0, dtype=self.dtype, device=device))
+        if (moved.dtype, moved.device) != (self.dtype, device):
+            raise RuntimeError(
+                f"a frozen model stays in {self.dtype} on {device}, it cannot become {moved.dtype} on {moved.device}; "
+                f"convert the original model, then {_AGAIN}"
+            )
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> _Frozen:
         if mode:
@@ -94,24 +105,26 @@ class FrozenBlock(_Frozen):
 
     def __init__(self, block: FusedBlock, backend: str) -> None:
         super().__init__()
-        sources, eps = block._sources()
-        self.dtype, self.is_cpu, self.backend = sources[0].dtype, sources[0].is_cpu, backend
-        self.spec = block.spec
+        parameters, eps = block._fold_parameters()
+        weight, spec = first_weight(parameters), block.spec
+        assert spec is not None  # who freezes a block asked for its fallback_reason
+        self.dtype, self.is_cpu, self.backend = weight.dtype, weight.is_cpu, backend
+        self.spec = spec
         with torch.no_grad():
-            packed = fold_and_pack(sources, eps, self.dtype, backend)
+            packed = fold_and_pack(parameters, eps, self.dtype, backend)
         for name, t in zip(PackedWeights._fields, packed, strict=True):
             self.register_buffer(name, t)
-        self.leading = block.in_front
+        self.leading = block.leading_child
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
         x = x if self.leading is None else self.leading(x)
         self._check(x)
-        spec, packed = self.spec, PackedWeights(*(self._buffers[name] for name in PackedWeights._fields))
+        spec, packed = self.spec, PackedWeights._make(self._buffers[name] for name in PackedWeights._fields)
         check_input(x, spec.in_channels, spec)
-        options = spec.options(*x.shape[2:])
+        op_options = spec.options(*x.shape[2:])
         return ops.packed_inverted_residual(
-            x, packed, spec.stride, spec.residual, backend=self.backend, options=options
+            x, packed, spec.stride, spec.residual, backend=self.backend, op_options=op_options
         )
 
     def extra_repr(self) -> str:
@@ -129,6 +142,7 @@ class FrozenModel(_Whole):
 
     def forward(self, input: Tensor) -> Tensor:
         for step in self._modules.values():
+            assert step is not None
             input = step.forward(input) if type(step) is FrozenRow else step(input)
         return input
 
@@ -167,9 +181,10 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
         alone = len(steps) == 1 and not has_hooks(module)
         swaps[module] = steps[0] if alone else _hooked_as(module, FrozenModel(*steps))
     elif isinstance(module, FusedBlock):
-        why = module.why_modules()
+        why, backend = module.fallback_reason(), "eager"
         if why is None:
-            backend, why = ops.kernel_for(module.spec, module.backend, module._sources()[0][0].device)
+            device = first_weight(module._fold_parameters()[0]).device
+            backend, why = ops.kernel_for(module._read_spec, module.backend, device)
             if backend == "eager":
                 why = why or "backend='eager'"
         if why is None:

@@ -19,7 +19,7 @@ from ..module.guard import Guard, has_hooks
 from ..module.packed_cache import cacheable, capturing
 from .compiled import RunsTraced, forget
 from .find import FLATTEN, POOL, Layer, geometry_of, grouped, layers_of, one_kind, sequence_backend
-from .weights import fold_layers, sources_of
+from .weights import fold_layers, layer_parameters
 
 
 class _ChangedMeanwhile(Exception):
@@ -34,8 +34,8 @@ class Run:
         self.backend = backend
         self.modules = [module for layer in found for module in layer.modules]
         self.geometry = geometry_of(found)
-        sources, eps = sources_of(self.modules)
-        self.weights = fold_layers(self.geometry, sources, eps, dtype, backend)
+        parameters, eps = layer_parameters(self.modules)
+        self.weights = fold_layers(self.geometry, parameters, eps, dtype, backend)
         self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
 
@@ -78,11 +78,11 @@ class PreparedRun:
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
         self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
         self.steps: list[Run | nn.Module] = []
-        if not self.runs:
+        if not self.runs or self.dtype is None:
             return
         for is_run, entries in grouped(found):
             self.steps += [Run(entries, self.dtype, backend)] if is_run else entries
-        self.lasts = all(cacheable(run.weights) for run in self.runs_of())
+        self.cacheable = all(cacheable(run.weights) for run in self.runs_of())
 
     def runs_of(self) -> Iterator[Run]:
         """Those among the steps."""
@@ -181,7 +181,7 @@ class RunsFused(RunsTraced):
             return None
         if self.fusable_children() != found:
             return None
-        if not prepared.runs or prepared.lasts:
+        if not prepared.runs or prepared.cacheable:
             self._prepared = prepared
         return prepared  # another thread may have dropped it from self again
 
@@ -219,6 +219,9 @@ class RunsWhole(RunsFused):
 
     Called directly, they still give what they always gave.
     """
+
+    features: nn.Sequential
+    classifier: nn.Sequential
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         parents = [self, self.features, self.classifier]

@@ -13,10 +13,10 @@ from .. import backends
 from ..encoding import SQUEEZE_CHANNELS, LayerKind, split_layers
 from ..fold import ConvNorm, pack_conv, pack_stem
 from ..module.fused_block import FusedBlock
-from ..module.parameters import fold_and_pack, parameters_of
+from ..module.parameters import conv_norm_activation, fold_and_pack, parameters_of
 
 
-def sources_of(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[float]]:
+def layer_parameters(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[float]]:
     """What the weights of layers in a row are made of, as :func:`fold_layers` takes them, and the norms' eps.
 
     Pooling, dropout and the like have none.
@@ -25,39 +25,40 @@ def sources_of(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[
     eps: list[float] = []
     for module in modules:
         if isinstance(module, FusedBlock):
-            of_block, of_norms = module._sources()
+            of_block, of_norms = module._fold_parameters()
             tensors += of_block
             eps += of_norms
         elif isinstance(module, nn.Linear):
             tensors += [module.weight, module.bias]
         elif isinstance(module, nn.Sequential):
-            conv, norm, _ = module
+            conv, norm, _ = conv_norm_activation(module)
             tensors.extend(parameters_of(conv, norm))
             eps.append(norm.eps)
     return tensors, eps
 
 
 def fold_layers(
-    geometry: Sequence[int], sources: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, backend: str
+    geometry: Sequence[int], parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, backend: str
 ) -> Tensor:
     """The weights of ``geometry``, the op's ``layers``, for the kernels of ``backend``, "cpu" or "cuda": [bytes]."""
-    tensors, epsilons = iter(sources), iter(eps)
+    tensors, epsilons = iter(parameters), iter(eps)
     packed: list[Tensor | None] = []
 
     def conv_and_norm() -> tuple[Tensor, Tensor]:
-        return ConvNorm(*itertools.islice(tensors, len(ConvNorm._fields))).folded(next(epsilons))
+        return ConvNorm._make(itertools.islice(tensors, len(ConvNorm._fields))).folded(next(epsilons))
 
     with torch.no_grad():
-        for (kind, *_), further in split_layers(geometry):
+        for (kind, *_), op_options in split_layers(geometry):
             if kind == LayerKind.STEM_AND_BLOCK:
                 packed += (pack_stem if backend == "cuda" else pack_conv)(*conv_and_norm(), dtype)
             if kind <= LayerKind.STEM_AND_BLOCK:
                 stages = 3 if kind == LayerKind.BLOCK else 2
-                squeezed = 4 if further and further[SQUEEZE_CHANNELS] else 0
+                squeezed = 4 if op_options and op_options[SQUEEZE_CHANNELS] else 0
                 of_block = list(itertools.islice(tensors, len(ConvNorm._fields) * stages + squeezed))
                 packed += fold_and_pack(of_block, list(itertools.islice(epsilons, stages)), dtype, backend)
             elif kind == LayerKind.LINEAR:
                 weight, bias = itertools.islice(tensors, 2)
+                assert weight is not None  # a linear layer has one
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
                 packed += pack_conv(weight[:, :, None, None], bias, dtype)
             else:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class Case:
 
     image: str
     x: Tensor  # [1, 3, H, W], normalised
-    agreement: Agreement | None = None  # of fused's logits
+    checked: Agreement | None = None  # of fused's logits, by check()
     top5: list[tuple[int, float]] = field(default_factory=list)  # eager's (class, probability), best first
     same_top5: int = 0  # how many of fused's five are the same class at the same rank
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -62,6 +62,11 @@ class Case:
     @property
     def size(self) -> str:
         return f"{self.x.shape[2]}x{self.x.shape[3]}"
+
+    @property
+    def agreement(self) -> Agreement:
+        assert self.checked is not None
+        return self.checked
 
     def speedup(self, over: str = CHANNELS_LAST) -> float:
         """Above 1 where fused is faster than ``over``."""
@@ -110,10 +115,16 @@ def load_images(paths: Sequence[str]) -> dict[str, Image]:
     return images
 
 
-def _to_input(image: Image) -> Tensor:
+def _as_torchvision_takes(image: Image) -> Tensor:
+    """The image itself: torchvision's functions are annotated for tensors, and take images and give images, too."""
+    return cast(Tensor, image)
+
+
+def _to_input(image: Image | Tensor) -> Tensor:
+    """[1, 3, H, W], normalised; ``image`` is PIL's, whatever its annotation."""
     from torchvision.transforms import functional as T
 
-    return T.normalize(T.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+    return T.normalize(T.to_tensor(cast("Image", image)), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -126,11 +137,14 @@ def make_cases(images: dict[str, Image], high_resolution: bool) -> list[Case]:
 
     cases = []
     for name, image in images.items():
-        cases.append(Case(name, _to_input(T.center_crop(T.resize(image, 256), 224))))
+        crop = T.center_crop(T.resize(_as_torchvision_takes(image), [256]), [224])
+        cases.append(Case(name, _to_input(crop)))
         cases.append(Case(name, _to_input(image)))
     if high_resolution:
         name, image = next(iter(images.items()))
-        cases.append(Case(f"{name} (resized)", _to_input(T.resize(image, list(HIGH_RESOLUTION)))))
+        cases.append(
+            Case(f"{name} (resized)", _to_input(T.resize(_as_torchvision_takes(image), list(HIGH_RESOLUTION))))
+        )
     return cases
 
 
@@ -153,12 +167,14 @@ def _calibrate(model: nn.Module, images: dict[str, Image]) -> nn.Module:
     """Random weights whose result depends on the image: statistics and classifier fitted to crops of the images."""
     from torchvision.transforms import functional as T
 
-    crops = torch.cat([_to_input(c) for image in images.values() for c in T.five_crop(T.resize(image, 320), 224)])
+    resized = [T.resize(_as_torchvision_takes(image), [320]) for image in images.values()]
+    crops = torch.cat([_to_input(crop) for image in resized for crop in T.five_crop(image, [224])])
     fit_batch_norm(perturb_batch_norm(model), crops)
     with torch.no_grad():
-        pooled = model.features.eval()(crops).mean((2, 3))
+        pooled = model.get_submodule("features").eval()(crops).mean((2, 3))
         centred = pooled - pooled.mean(0)
-        linear = model.classifier[1]
+        linear = model.get_submodule("classifier.1")
+        assert isinstance(linear, nn.Linear)
         linear.weight.mul_(3 / F.linear(centred, linear.weight).std())
         linear.bias.copy_(-F.linear(pooled.mean(0), linear.weight))
     return model
@@ -192,7 +208,7 @@ def check(case: Case, models: dict[str, nn.Module], reference: nn.Module) -> Non
     """Runs eager, fused and float64 eager once each and notes how they agree."""
     with torch.inference_mode():
         eager, fused = models[EAGER](case.x), models[FUSED](_channels_last(case.x))
-        case.agreement = agreement(fused, eager, reference(case.x.double()))
+        case.checked = agreement(fused, eager, reference(case.x.double()))
     best, classes = eager[0].softmax(0).topk(5)
     case.top5 = list(zip(classes.tolist(), best.tolist(), strict=True))
     case.same_top5 = int((fused[0].topk(5).indices == classes).sum())
@@ -212,7 +228,7 @@ def _results_table(cases: list[Case]) -> str:
         "image|size|eager ms|channels_last ms|fused ms|vs channels_last|vs eager|channels_last MB|fused MB|"
         "memory ratio|max error|eager's error|top-5"
     )
-    rows = [header.split("|")]
+    rows: list[list[str]] = [list(header.split("|"))]
     for c in cases:
         rows.append(
             [
@@ -294,7 +310,8 @@ def run_demo(
     images = load_images(paths)
     cases = make_cases(images, high_resolution)
     model, weights, class_names = load_model(weights_file, images)
-    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    # An overload that torch's stubs lack.
+    channels_last: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     models = {EAGER: model, CHANNELS_LAST: channels_last, FUSED: mnv2_fused.fuse(channels_last)}
     blocks = sum(isinstance(m, FusedInvertedResidual) for m in models[FUSED].modules())
     count = "1 thread" if threads == 1 else f"{threads} threads"

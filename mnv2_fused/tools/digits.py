@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_train, x_test, y_train, y_test): scikit-learn's 8x8 digits as [N, 3, 32, 32]; a quarter held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+    from sklearn.utils import Bunch
 
-    digits = load_digits()
+    digits = cast(Bunch, load_digits())  # a tuple only where one is asked for
     x = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
     x = F.interpolate(x, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
     train, test = train_test_split(range(len(x)), test_size=0.25, random_state=0, stratify=digits.target)
@@ -72,7 +74,8 @@ def train_digits(*, epochs: int, threads: int) -> int:
     with torch_threads(threads):
         _fit(model, x_train, y_train, epochs)
         plain.load_state_dict(model.state_dict())
-        model.eval(), plain.eval()
+        model.eval()
+        plain.eval()
         with torch.inference_mode():
             fused, eager = model(x_test), plain(x_test)
             verdict = agreement(fused, eager, copy.deepcopy(plain).double()(x_test.double()))

@@ -78,13 +78,13 @@ def onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -
     if dtype != torch.float32:
         raise EngineMissing(f"ONNX Runtime has no CPU kernels for {dtype}")
     _require("onnxruntime", "onnx")
-    import onnxruntime as ort
+    import onnxruntime as ort  # pyright: ignore[reportMissingImports]  # an optional peer
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = str(Path(folder) / "model.onnx")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(copy.deepcopy(model), x, path, opset_version=17, dynamo=False)
+            torch.onnx.export(copy.deepcopy(model), (x,), path, opset_version=17, dynamo=False)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -99,7 +99,7 @@ def openvino(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> C
         raise EngineMissing(f"OpenVINO runs float32 and bfloat16 here, not {dtype}")
     _require("openvino")
     logging.getLogger("openvino").setLevel(logging.ERROR)
-    import openvino as ov
+    import openvino as ov  # pyright: ignore[reportMissingImports]  # an optional peer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -47,6 +47,7 @@ def _check_weights(x_dtype: torch.dtype, device: torch.device, packed: PackedWei
 def _spec_of(shapes: tuple[torch.Size | None, ...], x_shape: torch.Size, *options: Any) -> BlockSpec:
     """The block that weights of these shapes are of; kept, since it takes longer than a launch."""
     meta = PackedWeights(*(None if s is None else torch.empty(s, device="meta") for s in shapes))
+    meta.check_layout("triton")
     spec = BlockSpec.of_op(meta, x_shape[1], *options)
     check_input(torch.empty(x_shape, device="meta"), spec.in_channels, spec)
     return spec

@@ -103,7 +103,7 @@ def test_a_lane_finds_its_weights(spec, dtype):
 def test_fragments_change_their_dtype_and_order(spec, dtype, to):
     weights = random_weights(spec, dtype=dtype)
     rounded = weights._replace(w_project=weights.w_project.to(to))
-    found = fold.cast_fragments(pack(weights, dtype, "cuda").w_project, to)
+    found = fold.cast_product(pack(weights, dtype, "cuda").w_project, to)
     assert torch.equal(found, pack(rounded, to, "cuda").w_project)
 
 

@@ -1,5 +1,6 @@
 """The CUDA kernel's planner: pure, so that every generation of GPUs is planned for on any machine."""
 
+import re
 import sys
 from dataclasses import FrozenInstanceError
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from support.source_tree import ROOT
 
-from mnv2_fused import BlockSpec, backends, cuda_plan
+from mnv2_fused import BlockSpec, backends, cuda_plan, gpus
 from mnv2_fused.encoding import shape_of
 from mnv2_fused.gpus import GPUS, H200
 from mnv2_fused.testing import mobilenet_v2_blocks
@@ -189,3 +190,35 @@ def test_the_notes_are_of_this_planner():
     from cuda_prediction import NOTES, notes
 
     assert NOTES.read_text() == notes(NOTES.read_text()), "run: python benchmarks/cuda_prediction.py"
+
+
+def test_limits_of_a_gpu_stand_in_the_same_order_on_both_sides():
+    """gpus.Gpu is handed to C++ as a tuple; the fields are those of csrc/cuda/plan.h by other names."""
+    struct = re.search(r"struct Gpu \{(.*?)\n\};", (ROOT / "csrc/cuda/plan.h").read_text(), re.S)[1]
+    fields = re.findall(r"^  (?:int64_t|double) (\w+);", struct, re.M)
+    names = {
+        "multiprocessors": "processors",
+        "shared_per_multiprocessor": "shared_per_processor",
+        "threads_per_multiprocessor": "threads_per_processor",
+        "memory_bandwidth": "copy_bytes",
+    }
+    assert [names.get(field, field) for field in fields] == list(gpus.Gpu._fields[1:9])
+
+
+def test_both_readers_of_a_gpu_assume_the_same_where_it_does_not_tell():
+    """csrc/cuda/gpu.cpp and Gpu.of: share of the memory's clock that copies reach, and an H200's rates."""
+    source = (ROOT / "csrc/cuda/gpu.cpp").read_text()
+    (reached,) = re.findall(r"kReached = ([\d.]+);", source)
+    ((bandwidth, multiprocessors),) = re.findall(r"memory > 0 \? memory : ([\d.e]+) / (\d+) \*", source)
+    (clock,) = re.findall(r"clock > 0 \? clock : ([\d.e]+);", source)
+    assert float(reached) == gpus._COPIED
+    assert float(bandwidth) == H200.copy_bytes and int(multiprocessors) == H200.processors
+    assert float(clock) == H200.clock
+    attributes = dict(re.findall(r"g\.(\w+) = at\(cudaDevAttr(\w+)\);", source))
+    assert attributes == {
+        "multiprocessors": "MultiProcessorCount",
+        "shared_per_block": "MaxSharedMemoryPerBlockOptin",
+        "shared_per_multiprocessor": "MaxSharedMemoryPerMultiprocessor",
+        "threads_per_multiprocessor": "MaxThreadsPerMultiProcessor",
+        "l2_bytes": "L2CacheSize",
+    }

@@ -145,6 +145,12 @@ def test_exported():
         (lambda m, x: m(x.half()), TypeError, r"frozen for torch.float32, got x of torch.float16; convert x, or call"),
         (lambda m, x: m(x.to("meta")), RuntimeError, "frozen for the CPU, got x on meta; move x, or call"),
         (lambda m, x: m(x.clone().requires_grad_()), RuntimeError, "has no derivative; use torch.no_grad"),
+        (lambda m, x: m.half(), RuntimeError, r"stays in torch.float32 on cpu, it cannot become torch.float16 on cpu"),
+        (
+            lambda m, x: m.to("meta"),
+            RuntimeError,
+            r"become torch.float32 on meta; convert the original model, then call",
+        ),
         (lambda m, x: m.train(), RuntimeError, "cannot train: its weights are packed; train the original"),
         (lambda m, x: unfuse(m), ValueError, "let its modules go and cannot be unfused; use the original"),
         (lambda m, x: mnv2_fused.report(m), ValueError, "let its modules go; report the fused model before"),
@@ -157,6 +163,27 @@ def test_exported():
 def test_misuse_is_named(misuse, error, said):
     with pytest.raises(error, match=said):
         misuse(frozen_model(), make_x())
+
+
+@pytest.mark.parametrize("change", ["half", "double", "bfloat16"])
+def test_blocks_and_rows_refuse_another_dtype(change):
+    """Before their weights change: the model, like the layers between them, gives what it gave."""
+    for frozen, x in ((fuse(Alone().eval(), frozen=True), torch.randn(2, 8, 9, 7)), (frozen_model(), make_x())):
+        with torch.inference_mode():
+            expected = frozen(x)
+            with pytest.raises(
+                RuntimeError, match=r"a frozen model stays in torch.float32 on cpu.*fuse\(model, frozen=True"
+            ):
+                getattr(frozen, change)()
+            assert torch.equal(frozen(x), expected)
+
+
+def test_conversions_that_change_nothing_are_taken():
+    for frozen, x in ((fuse(Alone().eval(), frozen=True), torch.randn(2, 8, 9, 7)), (frozen_model(), make_x())):
+        with torch.inference_mode():
+            expected = frozen(x)
+            for same in (frozen.float(), frozen.cpu(), frozen.to(memory_format=torch.channels_last), frozen.to(x)):
+                assert torch.equal(same(x), expected)
 
 
 def test_a_frozen_model_is_true():

@@ -513,7 +513,7 @@ def test_weights_that_a_graph_computes(what, backend):
 def test_what_stands_for_the_modules_tensors_in_a_graph():
     """As CUDA graphs of torch.compile make it: other objects at the same places, which count no changes."""
     block = fused_model().features[2]
-    sources, eps = block._sources()
+    sources, eps = block._fold_parameters()
     stand_ins = [None if t is None else t.data for t in sources]
 
     def packed(site):
