@@ -17,7 +17,7 @@ from mnv2_fused.testing import agreement, perturb_batch_norm
 
 MODULES = {
     "LeakyReLU(0.2)": functools.partial(nn.LeakyReLU, 0.2),
-    "LeakyReLU(2) in place": functools.partial(nn.LeakyReLU, 2, inplace=True),
+    "LeakyReLU(0.9) in place": functools.partial(nn.LeakyReLU, 0.9, inplace=True),
     "LeakyReLU(-1)": functools.partial(nn.LeakyReLU, -1),
     "GELU": nn.GELU,
     "GELU by tanh": functools.partial(nn.GELU, approximate="tanh"),

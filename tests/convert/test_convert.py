@@ -309,7 +309,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "1x1 groups": (_set("conv.2", lambda c: nn.Conv2d(16, 8, 1, groups=2)), "project convolution has groups 2"),
     "cut channels": (_set("conv.2", lambda c: nn.Conv2d(12, 8, 1)), "channels do not match"),
     "relu": (_set("conv.1.2", lambda a: nn.ReLU()), "activation is relu6 after the expansion and relu after"),
-    "gelu": (_set("conv.1.2", lambda a: nn.GELU()), "activation is torch.nn.modules.activation.GELU,"),
+    "elu": (_set("conv.1.2", lambda a: nn.ELU()), "activation is torch.nn.modules.activation.ELU,"),
     "clip": (_set("conv.1.2", lambda a: nn.Hardtanh(0, 1)), "activation is torch.nn.modules.activation.Hardtanh,"),
     "missing activation": (_set("conv.0", lambda s: nn.Sequential(s[0], s[1])), "activation is identity after"),
     "two activations": (_set("conv.0.2", lambda a: nn.Sequential(a, nn.ReLU())), "layers are not"),

@@ -456,8 +456,8 @@ TRAPS = {
         "there is a .*_OtherSqueeze where none belongs",
     ),
     "squeeze activation": (
-        lambda: _with(v3(), lambda b: setattr(b.block[2], "activation", nn.GELU())),
-        "activation is torch.nn.modules.activation.GELU",
+        lambda: _with(v3(), lambda b: setattr(b.block[2], "activation", nn.ELU())),
+        "activation is torch.nn.modules.activation.ELU",
     ),
     "squeeze gate": (
         lambda: _with(v3(), lambda b: setattr(b.block[2], "scale_activation", nn.Tanh())),

@@ -9,6 +9,7 @@ import torch
 from support.source_tree import ROOT
 
 from mnv2_fused import BlockSpec, backends, cuda_plan, gpus
+from mnv2_fused.activations import ACTIVATIONS
 from mnv2_fused.encoding import shape_of
 from mnv2_fused.gpus import GPUS, H200
 from mnv2_fused.testing import mobilenet_v2_blocks
@@ -163,7 +164,9 @@ def test_what_no_kernel_takes(spec, shape, options, message):
 def test_an_unknown_kind_is_refused_by_name():
     """Behind Python's own checks, which know the kinds by name."""
     block, options = shape_of(SPEC, *SHAPE[:1], *SHAPE[2:]), {"precision": "float16", "gpu": H200[1:9]}
-    for name, kinds in {"activation": 5, "out_activation": 5, "stem_activation": 5, "gate": 2, "expand": 3}.items():
+    count = len(ACTIVATIONS)
+    kinds_of = {"activation": count, "out_activation": count, "stem_activation": count, "gate": 2, "expand": 3}
+    for name, kinds in kinds_of.items():
         for value in (-1, kinds):
             with pytest.raises(ValueError, match=rf"^{name} must be 0 to {kinds - 1} .*, got {value}$"):
                 backends._C.cuda_plan(block | {name: value}, **options)

@@ -357,7 +357,7 @@ CLASSIFIERS = {
         lambda: nn.Sequential(nn.Linear(1280, 9), nn.Linear(9, 8), nn.Hardswish(), nn.Dropout(), nn.Linear(8, 3)),
         [[*WHOLE, LINEAR, LINEAR]],
     ),
-    "an activation of no kernel": (lambda: nn.Sequential(nn.Linear(1280, 8), nn.GELU(), nn.Linear(8, 3)), [WHOLE]),
+    "an activation of no kernel": (lambda: nn.Sequential(nn.Linear(1280, 8), nn.ELU(), nn.Linear(8, 3)), [WHOLE]),
     "a ReLU6 that clips elsewhere": (
         lambda: nn.Sequential(nn.Linear(1280, 8), nn.Hardtanh(0, 3), nn.Linear(8, 3)),
         [WHOLE],
@@ -409,7 +409,7 @@ CHILDREN = {
         [[STEM], [B, B, POOLED, LINEAR]],
     ),
     "another activation": (lambda m: m.features[-1].__setitem__(2, nn.Hardswish()), [WHOLE]),
-    "an activation of no kernel": (lambda m: m.features[-1].__setitem__(2, nn.GELU()), [[STEM, B, B, B]]),
+    "an activation of no kernel": (lambda m: m.features[-1].__setitem__(2, nn.ELU()), [[STEM, B, B, B]]),
     "a stem's activation": (lambda m: m.features[0].__setitem__(2, nn.SiLU()), [WHOLE]),
     "a stem of stride 1": (lambda m: setattr(m.features[0][0], "stride", (1, 1)), [[BW, B, B, B, POOLED, LINEAR]]),
     "an unused module": (lambda m: m.add_module("extra", nn.Sequential(nn.Linear(3, 3))), [WHOLE]),
