@@ -367,6 +367,9 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
   if constexpr (depth<S> > 1)
     for (int64_t n = 0; n < s.batch; ++n)
       for (const double d : depthwise(args, n)) slack = std::max(slack, std::fabs(d) * 0x1p-6);
+  // The output's activation magnifies that by its slope.
+  if (s.out_activation == Activation::kLeakyRelu)
+    slack *= std::max(1.0, std::fabs(s.negative_slope));
   if (good && same(y, plain_loops(args), tolerance, slack)) return true;
   std::printf(
       "%s: [%lld, %lld, %lld, %lld] of [%lld, %lld] -> %lld -> %lld, stride %lld, expand %d, "
