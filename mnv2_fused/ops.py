@@ -84,6 +84,20 @@ def sequence(x: Tensor, weights: Tensor, geometry: list[int], backend: str = "cp
         return op(*arguments)
 
 
+def sequence_row(x: Tensor, weights: Tensor, layers: Tensor, flat: bool) -> Tensor:
+    """:func:`sequence` on the CPU, outside of graphs. ``layers``: its geometry, int64; ``flat``: [N, C H W]."""
+    op = torch.ops.mnv2_fused.sequence_row.default
+    if torch.is_inference_mode_enabled():
+        return op(x, weights, layers, flat)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, weights, layers, flat)
+
+
+def _sequence_row_fake(x: Tensor, weights: Tensor, layers: Tensor, flat: bool) -> Tensor:
+    y = sequence_fake(x, weights, layers.tolist())
+    return y.flatten(1) if flat else y
+
+
 def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool = False) -> Tensor:
     """An uninitialised result, as the kernels give it: channels_last."""
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
@@ -216,8 +230,9 @@ if backends._C is not None:
     for _name in ("inverted_residual", "inverted_residual_cuda", "inverted_residual_triton"):
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
-    for _name in ("sequence", "sequence_cuda"):
-        torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
+    for _name in ("sequence", "sequence_cuda", "sequence_row"):
+        fake = _sequence_row_fake if _name == "sequence_row" else sequence_fake
+        torch.library.register_fake(f"mnv2_fused::{_name}", fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
