@@ -329,7 +329,8 @@ void Guard::take_samples(Tensor& t, size_t bytes) {
   const char* const memory = memory_of(t.address);
   const size_t lines = bytes / kLine, item = std::clamp<size_t>(t.type_bits / 8, 1, kWord);
   t.sample_bytes = static_cast<uint8_t>(std::min(bytes, kLine));
-  t.samples = static_cast<uint8_t>(std::clamp<size_t>(lines, 1, t.dims > 1 ? kSamples : kVectorSamples));
+  t.samples =
+      static_cast<uint8_t>(std::clamp<size_t>(lines, 1, t.dims > 1 ? kSamples : kVectorSamples));
   t.first_sample = static_cast<uint32_t>(samples_.size());
   for (size_t i = 0; i < t.samples; ++i) {
     const size_t begin = lines * i / t.samples, end = lines * (i + 1) / t.samples;
@@ -352,7 +353,7 @@ void Guard::take_samples(Tensor& t, size_t bytes) {
 }
 
 // What this call will compare a checksum of.
-void Guard::fetch_next_chunks() const {
+[[gnu::always_inline]] inline void Guard::fetch_next_chunks() const {
   size_t left = kChunk;
   for (size_t i = next_chunk_; i < chunks_.size() && chunks_[i].bytes <= left; ++i) {
     fetch_lines(chunks_[i].at, chunks_[i].bytes);
@@ -392,9 +393,7 @@ void Guard::clear() {
   chunks_.clear();
 }
 
-bool Guard::has_its_size(const Size& size) {
-  return PyDict_Size(size.dict.ptr()) == size.entries;
-}
+bool Guard::has_its_size(const Size& size) { return PyDict_Size(size.dict.ptr()) == size.entries; }
 
 bool Guard::dictionaries_hold() const {
   size_t i = 0;
@@ -444,8 +443,8 @@ bool Guard::lies_as_before(const Tensor& t) const {
 bool Guard::samples_hold(const Tensor& t) const {
   const size_t end = t.first_sample + t.samples;
   if (t.sample_bytes < kLine)
-    return t.samples == 0 ||
-           std::memcmp(sampled_[t.first_sample], samples_[t.first_sample].held, t.sample_bytes) == 0;
+    return t.samples == 0 || std::memcmp(sampled_[t.first_sample], samples_[t.first_sample].held,
+                                         t.sample_bytes) == 0;
   for (size_t i = t.first_sample; i < end; ++i) {
     uint64_t differs = 0;
     for (size_t word = 0; word < kLine; word += kWord)
@@ -474,6 +473,7 @@ bool Guard::check() {
   }
   const TensorType& type = TensorType::get();
   const auto holds = [](const Chunk& c) { return checksum(c.at, c.bytes) == c.sum; };
+  fetch_next_chunks();
   for (size_t i = 0; i < std::min(kAhead, tensors_.size()); ++i) fetch(tensors_[i]);
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (i + kAhead < tensors_.size()) fetch(tensors_[i + kAhead]);

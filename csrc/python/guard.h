@@ -69,13 +69,14 @@ class Guard {
     pybind11::object object;
     long long version;  // -1: an inference tensor, which has none
     long long address;
-    const void *impl, *storage;    // of torch's objects, to be fetched beforehand
-    uint32_t first_sample;         // in samples_
-    uint32_t first_length;         // in lengths_: the shape, then the strides
+    const void *impl, *storage;  // of torch's objects, to be fetched beforehand
+    uint32_t first_sample;       // in samples_
+    uint32_t first_length;       // in lengths_: the shape, then the strides
     uint32_t dims;
-    uint8_t samples;               // 0 where its memory cannot be read here
+    uint8_t samples;  // 0 where its memory cannot be read here
     uint8_t sample_bytes;
-    uint8_t type_code, type_bits;  // of the dtype, by DLPack's names; 0 bits: DLPack does not describe it
+    uint8_t type_code,
+        type_bits;  // of the dtype, by DLPack's names; 0 bits: DLPack does not describe it
   };
   // What one cache line of a tensor held.
   struct alignas(64) Sample {

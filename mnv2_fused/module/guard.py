@@ -18,8 +18,8 @@ from .. import backends
 class Guard:
     """Dictionaries, attributes and tensors that a prepared call does not look at again, and whether they changed.
 
-    Tensors count as changed by their version, address, shape and strides, by a few words of their memory, and by a
-    checksum whose next 16 KiB are compared at each call: torch does not count every write.
+    Tensors count as changed by their version, address, shape and strides, by a cache line or two of their memory, and
+    by a checksum whose next 16 KiB are compared at each call: torch does not count every write.
     """
 
     __slots__ = ("_aliases", "_native", "is_valid", "serves", "tensors")
