@@ -98,6 +98,14 @@ def sequence(x: Tensor, weights: Tensor, geometry: list[int], backend: str = "cp
         return op(*arguments)
 
 
+def sequence_row(x: Tensor, weights: Tensor, layers: Tensor, flat: bool) -> Tensor:
+    """:func:`sequence` on the CPU, outside of graphs. ``layers``: its geometry, int64; ``flat``: [N, C H W]."""
+    if torch.is_inference_mode_enabled():
+        return _row_op(x, weights, layers, flat)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _row_op(x, weights, layers, flat)
+
+
 def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool = False) -> Tensor:
     """An uninitialised result, as the kernels give it: channels_last."""
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
@@ -122,8 +130,8 @@ def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool 
 
 def _sequence_backward(ctx, grad):
     raise RuntimeError(
-        "mnv2_fused::sequence has no derivative, nor has sequence_cuda: they are for calls where nothing records "
-        "gradients: use torch.no_grad(), or run the modules one by one"
+        "mnv2_fused::sequence has no derivative, nor have sequence_cuda and sequence_row: they are for calls where "
+        "nothing records gradients: use torch.no_grad(), or run the modules one by one"
     )
 
 
@@ -228,9 +236,11 @@ if backends._C is not None:
     for _name in ("inverted_residual", "inverted_residual_cuda", "inverted_residual_triton"):
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
-    for _name in ("sequence", "sequence_cuda"):
-        torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
+    for _name in ("sequence", "sequence_cuda", "sequence_row"):
         torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
+        if _name != "sequence_row":  # the shape of whose result is in a tensor's values
+            torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
+    _row_op = torch.ops.mnv2_fused.sequence_row.default  # the way there costs microseconds, with cold caches
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
     _op = torch.ops.mnv2_fused.inverted_residual_cuda.default

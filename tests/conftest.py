@@ -119,11 +119,19 @@ def nothing_records():
 @pytest.fixture
 def ran(monkeypatch):
     """The kinds of layers of every call of the op."""
-    calls, original = [], ops.sequence
+    calls, original, of_row = [], ops.sequence, ops.sequence_row
+
+    def count(geometry):
+        calls.append([LayerKind(values[0]) for values, _ in encoding.split_layers(geometry)])
 
     def counted(x, weights, geometry, backend="cpu"):
-        calls.append([LayerKind(values[0]) for values, _ in encoding.split_layers(geometry)])
+        count(geometry)
         return original(x, weights, geometry, backend)
 
+    def counted_row(x, weights, layers, flat):
+        count(layers.tolist())
+        return of_row(x, weights, layers, flat)
+
     monkeypatch.setattr(ops, "sequence", counted)
+    monkeypatch.setattr(ops, "sequence_row", counted_row)
     return calls

@@ -150,9 +150,10 @@ ActivationView as_pixels(const ActivationView& x) {
 }
 
 // Layers in a row, by the kernels that each would run alone, in one buffer for what lies between.
-Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
-                    const Tensor& weights,        // [bytes], of all layers
-                    IntHeaderOnlyArrayRef layers  // seven values of each, and those that follow
+Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
+                    const Tensor& weights,         // [bytes], of all layers
+                    IntHeaderOnlyArrayRef layers,  // seven values of each, and those that follow
+                    bool flat                      // whether the result is [N, C H W]
 ) {
   const ScalarType type = x.scalar_type();
   return dispatch("sequence", type, type, [&]<class S>(S) {
@@ -173,7 +174,8 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
       fail("these layers take ", row->weight_bytes, " bytes of weights for x of this dtype, got ",
            weights.numel(),
            "; pack them for it and join them with mnv2_fused.sequence.weights.join");
-    if (x.size(0) == 0) return empty(sizes, type, true);
+    const auto shaped = [&](const Tensor& y) { return flat ? torch::stable::flatten(y, 1) : y; };
+    if (x.size(0) == 0) return shaped(empty(sizes, type, true));
 
     const int64_t between = row->between;
     const Tensor memory = buffer(between + row->scratch);
@@ -198,10 +200,23 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
                       packed + l.weights[1], y, reinterpret_cast<T*>(first + between), next);
       in = {l.y, {l.y[1] * l.y[2] * l.y[3], 1, l.y[3] * l.y[1], l.y[1]}, y};
     }
-    if (type == kStored) return result;
+    if (type == kStored) return shaped(result);
     Tensor y = empty(sizes, type, true);
-    return torch::stable::copy_(y, result);
+    return shaped(torch::stable::copy_(y, result));
   });
+}
+
+Tensor sequence_cpu(const Tensor& x, const Tensor& weights, IntHeaderOnlyArrayRef layers) {
+  return run_sequence(x, weights, layers, false);
+}
+
+// The same for callers that keep `layers`: a list of hundreds of values takes some us to hand over.
+Tensor sequence_row_cpu(const Tensor& x, const Tensor& weights, const Tensor& layers, bool flat) {
+  if (!layers.is_cpu() || layers.scalar_type() != ScalarType::Long || layers.dim() != 1 ||
+      !layers.is_contiguous())
+    fail("layers must be one contiguous row of int64 on the CPU");
+  const auto* const values = static_cast<const int64_t*>(layers.const_data_ptr());
+  return run_sequence(x, weights, {values, static_cast<size_t>(layers.numel())}, flat);
 }
 
 }  // namespace
@@ -209,4 +224,5 @@ Tensor sequence_cpu(const Tensor& x,              // [N, C, H, W]
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("sequence", TORCH_BOX(&mnv2_fused::cpu::sequence_cpu));
+  m.impl("sequence_row", TORCH_BOX(&mnv2_fused::cpu::sequence_row_cpu));
 }

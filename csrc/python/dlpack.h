@@ -8,6 +8,8 @@ namespace mnv2_fused::dlpack {
 
 constexpr uint32_t kMajor = 1, kMinor = 3;  // later minor versions only append
 
+constexpr int32_t kCpu = 1;  // of device types
+
 struct Version {
   uint32_t major, minor;
 };

@@ -14,9 +14,13 @@ namespace py = pybind11;
 
 // Bytes whose checksum one call compares: a microsecond, also from memory.
 constexpr size_t kChunk = size_t{16} << 10;
-// Words compared of each tensor at every call: its ends, and two between.
-constexpr size_t kSamples = 4, kWord = sizeof(uint64_t);
+constexpr size_t kWord = sizeof(uint64_t);
 constexpr size_t kLine = 64;  // bytes of a cache line
+// Cache lines compared of each tensor at every call: of a vector one, which holds many channels; of a
+// convolution's weight, where a line is mostly of one channel, two from its two halves.
+constexpr size_t kVectorSamples = 1, kSamples = 2;
+// Tensors between the one that is looked at and the one whose memory is fetched.
+constexpr size_t kAhead = 8;
 
 long long integer(PyObject* owned) {
   if (!owned) throw py::error_already_set();
@@ -89,6 +93,9 @@ class TensorType {
     PyErr_Clear();  // a dtype or layout that DLPack does not know
     return false;
   }
+  bool is_exact(PyObject* t) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(t)) == type_.ptr();
+  }
   py::object shape(PyObject* t) const {
     return owned(shape_get_ ? shape_get_(t, shape_closure_)
                             : PyObject_GetAttr(t, shape_name_.ptr()));
@@ -130,6 +137,63 @@ class TensorType {
   const Describe describe_;
 };
 
+// Of the next handle of a hook, whatever it is on.
+py::object next_hook_id() {
+  static const py::object* const handle =
+      new py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle"));
+  static const py::object* const name = new py::object(py::str("next_id"));
+  PyObject* const id = PyObject_GetAttr(handle->ptr(), name->ptr());
+  if (!id) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(id);
+}
+
+// What torch may do with a call besides calling it. Each of these is a call of Python too: in one place
+// they take a third of the time.
+class TorchState {
+ public:
+  static const TorchState& get() {
+    static const TorchState* const state = new TorchState;  // never freed: Python may end first
+    return *state;
+  }
+  // Whether nothing records, traces, casts or transforms.
+  bool is_plain() const {
+    return result_of(grad_, nullptr) == Py_False && result_of(autocast_, cpu_.ptr()) == Py_False &&
+           result_of(transforms_, nullptr) == Py_None && value(compiler_, compiling_) == Py_False &&
+           level() < 0;
+  }
+
+ private:
+  TorchState()
+      : grad_(py::module_::import("torch").attr("is_grad_enabled")),
+        autocast_(py::module_::import("torch").attr("is_autocast_enabled")),
+        transforms_(py::module_::import("torch._C._functorch").attr("peek_interpreter_stack")),
+        compiler_(py::module_::import("torch.compiler").attr("__dict__")),
+        forward_ad_(py::module_::import("torch.autograd.forward_ad").attr("__dict__")),
+        cpu_(py::str("cpu")),
+        compiling_(py::str("_is_compiling_flag")),
+        level_(py::str("_current_level")) {}
+  // Compared, not looked into: it is owned no more.
+  static PyObject* result_of(const py::object& function, PyObject* argument) {
+    PyObject* const result = argument ? PyObject_CallOneArg(function.ptr(), argument)
+                                      : PyObject_CallNoArgs(function.ptr());
+    if (!result) throw py::error_already_set();
+    Py_DECREF(result);
+    return result;
+  }
+  static PyObject* value(const py::object& names, const py::object& name) {
+    PyObject* const found = PyDict_GetItemWithError(names.ptr(), name.ptr());
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    return found;
+  }
+  // 0, which is a level, where there is none.
+  long long level() const {
+    PyObject* const found = value(forward_ad_, level_);
+    return found ? integer(Py_NewRef(found)) : 0;
+  }
+
+  py::object grad_, autocast_, transforms_, compiler_, forward_ad_, cpu_, compiling_, level_;
+};
+
 const char* memory_of(long long address) {
   return reinterpret_cast<const char*>(static_cast<uintptr_t>(address));
 }
@@ -140,9 +204,31 @@ uint64_t word_at(const char* p, size_t bytes) {
   return word;
 }
 
-// Where sample i of a tensor of this size begins.
-size_t sample_offset(size_t bytes, size_t samples, size_t i) {
-  return samples < 2 ? 0 : (bytes - kWord) * i / (samples - 1);
+// Zeros of either sign among the elements of a cache line.
+size_t zeros_of(const char* line, size_t item) {
+  size_t zeros = 0;
+  for (const char* at = line; at + item <= line + kLine; at += item)
+    zeros += word_at(at, item) << (1 + 8 * (kWord - item)) == 0;
+  return zeros;
+}
+
+// The first of these cache lines with the fewest zeros: products leave a zero as it was.
+const char* best_line(const char* first, size_t lines, size_t item) {
+  const char* best = first;
+  size_t fewest = SIZE_MAX;
+  for (const char* line = first; line < first + lines * kLine && fewest > 0; line += kLine)
+    if (const size_t zeros = zeros_of(line, item); zeros < fewest) {
+      fewest = zeros;
+      best = line;
+    }
+  return best;
+}
+
+// Inlined: compilers take a function that only fetches for one without effect.
+[[gnu::always_inline]] inline void fetch_lines(const void* first, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(first);
+  for (uintptr_t at = begin & ~(kLine - 1); at < begin + bytes; at += kLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
 
 // Sums, and sums of the sums, in lanes that compilers turn into vectors: a change of any word, and of
@@ -167,7 +253,7 @@ uint64_t checksum(const char* p, size_t bytes) {
 }  // namespace
 
 Guard::Guard(const py::list& values, const py::list& sizes, const py::list& entries,
-             const py::list& tensors, const py::object& next_hook)
+             const py::list& tensors, const py::list& hooks, const py::object& next_hook)
     : seen_writes_(uncounted_writes_), backend_(backend_override()), next_hook_(next_hook) {
   // Versions first: another thread may change a dictionary while this one looks into it.
   const auto add = [&](py::handle dict) {
@@ -186,6 +272,10 @@ Guard::Guard(const py::list& values, const py::list& sizes, const py::list& entr
   }
   for (const auto dict : sizes)
     sizes_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(dict.ptr())});
+  for (const auto dict : hooks)
+    hooks_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(dict.ptr())});
+  // What was hooked between the look at the modules and this one is nobody's to judge.
+  valid_ = next_hook_.is_none() || equal(next_hook_id().ptr(), next_hook_.ptr());
   for (const auto entry : entries) {
     const py::tuple pair = py::reinterpret_borrow<py::tuple>(entry);
     const py::dict dict = pair[0];
@@ -199,62 +289,83 @@ Guard::Guard(const py::list& values, const py::list& sizes, const py::list& entr
     PyObject* const object = t.object.ptr();
     t.version = t.object.attr("is_inference")().cast<bool>() ? -1 : type.version(object);
     t.address = type.address(object);
-    t.bytes = pair[1].cast<size_t>();
     // A view through .data, its channels cut or its axes swapped, can have address and version of the
     // whole.
     const py::tuple shape = type.shape(object), strides = type.strides(object);
-    t.first_length = lengths_.size();
-    t.dims = shape.size();
-    for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(shape[i].cast<int64_t>());
-    for (size_t i = 0; i < t.dims; ++i) lengths_.push_back(strides[i].cast<int64_t>());
+    t.dims = static_cast<uint32_t>(shape.size());
+    t.first_length = lengths_of(shape, strides);
     dlpack::Tensor view;
-    t.described = type.describe(object, view);
-    if (t.described) {
+    if (type.describe(object, view)) {
       t.type_code = view.type_code;
       t.type_bits = view.type_bits;
-      t.described = lies_as_before(t);
+      if (!lies_as_before(t)) t.type_bits = 0;
     }
+    t.impl = reinterpret_cast<const void*>(t.object.attr("_cdata").cast<uintptr_t>());
+    t.storage = reinterpret_cast<const void*>(
+        t.object.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>());
+    const size_t bytes = pair[1].cast<size_t>();
+    take_samples(t, bytes);
     const char* const memory = memory_of(t.address);
-    t.first_sample = samples_.size();
-    t.samples = t.bytes <= kWord ? t.bytes > 0 : std::min(kSamples, (t.bytes + kWord - 1) / kWord);
-    for (size_t i = 0; i < t.samples; ++i) {
-      const char* const at = memory + sample_offset(t.bytes, t.samples, i);
-      samples_.push_back({at, word_at(at, t.bytes)});
-    }
-    for (size_t begin = 0; begin < t.bytes; begin += kChunk) {
-      const size_t bytes = std::min(kChunk, t.bytes - begin);
-      chunks_.push_back({tensors_.size(), begin, bytes, checksum(memory + begin, bytes)});
+    for (size_t begin = 0; begin < bytes; begin += kChunk) {
+      const size_t of_chunk = std::min(kChunk, bytes - begin);
+      chunks_.push_back({memory + begin, of_chunk, checksum(memory + begin, of_chunk)});
     }
     tensors_.push_back(std::move(t));
   }
-  find_lines();
 }
 
-// Between two calls all of this leaves the nearer caches. A walk from one object to the next would wait
-// for each; fetched beforehand, all at once, they come much sooner. Addresses are hints: a wrong one
-// costs nothing, since fetching cannot fail.
-void Guard::find_lines() {
-  const auto add = [&](uintptr_t address, size_t bytes = 1) {
-    for (uintptr_t at = address / kLine * kLine; at < address + bytes; at += kLine)
-      lines_.push_back(reinterpret_cast<const void*>(at));
-  };
-  // Of the objects of torch: the parts that a look at version and address reads, by their usual size.
-  constexpr size_t kTensorBytes = 192, kStorageBytes = 64;
-  for (const Versioned& v : versions_) add(reinterpret_cast<uintptr_t>(v.dict));
-  for (const Tensor& t : tensors_) {
-    add(reinterpret_cast<uintptr_t>(t.object.ptr()), 32);
-    add(t.object.attr("_cdata").cast<uintptr_t>(), kTensorBytes);
-    add(t.object.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>(), kStorageBytes);
+uint32_t Guard::lengths_of(const py::tuple& shape, const py::tuple& strides) {
+  std::vector<int64_t> lengths;
+  for (const py::tuple& values : {shape, strides})
+    for (const auto value : values) lengths.push_back(value.cast<int64_t>());
+  const auto found = std::ranges::search(lengths_, lengths).begin();
+  const size_t first = static_cast<size_t>(found - lengths_.begin());
+  if (found == lengths_.end()) lengths_.insert(lengths_.end(), lengths.begin(), lengths.end());
+  return static_cast<uint32_t>(first);
+}
+
+void Guard::take_samples(Tensor& t, size_t bytes) {
+  if (bytes == 0) return;
+  const char* const memory = memory_of(t.address);
+  const size_t lines = bytes / kLine, item = std::clamp<size_t>(t.type_bits / 8, 1, kWord);
+  t.sample_bytes = static_cast<uint8_t>(std::min(bytes, kLine));
+  t.samples =
+      static_cast<uint8_t>(std::clamp<size_t>(lines, 1, t.dims > 1 ? kSamples : kVectorSamples));
+  t.first_sample = static_cast<uint32_t>(samples_.size());
+  for (size_t i = 0; i < t.samples; ++i) {
+    const size_t begin = lines * i / t.samples, end = lines * (i + 1) / t.samples;
+    const char* const at = best_line(memory + begin * kLine, end - begin, item);
+    std::memcpy(samples_.emplace_back().held, at, t.sample_bytes);
+    sampled_.push_back(at);
   }
-  for (const Sample& s : samples_) add(reinterpret_cast<uintptr_t>(s.at));
-  std::ranges::sort(lines_);
-  lines_.erase(std::ranges::unique(lines_).begin(), lines_.end());
+}
+
+// Between two calls all of this leaves the nearer caches. Addresses are hints: a wrong one costs nothing,
+// since fetching cannot fail. Of torch's objects those parts, by their usual size, that a look at version
+// and address reads.
+[[gnu::always_inline]] inline void Guard::fetch(const Tensor& t) const {
+  constexpr size_t kObjectBytes = 32, kTensorBytes = 192, kStorageBytes = 64;
+  fetch_lines(t.object.ptr(), kObjectBytes);
+  fetch_lines(t.impl, kTensorBytes);
+  fetch_lines(t.storage, kStorageBytes);
+  for (size_t i = t.first_sample; i < t.first_sample + t.samples; ++i)
+    __builtin_prefetch(sampled_[i], 0, 3);
+}
+
+// What this call will compare a checksum of.
+[[gnu::always_inline]] inline void Guard::fetch_next_chunks() const {
+  size_t left = kChunk;
+  for (size_t i = next_chunk_; i < chunks_.size() && chunks_[i].bytes <= left; ++i) {
+    fetch_lines(chunks_[i].at, chunks_[i].bytes);
+    left -= chunks_[i].bytes;
+  }
 }
 
 int Guard::traverse(visitproc visit, void* arg) const {
   for (const Values& held : held_) Py_VISIT(held.dict.ptr());
   for (const py::object& value : values_) Py_VISIT(value.ptr());
   for (const Size& size : sizes_) Py_VISIT(size.dict.ptr());
+  for (const Size& size : hooks_) Py_VISIT(size.dict.ptr());
   for (const Entry& entry : entries_) {
     Py_VISIT(entry.dict.ptr());
     Py_VISIT(entry.key.ptr());
@@ -270,16 +381,19 @@ void Guard::clear() {
   // Swapped out first: what is released may call back.
   std::vector<Values> held;
   std::vector<py::object> values;
-  std::vector<Size> sizes;
+  std::vector<Size> sizes, hooks;
   std::vector<Entry> entries;
   std::vector<Tensor> tensors;
   held.swap(held_);
   values.swap(values_);
   sizes.swap(sizes_);
+  hooks.swap(hooks_);
   entries.swap(entries_);
   tensors.swap(tensors_);
   chunks_.clear();
 }
+
+bool Guard::has_its_size(const Size& size) { return PyDict_Size(size.dict.ptr()) == size.entries; }
 
 bool Guard::dictionaries_hold() const {
   size_t i = 0;
@@ -290,8 +404,7 @@ bool Guard::dictionaries_hold() const {
       if (i == held.end || value != values_[i++].ptr()) return false;
     if (i != held.end) return false;
   }
-  for (const Size& size : sizes_)
-    if (PyDict_Size(size.dict.ptr()) != size.entries) return false;
+  if (!std::ranges::all_of(sizes_, has_its_size)) return false;
   for (const Entry& entry : entries_) {
     PyObject* const value = PyDict_GetItemWithError(entry.dict.ptr(), entry.key.ptr());
     if (!value && PyErr_Occurred()) throw py::error_already_set();
@@ -308,7 +421,7 @@ bool Guard::lies_as_before(const Tensor& t) const {
   const TensorType& type = TensorType::get();
   PyObject* const object = t.object.ptr();
   const int64_t* expected = lengths_.data() + t.first_length;
-  if (t.described) {
+  if (t.type_bits != 0) {
     dlpack::Tensor view;
     if (!type.describe(object, view)) return false;
     return static_cast<const char*>(view.data) + view.byte_offset == memory_of(t.address) &&
@@ -328,29 +441,27 @@ bool Guard::lies_as_before(const Tensor& t) const {
 }
 
 bool Guard::samples_hold(const Tensor& t) const {
-  if (t.bytes < kWord)
-    return t.samples == 0 ||
-           word_at(memory_of(t.address), t.bytes) == samples_[t.first_sample].word;
-  for (size_t i = t.first_sample; i < t.first_sample + t.samples; ++i)
-    if (word_at(samples_[i].at, kWord) != samples_[i].word) return false;
+  const size_t end = t.first_sample + t.samples;
+  if (t.sample_bytes < kLine)
+    return t.samples == 0 || std::memcmp(sampled_[t.first_sample], samples_[t.first_sample].held,
+                                         t.sample_bytes) == 0;
+  for (size_t i = t.first_sample; i < end; ++i) {
+    uint64_t differs = 0;
+    for (size_t word = 0; word < kLine; word += kWord)
+      differs |= word_at(sampled_[i] + word, kWord) ^ word_at(samples_[i].held + word, kWord);
+    if (differs) return false;
+  }
   return true;
-}
-
-bool Guard::chunk_holds(const Chunk& c) const {
-  return checksum(memory_of(tensors_[c.tensor].address) + c.begin, c.bytes) == c.sum;
 }
 
 bool Guard::check() {
   if (backend_ != backend_override()) return false;
-  for (const void* line : lines_) __builtin_prefetch(line, 0, 2);
   if (!next_hook_.is_none()) {
-    static const py::object* const handle =
-        new py::object(py::module_::import("torch.utils.hooks").attr("RemovableHandle"));
-    static const py::object* const name = new py::object(py::str("next_id"));
-    const auto now =
-        py::reinterpret_steal<py::object>(PyObject_GetAttr(handle->ptr(), name->ptr()));
-    if (!now) throw py::error_already_set();
-    if (!equal(now.ptr(), next_hook_.ptr())) return false;
+    py::object now = next_hook_id();
+    if (!equal(now.ptr(), next_hook_.ptr())) {
+      if (!std::ranges::all_of(hooks_, has_its_size)) return false;
+      next_hook_ = std::move(now);
+    }
   }
   const auto moved_on = [](const Versioned& v) { return version_of(v.dict) != v.version; };
   if (!kVersions || std::ranges::any_of(versions_, moved_on)) {
@@ -361,7 +472,12 @@ bool Guard::check() {
     for (size_t i = 0; i < versions.size(); ++i) versions_[i].version = versions[i];
   }
   const TensorType& type = TensorType::get();
-  for (const Tensor& t : tensors_) {
+  const auto holds = [](const Chunk& c) { return checksum(c.at, c.bytes) == c.sum; };
+  fetch_next_chunks();
+  for (size_t i = 0; i < std::min(kAhead, tensors_.size()); ++i) fetch(tensors_[i]);
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (i + kAhead < tensors_.size()) fetch(tensors_[i + kAhead]);
+    const Tensor& t = tensors_[i];
     // Address before samples: memory is read only while the tensor still owns it.
     if ((t.version >= 0 && type.version(t.object.ptr()) != t.version) || !lies_as_before(t) ||
         !samples_hold(t))
@@ -369,22 +485,31 @@ bool Guard::check() {
   }
   if (seen_writes_ != uncounted_writes_) {
     seen_writes_ = uncounted_writes_;
-    const auto unreadable = [](const Tensor& t) { return t.bytes == 0 && t.address != 0; };
+    const auto unreadable = [](const Tensor& t) { return t.samples == 0 && t.address != 0; };
     if (std::ranges::any_of(tensors_, unreadable)) return false;
-    return std::ranges::all_of(chunks_, [&](const Chunk& c) { return chunk_holds(c); });
+    return std::ranges::all_of(chunks_, holds);
   }
   for (size_t left = kChunk, n = 0; n < chunks_.size(); ++n) {
     const Chunk& c = chunks_[next_chunk_];
     if (c.bytes > left) break;
     left -= c.bytes;
     next_chunk_ = next_chunk_ + 1 == chunks_.size() ? 0 : next_chunk_ + 1;
-    if (!chunk_holds(c)) {
+    if (!holds(c)) {
       found_late_ = true;
       note_uncounted_writes();  // other guards may hold the same tensor
       return false;
     }
   }
   return true;
+}
+
+bool Guard::serves(py::handle x) {
+  const TensorType& type = TensorType::get();
+  dlpack::Tensor view;
+  return !tensors_.empty() && type.is_exact(x.ptr()) && TorchState::get().is_plain() &&
+         type.describe(x.ptr(), view) && view.device_type == dlpack::kCpu &&
+         view.type_code == tensors_[0].type_code && view.type_bits == tensors_[0].type_bits &&
+         is_valid();
 }
 
 bool Guard::is_valid() { return valid_ = valid_ && check(); }

@@ -14,7 +14,7 @@ namespace mnv2_fused {
 // Torch counts most writes to a tensor in its version, but not all: kernels of fused optimizers,
 // collectives, statistics of F.batch_norm, writes through .data, NumPy or another process go uncounted.
 // So the guard compares, beside version and address,
-//   - samples: a few words spread over each tensor, at every call;
+//   - samples: one or two cache lines of each tensor, at every call;
 //   - a checksum of kChunk bytes at every call, the next ones each time: any write to a CPU tensor is
 //     found after at most ceil(bytes / kChunk) calls plus one per tensor.
 // A tensor of another device has no readable memory here: its version and address are all there is.
@@ -24,13 +24,19 @@ class Guard {
   // sizes: dictionaries that must keep their number of entries.
   // entries: (dictionary, key) pairs whose values must stay equal.
   // tensors: (tensor, bytes) pairs; bytes that the tensor spans in memory of the CPU, else 0.
+  // hooks: dictionaries of hooks that must keep their number of entries, looked at once any module was
+  // hooked since next_hook.
   // next_hook: RemovableHandle.next_id from before the modules were looked at, or None.
   // The environment's MNV2_FUSED_BACKEND counts as well.
   Guard(const pybind11::list& values, const pybind11::list& sizes, const pybind11::list& entries,
-        const pybind11::list& tensors, const pybind11::object& next_hook);
+        const pybind11::list& tensors, const pybind11::list& hooks,
+        const pybind11::object& next_hook);
 
   // Once false, always false.
   bool is_valid();
+  // Whether it is valid and x is what a call on its tensors takes as it is: an ordinary tensor of their
+  // dtype on the CPU, while nothing records, casts or transforms. False says nothing about the guard.
+  bool serves(pybind11::handle x);
   // Whether a checksum, and no earlier call, found the change: results since then may be stale.
   bool found_late() const { return found_late_; }
 
@@ -58,33 +64,40 @@ class Guard {
   struct Entry {
     pybind11::object dict, key, value;
   };
-  struct Tensor {
+  // One cache line each: they are read in a row.
+  struct alignas(64) Tensor {
     pybind11::object object;
     long long version;  // -1: an inference tensor, which has none
     long long address;
-    size_t bytes;                  // 0 where its memory cannot be read here
-    size_t first_sample, samples;  // in samples_
-    size_t first_length, dims;     // in lengths_: the shape, then the strides
-    bool described;                // whether DLPack tells address, dtype, shape and strides
-    uint8_t type_code, type_bits;  // of the dtype, by DLPack's names
+    const void *impl, *storage;  // of torch's objects, to be fetched beforehand
+    uint32_t first_sample;       // in samples_
+    uint32_t first_length;       // in lengths_: the shape, then the strides
+    uint32_t dims;
+    uint8_t samples;  // 0 where its memory cannot be read here
+    uint8_t sample_bytes;
+    uint8_t type_code,
+        type_bits;  // of the dtype, by DLPack's names; 0 bits: DLPack does not describe it
   };
-  struct Sample {
-    const char* at;
-    uint64_t word;
+  // What one cache line of a tensor held.
+  struct alignas(64) Sample {
+    char held[64];
   };
   // Bytes of a tensor and their checksum.
   struct Chunk {
-    size_t tensor;
-    size_t begin, bytes;
+    const char* at;
+    size_t bytes;
     uint64_t sum;
   };
 
   bool check();
+  static bool has_its_size(const Size& size);
   bool dictionaries_hold() const;
   bool lies_as_before(const Tensor& t) const;  // address, shape and strides
   bool samples_hold(const Tensor& t) const;
-  bool chunk_holds(const Chunk& c) const;
-  void find_lines();
+  void take_samples(Tensor& t, size_t bytes);
+  uint32_t lengths_of(const pybind11::tuple& shape, const pybind11::tuple& strides);
+  void fetch(const Tensor& t) const;
+  void fetch_next_chunks() const;
 
   inline static uint64_t uncounted_writes_ = 0;
 
@@ -95,14 +108,14 @@ class Guard {
   std::vector<Versioned> versions_;
   std::vector<Values> held_;
   std::vector<pybind11::object> values_;
-  std::vector<Size> sizes_;
+  std::vector<Size> sizes_, hooks_;
   std::vector<Entry> entries_;
   std::vector<Tensor> tensors_;
   std::vector<Sample> samples_;
-  std::vector<int64_t> lengths_;
+  std::vector<const char*> sampled_;  // where each of samples_ lies
+  std::vector<int64_t> lengths_;      // each combination once
   std::vector<Chunk> chunks_;
   size_t next_chunk_ = 0;
-  std::vector<const void*> lines_;  // of the caches, that a look at everything touches
 };
 
 }  // namespace mnv2_fused

@@ -119,8 +119,9 @@ PYBIND11_MODULE(_C, m) {
         };
       }))
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
-                    const py::object&>())
+                    const py::list&, const py::object&>())
       .def("is_valid", &Guard::is_valid)
+      .def("serves", &Guard::serves)
       .def_property_readonly("found_late", &Guard::found_late);
   m.def("note_uncounted_writes", &Guard::note_uncounted_writes);
 

@@ -19,6 +19,7 @@ from torch import nn
 from .. import backends
 from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
+from ..module.parameters import refuse_freed
 from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import RunsTraced, forget
 from ..sequence.frozen import freeze, is_frozen, replaced
@@ -172,4 +173,5 @@ def _with_state_of(source: nn.Module, target: _M) -> _M:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    refuse_freed([*model.parameters(), *model.buffers()])
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed_tensors(model)})

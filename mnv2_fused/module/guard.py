@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import backends
@@ -17,11 +18,11 @@ from .. import backends
 class Guard:
     """Dictionaries, attributes and tensors that a prepared call does not look at again, and whether they changed.
 
-    Tensors count as changed by their version, address, shape and strides, by a few words of their memory, and by a
-    checksum whose next 16 KiB are compared at each call: torch does not count every write.
+    Tensors count as changed by their version, address, shape and strides, by a cache line or two of their memory, and
+    by a checksum whose next 16 KiB are compared at each call: torch does not count every write.
     """
 
-    __slots__ = ("_aliases", "_native", "is_valid", "tensors")
+    __slots__ = ("_aliases", "_native", "is_valid", "serves", "tensors")
 
     def __init__(
         self,
@@ -29,18 +30,21 @@ class Guard:
         values: Iterable[dict[str, Any]] = (),
         sizes: Iterable[dict[Any, Any]] = (),
         entries: Iterable[tuple[dict[str, Any], str]] = (),
+        hooks: Iterable[dict[int, Any]] = (),
         next_hook: int | None = None,
     ) -> None:
         """``values``: dictionaries whose values must stay the very same objects; ``sizes``: dictionaries that must keep
-        their number of entries; ``entries``: values that must stay equal; ``next_hook``: ``RemovableHandle.next_id``
-        from before the modules were looked at, so that a hook added meanwhile counts.
+        their number of entries; ``entries``: values that must stay equal; ``hooks``: dictionaries whose number of
+        entries is looked at only after some module was hooked; ``next_hook``: ``RemovableHandle.next_id`` from before
+        the modules were looked at, so that a hook added meanwhile counts.
         """
         self.tensors = list(tensors)
         # Aliases keep the memory alive: no other tensor can appear at the same address.
         self._aliases = [t.detach() for t in self.tensors]
         spans = [(t, _span(t)) for t in self.tensors]
-        self._native = backends._C.Guard(list(values), list(sizes), list(entries), spans, next_hook)
+        self._native = backends._C.Guard(list(values), list(sizes), list(entries), spans, list(hooks), next_hook)
         self.is_valid = self._native.is_valid
+        self.serves = self._native.serves
 
     @classmethod
     def of_modules(
@@ -66,6 +70,7 @@ class Guard:
             # Other dictionaries in their place.
             + [(vars(m), name) for m in modules for name in ("_modules", "_parameters", "_buffers")]
             + [(vars(p), "_modules") for p in parents],
+            [hooks for m in dict.fromkeys((*modules, *parents, *hooked)) for hooks in hooks_of(m)] + _global_hooks(),
             next_hook,
         )
 
@@ -124,6 +129,11 @@ def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
         module._backward_hooks,
         module._backward_pre_hooks,
     ]
+
+
+def _global_hooks() -> list[dict[int, Any]]:
+    """The dictionaries that hold the hooks of all modules."""
+    return [value for name, value in vars(torch_module).items() if name.startswith("_global_") and "_hooks" in name]
 
 
 def has_hooks(module: nn.Module) -> bool:

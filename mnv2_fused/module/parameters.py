@@ -18,8 +18,9 @@ def fold_and_pack(
     """Packed weights of a block for activations of ``dtype``.
 
     ``parameters``: the block's tensors in a row, as :func:`mnv2_fused.fold.conv_norms` reads them; ``eps``: the norms',
-    one number a stage, 0 without a norm.
+    one number a stage, 0 without a norm. Raises RuntimeError where the memory of one of them was freed.
     """
+    refuse_freed(parameters)
     stages, squeeze = conv_norms(parameters, len(eps))
     *expand, depthwise, project = [conv.folded(e) for conv, e in zip(stages, eps, strict=True)]
     w_expand, b_expand = expand[0] if expand else (None, None)
@@ -78,6 +79,15 @@ def trackable(tensors: Iterable[Tensor]) -> bool:
     has no memory, and its version does not count what is written to those.
     """
     return all(readable(t) or t.numel() == 0 if t.is_cpu else not t.is_inference() for t in tensors)
+
+
+def refuse_freed(sources: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError where the memory of a weight was freed: reading it would crash."""
+    if not torch.compiler.is_compiling() and any(map(freed, sources)):
+        raise RuntimeError(
+            "a weight's data is not allocated: its storage was resized to less than it holds; load the weights again "
+            "before fusing, freezing or calling the model"
+        )
 
 
 def freed(t: Tensor | None) -> bool:

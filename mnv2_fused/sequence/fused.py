@@ -38,6 +38,7 @@ class Run:
         self.weights = fold_layers(self.geometry, parameters, eps, dtype, backend)
         self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
+        self.layers = torch.tensor(self.geometry)
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x`` is what the op takes, not recording gradients."""
@@ -49,6 +50,12 @@ class Run:
             for module in self.modules:
                 x = module(x)
             return x
+        return self.call(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        """Of what it takes."""
+        if self.is_cpu:
+            return ops.sequence_row(x, self.weights, self.layers, self.flat)
         y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
 
@@ -78,11 +85,14 @@ class PreparedRun:
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
         self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
         self.steps: list[Run | nn.Module] = []
+        self.only: Run | None = None  # on the CPU, where that is all
         if not self.runs or self.dtype is None:
             return
         for is_run, entries in grouped(found):
             self.steps += [Run(entries, self.dtype, backend)] if is_run else entries
         self.cacheable = all(cacheable(run.weights) for run in self.runs_of())
+        first = self.steps[0]
+        self.only = first if isinstance(first, Run) and len(self.steps) == 1 and is_cpu else None
 
     def runs_of(self) -> Iterator[Run]:
         """Those among the steps."""
@@ -127,6 +137,9 @@ class RunsFused(RunsTraced):
         if self.training or type(x) is not Tensor:
             return None
         prepared = self._prepared
+        # First in one look, which also says no where the following lines say yes.
+        if prepared is not None and prepared.only is not None and prepared.guard.serves(x):
+            return prepared.only.call(x)
         if prepared is None or prepared.is_cpu is not x.is_cpu or not prepared.guard.is_valid():
             if prepared is not None:
                 prepared.guard.warn_if_late()

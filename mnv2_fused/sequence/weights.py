@@ -13,7 +13,7 @@ from .. import backends
 from ..encoding import SQUEEZE_CHANNELS, LayerKind, split_layers
 from ..fold import ConvNorm, pack_conv, pack_stem
 from ..module.fused_block import FusedBlock
-from ..module.parameters import conv_norm_activation, fold_and_pack, parameters_of
+from ..module.parameters import conv_norm_activation, fold_and_pack, parameters_of, refuse_freed
 
 
 def layer_parameters(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None], list[float]]:
@@ -41,6 +41,7 @@ def fold_layers(
     geometry: Sequence[int], parameters: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, backend: str
 ) -> Tensor:
     """The weights of ``geometry``, the op's ``layers``, for the kernels of ``backend``, "cpu" or "cuda": [bytes]."""
+    refuse_freed(parameters)
     tensors, epsilons = iter(parameters), iter(eps)
     packed: list[Tensor | None] = []
 

@@ -12,7 +12,7 @@ from support.models import fused_model, make_x, near
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from mnv2_fused import FusedInvertedResidual, backends, unfuse
+from mnv2_fused import FusedInvertedResidual, backends, fuse, unfuse
 from mnv2_fused.module.guard import Guard, _warn_of_late_writes
 from mnv2_fused.testing import perturb_batch_norm
 
@@ -264,6 +264,51 @@ def test_flipped_signs_count(dtype, flipped):
         assert not guard.is_valid()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1280,), (96, 16, 1, 1)], ids=str)
+@pytest.mark.parametrize("at", [0, 15, 16, 700, -1])
+def test_a_product_of_a_tensor_with_one_element_that_is_not_zero(dtype, shape, at):
+    """Each line of zeros stays as it was: the one that is looked at must not be one of them."""
+    for zero in (0.0, -0.0):
+        weight = torch.full(shape, zero, dtype=dtype)
+        weight.view(-1)[at] = 1.0
+        guard = Guard([*torch.randn(8, 4096), weight])  # the others' checksums come first
+        assert guard.is_valid()
+        weight.data.mul_(1.5)
+        assert not guard.is_valid()
+
+
+@pytest.mark.parametrize(
+    "write",
+    {
+        "negated": torch.Tensor.neg_,
+        "clipped": lambda t: t.clamp_(-0.5, 0.5),
+        "rectified": torch.Tensor.relu_,
+        "rounded": lambda t: t.copy_(t.bfloat16()),
+        "rolled": lambda t: t.copy_(t.roll(1, 0)),
+        "reversed": lambda t: t.copy_(t.flip(0)),
+        "pruned": lambda t: t.mul_(torch.rand_like(t) < 0.5),
+    }.values(),
+)
+@pytest.mark.parametrize("shape", [(64,), (24, 16, 1, 1), (96, 1, 3, 3), (10, 1280)], ids=str)
+def test_a_write_of_a_whole_tensor_is_seen_at_once(shape, write):
+    """By its samples alone: other tensors are next in the turn of the checksums."""
+    torch.manual_seed(0)
+    weight, others = torch.randn(shape), torch.randn(8, 4096)
+    guard = Guard([*others, weight])
+    assert guard.is_valid()
+    write(weight.data)
+    assert not guard.is_valid()
+
+
+@pytest.mark.parametrize("half", [slice(None, 48), slice(48, None)], ids=str)
+def test_a_half_of_a_weights_channels_is_seen_at_once(half):
+    weight = torch.randn(96, 64, 1, 1)
+    guard = Guard([*torch.randn(8, 4096), weight])
+    weight.data[half] = 0
+    assert not guard.is_valid()
+
+
 @pytest.mark.parametrize("called_before", [False, True])
 def test_a_freed_storage_is_an_error(called_before):
     """Its memory is not read."""
@@ -274,6 +319,26 @@ def test_a_freed_storage_is_an_error(called_before):
         block.conv[0][0].weight.untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match="not allocated"):
             block(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_freezing_a_freed_storage_is_an_error(inplace):
+    model = fused_model()
+    model.features[2].conv[0][0].weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        fuse(model, frozen=True, inplace=inplace)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        unfuse(model)
+
+
+@pytest.mark.parametrize("part", [lambda m: m.features[0][0], lambda m: m.classifier[1]], ids=["stem", "classifier"])
+def test_a_freed_storage_in_a_row_is_an_error(part):
+    model, x = fused_model(), make_x()
+    with torch.no_grad():
+        model(x)
+        part(model).weight.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"not allocated|out of bounds for storage of size 0"):  # torch's own
+            model(x)
 
 
 def test_a_weight_that_wraps_others():

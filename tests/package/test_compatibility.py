@@ -377,6 +377,7 @@ SCHEMAS = (
     f"mnv2_fused::inverted_residual_triton{_BLOCK}) -> Tensor",
     f"mnv2_fused::inverted_residual_cuda{_BLOCK}, bool tf32=False) -> Tensor",
     "mnv2_fused::sequence(Tensor x, Tensor weights, int[] layers) -> Tensor",
+    "mnv2_fused::sequence_row(Tensor x, Tensor weights, Tensor layers, bool flat) -> Tensor",
     "mnv2_fused::sequence_cuda(Tensor x, Tensor weights, int[] layers, bool tf32=False) -> Tensor",
     "mnv2_fused::cached_inverted_residual(Tensor x, Tensor?[] sources, float[] eps, int stride, bool residual, "
     'int cache, str backend="cpu", int[] rest=[], int site=-1) -> Tensor',

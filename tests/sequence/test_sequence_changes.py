@@ -30,6 +30,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import Conv2dNormActivation
 
 from mnv2_fused import fuse, unfuse
+from mnv2_fused.module.guard import Guard
 from mnv2_fused.testing import (
     perturb_batch_norm,
     threads,
@@ -298,6 +299,43 @@ def test_hooks_fire_and_go_away(part, expected, register, ran):
     ran.clear()
     assert torch.equal(model(x), before)
     assert ran == [WHOLE]
+
+
+def test_a_hook_elsewhere_folds_nothing_again(ran):
+    model, x = fused_model(), make_x()
+    before, prepared = model(x), model._prepared
+    elsewhere = nn.Linear(3, 3)
+    for _ in range(2):
+        elsewhere.register_forward_hook(lambda *_: None)
+        assert torch.equal(model(x), before) and model._prepared is prepared
+    fired = []
+    model.features[3].register_forward_hook(lambda *_: fired.append(1))
+    assert calls_of(model, x, ran) == WITHOUT_BLOCK and fired
+
+
+def test_a_hook_elsewhere_folds_a_blocks_weights_not_again():
+    block = fused_model().features[3]
+    x = image(1, block.spec.in_channels, 9, 9)
+    block(x)
+    ready = block._ready
+    nn.Linear(3, 3).register_forward_pre_hook(lambda *_: None)
+    block(x)
+    assert ready is not None and block._ready is ready
+
+
+def test_a_hook_set_while_the_layers_are_looked_at(monkeypatch):
+    """By another thread, after the look at the hooks and before the guard is there."""
+    model, x, fired = fused_model(), make_x(), []
+    of_modules = Guard.of_modules
+
+    def hooked_first(*args):
+        monkeypatch.setattr(Guard, "of_modules", of_modules)
+        model.features[3].register_forward_hook(lambda *_: fired.append(1))
+        return of_modules(*args)
+
+    monkeypatch.setattr(Guard, "of_modules", hooked_first)
+    model(x), model(x)
+    assert fired
 
 
 @pytest.mark.parametrize("name", ["register_module_forward_hook", "register_module_forward_pre_hook"])

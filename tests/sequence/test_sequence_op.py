@@ -634,3 +634,23 @@ def test_backward_says_that_there_is_none():
         y = op(image(1, 8, 5, 5).requires_grad_(), weights, layers)
         with pytest.raises(RuntimeError, match=r"sequence has no derivative.*torch\.no_grad"):
             y.sum().backward()
+
+
+@by_dtype
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("flat", [False, True])
+def test_layers_as_a_tensor_give_the_same_bits(flat, batch, dtype):
+    x, layers = image(batch, 3, 9, 12, dtype=dtype), [stem(3, 16, 8), head(8, 16, pool=True), linear(16, 10)]
+    weights, geometry = arguments(layers, dtype)
+    y = torch.ops.mnv2_fused.sequence_row(x, weights, torch.tensor(geometry), flat)
+    expected = op(x, weights, geometry)
+    assert torch.equal(y, expected.flatten(1) if flat else expected)
+    assert flat or y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "layers", [torch.zeros(7), torch.zeros(2, 7, dtype=torch.int64), torch.zeros(14, dtype=torch.int64)[::2]]
+)
+def test_layers_that_are_no_row_of_int64(layers):
+    with pytest.raises(RuntimeError, match="layers must be one contiguous row of int64"):
+        torch.ops.mnv2_fused.sequence_row(image(1, 3, 9, 12), torch.zeros(64, dtype=torch.uint8), layers, False)
