@@ -17,6 +17,10 @@ if not package.is_relative_to(folder):
     sys.exit(f"{package} was imported, not the wheel that is installed in {folder}")
 if (why := backends.backend_reasons()["cpu"]) is not None:
     sys.exit(f"the CPU kernel cannot run: {why}")
+# Wheels with the CUDA kernel, where the build found a toolkit: the library has to load, also without a GPU.
+if backends._C.no_cuda is None and backends._cuda is None:
+    sys.exit(f"the CUDA kernel is in the wheel, but {backends._cuda_error}")
+print(f"CUDA kernel: {backends._C.no_cuda or f'for {backends._cuda.architectures}'}")
 
 torch.manual_seed(0)
 with torch.inference_mode():
