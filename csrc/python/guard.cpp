@@ -38,8 +38,9 @@ const char* backend_override() {
   return name ? name : "";
 }
 
-// Changes with every change of the dictionary (PEP 509); CPython 3.14 has none.
-#if PY_VERSION_HEX < 0x030E0000
+// Changes with every change of the dictionary (PEP 509), up to CPython 3.12. In 3.13 an attribute that is set on an
+// object changes the object's dictionary, but not the version; 3.14 has no version.
+#if PY_VERSION_HEX < 0x030D0000
 constexpr bool kVersions = true;
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
