@@ -22,8 +22,8 @@ TORCHVISION := torchvision==0.26.0
 TORCH_NEXT := torch==2.13.0
 # Files at a time; plain pytest runs them one by one.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
-# What an installed wheel is tested by, from tests/ and without the project's own environment.
-INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py
+# What an installed wheel is tested by, from tests/, where there is torch but no torchvision.
+INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py module/test_guard.py
 # Whose models are converted in tests.
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors minutes. Name others in the
@@ -72,11 +72,9 @@ test-sdist: dist/sdist $(VENV)/packages
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -t build/from-sdist/installed build/from-sdist/*.whl
 	PYTHONPATH=build/from-sdist/installed $(BIN)/python .ci/check_installed.py build/from-sdist/installed
 
-# Wheels of a release, audited, run and tested: see CONTRIBUTING.md. Stale weights are found by CPython's own
-# structures, which are others in every version.
+# Wheels of a release, audited, run and tested: see CONTRIBUTING.md.
 wheels: dist/sdist
-	TORCH='$(TORCH_NEXT)' TESTS='$(INSTALLED_TESTS) module/test_stale_weights.py' \
-	  .ci/wheels dist/sdist/*.tar.gz dist/wheels $(WHEEL_PYTHONS)
+	TORCH='$(TORCH_NEXT)' TESTS='$(INSTALLED_TESTS)' .ci/wheels dist/sdist/*.tar.gz dist/wheels $(WHEEL_PYTHONS)
 
 bench: $(VENV)/peers build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
