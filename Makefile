@@ -9,7 +9,7 @@
 # make coverage  the same, and which lines of Python ran
 # make wheels  what a release uploads, for every Python: see CONTRIBUTING.md
 # make test   the whole test suite, under the pinned torch and under a newer one, and a build from the sdist
-# Each does its own set-up in a fresh clone; only Python 3.11-3.12, a C++20 compiler and make are needed. Where a CUDA
+# Each does its own set-up in a fresh clone; only Python 3.11-3.13, a C++20 compiler and make are needed. Where a CUDA
 # toolkit is at hand, the CUDA kernel is built too; MNV2_FUSED_CUDA=0 leaves it out.
 
 PYTHON ?= python3
