@@ -54,7 +54,7 @@ class Run:
 
     def call(self, x: Tensor) -> Tensor:
         """Of what it takes."""
-        if self.is_cpu:
+        if self.backend == "cpu":
             return ops.sequence_row(x, self.weights, self.layers, self.flat)
         y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
@@ -92,7 +92,7 @@ class PreparedRun:
             self.steps += [Run(entries, self.dtype, backend)] if is_run else entries
         self.cacheable = all(cacheable(run.weights) for run in self.runs_of())
         first = self.steps[0]
-        self.only = first if isinstance(first, Run) and len(self.steps) == 1 and is_cpu else None
+        self.only = first if isinstance(first, Run) and len(self.steps) == 1 and backend == "cpu" else None
 
     def runs_of(self) -> Iterator[Run]:
         """Those among the steps."""

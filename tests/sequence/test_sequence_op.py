@@ -203,6 +203,15 @@ def test_long_sums(isa):
             check_layers([head(448, 1792)], channels_last(batch, 448, 7, 7))
 
 
+@by_isa
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_means_over_many_pixels(activation, isa):
+    """Of nearly the same values, where a sum of one pixel after the other loses most."""
+    with instruction_set(isa):
+        for size in ((5, 33), (16, 16), (34, 60)):
+            check_layers([head(3, 40, pool=True, activation=activation)], image(1, 3, *size) / 100)
+
+
 CHAIN = [
     stem(3, 32, 16),
     block(BlockSpec(16, 96, 24, 2)),

@@ -12,6 +12,7 @@ class Pointwise {
   using T = typename V::T;
   // Pixels whose inputs stay in L2 while every weight passes by.
   static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kSummed = 64;
   static constexpr int64_t kPerPanel = kPanel / V::kLanes;
 
  public:
@@ -104,9 +105,21 @@ class Pointwise {
     t.expanded.fill(0, results - channel, clips ? 0 : N * V::kLanes);
     const auto table = clips ? expand_table<V, S, T, N, true>(Rows<V, N>{})
                              : expand_table<V, S, T, N, false>(Rows<V, N>{});
-    V sums[N];
-    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { sums[j] = V::set1(0); });
-    for_pixels(t, N, block, count, kRows, [&](int64_t, int rows) {
+    // One pixel after the other, a sum of many loses digits: every kSummed of them begin anew.
+    V sums[N], earlier[N];
+    unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { earlier[j] = sums[j] = V::set1(0); });
+    const auto begin_anew = [&] {
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+        earlier[j] = V::add(earlier[j], sums[j]);
+        sums[j] = V::set1(0);
+      });
+    };
+    int64_t end = kSummed;
+    for_pixels(t, N, block, count, kRows, [&](int64_t pixel, int rows) {
+      if (!clips && pixel >= end) {
+        begin_anew();
+        end += kSummed;
+      }
       table[rows - 1](t);
       const int pixels = clips ? 1 : rows;
       if (!clips) activate<V>(results, rows * N, V::kLanes, s_.function());
@@ -115,6 +128,7 @@ class Pointwise {
           sums[j] = V::add(sums[j], V::load(results + (i * N + j) * V::kLanes));
         });
     });
+    begin_anew();
     const V scale = V::set1(T(1) / T(pixels_));
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
       const int64_t offset = image_ * s_.out_channels + channel + j * V::kLanes;
@@ -122,7 +136,7 @@ class Pointwise {
       if (lanes <= 0) return;
       const bool full = lanes >= V::kLanes;
       T* const p = a_.sums + offset;
-      V sum = sums[j];
+      V sum = earlier[j];
       if (block > 0) sum = V::add(sum, full ? V::load(p) : V::load_partial(p, lanes));
       if (block + count < pixels_) {
         full ? sum.store(p) : sum.store_partial(p, lanes);
