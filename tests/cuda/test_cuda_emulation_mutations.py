@@ -234,7 +234,8 @@ def changed_kernel(name, folder):
     original, replacement = MUTATIONS[name]
     precision, spec, activation = shown_by(name)
     shutil.copytree(CSRC / "cuda", folder / "cuda")
-    shutil.copy(CSRC / "block.h", folder)
+    for header in ("activations.h", "block.h"):
+        shutil.copy(CSRC / header, folder)
     changed = [path for path in (folder / "cuda").rglob("*.cuh") if original in path.read_text()]
     assert len(changed) == 1 and changed[0].read_text().count(original) == 1, original
     changed[0].write_text(changed[0].read_text().replace(original, replacement))

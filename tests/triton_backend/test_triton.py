@@ -220,7 +220,7 @@ MUTATIONS = {
     "order of taps": ("return kernel * row + col if", "return kernel * col + row if"),
     "last rows": ("(given & (r < out_height)", "(given & (r < out_height - 1)"),
     "first clamp": ("tl.minimum(tl.maximum(v, 0.0, propagate_nan=_ALL), cap", "tl.minimum(v, cap"),
-    "second clamp": ("result = activate(sums[o], ACTIVATION)", "result = sums[o]"),
+    "second clamp": ("result = activate(sums[o], ACTIVATION, NEGATIVE_SLOPE)", "result = sums[o]"),
 }  # fmt: skip
 
 
