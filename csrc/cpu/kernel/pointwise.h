@@ -12,6 +12,7 @@ class Pointwise {
   using T = typename V::T;
   // Pixels whose inputs stay in L2 while every weight passes by.
   static constexpr int64_t kBlock = 256;
+  // Pixels of one sum of formulas: more than the 7x7 of the usual head, few enough to keep the digits.
   static constexpr int64_t kSummed = 64;
   static constexpr int64_t kPerPanel = kPanel / V::kLanes;
 
