@@ -240,7 +240,8 @@ if backends._C is not None:
         torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
         if _name != "sequence_row":  # the shape of whose result is in a tensor's values
             torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
-    _row_op = torch.ops.mnv2_fused.sequence_row.default  # the way there costs microseconds, with cold caches
+    # The way there costs microseconds with cold caches, as does each call in Python around what torch calls in C++.
+    _row_op = getattr(torch.ops.mnv2_fused.sequence_row.default, "_op", torch.ops.mnv2_fused.sequence_row.default)
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
     _op = torch.ops.mnv2_fused.inverted_residual_cuda.default

@@ -17,9 +17,17 @@ class _HasImplementation(RunsWhole):
 
 
 class _RunsWhole(_HasImplementation):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run_fused(x)
+        return self._forward_impl(x) if y is None else y
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         y = self.run_fused(x)
         return super()._forward_impl(x) if y is None else y
+
+    def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
+        children, parents = super().fusable_children()
+        return [] if "_forward_impl" in vars(self) else children, parents
 
 
 class MobileNetV2(_RunsWhole, torchvision.models.MobileNetV2):

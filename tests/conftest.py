@@ -82,14 +82,18 @@ def fresh_graphs():
 
 @pytest.fixture
 def poison():
-    """Fills every torch allocation with NaN: an element that the op leaves unwritten, or reads from scratch
-    before it writes it, then shows."""
+    """Fills every allocation of torch and of the CPU's ops with NaN: an element that an op leaves unwritten, or reads
+    from scratch before it writes it, then shows."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if backends._C is not None:
+        backends._C.poison_new_memory(True)
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+    if backends._C is not None:
+        backends._C.poison_new_memory(False)
 
 
 def through_pickle(module):

@@ -1,6 +1,8 @@
 // The op of one block on the CPU.
 #include "op.h"
 
+#include <atomic>
+#include <cstring>
 #include <optional>
 
 namespace mnv2_fused::cpu {
@@ -15,17 +17,44 @@ Tensor in_huge_pages(Tensor t, int64_t bytes) {
   return t;
 }
 
+std::atomic<bool> poison = false;
+std::atomic<int64_t> poisoned = 0;  // bytes
+constexpr int kNaN = 0xFF;          // each byte of a NaN, whatever the dtype
+
 }  // namespace
 
+int64_t poison_new_memory(bool on) {
+  poison = on;
+  return poisoned.exchange(0);
+}
+
+// Not torch::stable::empty, which looks an op up by its name and takes its sizes one by one: with cold
+// caches two of them take microseconds.
+Tensor empty(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), to<int32_t>(from(dtype)),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor t(handle);
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  if (poison) {
+    std::memset(t.mutable_data_ptr(), kNaN, size_t(bytes));
+    poisoned += bytes;
+  }
+  return in_huge_pages(t, bytes);
+}
+
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool channels_last) {
-  const Tensor t = torch::stable::empty(
-      IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt, std::nullopt,
-      std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  return in_huge_pages(t, t.numel() * t.element_size());
+  const auto [n, c, h, w] = sizes;
+  const Sizes strides =
+      channels_last ? Sizes{h * w * c, 1, w * c, c} : Sizes{c * h * w, h * w, w, 1};
+  return empty({sizes.data(), sizes.size()}, {strides.data(), strides.size()}, dtype);
 }
 
 Tensor buffer(int64_t bytes) {
-  return in_huge_pages(torch::stable::empty({&bytes, 1}, ScalarType::Byte), bytes);
+  constexpr int64_t stride = 1;
+  return empty({&bytes, 1}, {&stride, 1}, ScalarType::Byte);
 }
 
 namespace {

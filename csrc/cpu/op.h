@@ -6,8 +6,12 @@
 namespace mnv2_fused::cpu {
 
 // New memory that holds nothing yet, in huge pages where it is large.
+Tensor empty(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype);
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool channels_last);
 Tensor buffer(int64_t bytes);
+// For tests: whether new memory is filled with NaN of any dtype, so that what is read before it is written
+// shows. Returns the bytes that were filled since the last call.
+int64_t poison_new_memory(bool on);
 
 // Calls f with the S of the kernels for x and its packed weights. A bfloat16 x runs on bfloat16
 // products where the weights are packed for them; else half precision is widened to float. Errors carry

@@ -153,7 +153,7 @@ ActivationView as_pixels(const ActivationView& x) {
 Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
                     const Tensor& weights,         // [bytes], of all layers
                     IntHeaderOnlyArrayRef layers,  // seven values of each, and those that follow
-                    bool flat                      // whether the result is [N, C H W]
+                    bool flat  // whether the result is [N, C], as after a classifier
 ) {
   const ScalarType type = x.scalar_type();
   return dispatch("sequence", type, type, [&]<class S>(S) {
@@ -174,8 +174,12 @@ Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
       fail("these layers take ", row->weight_bytes, " bytes of weights for x of this dtype, got ",
            weights.numel(),
            "; pack them for it and join them with mnv2_fused.sequence.weights.join");
-    const auto shaped = [&](const Tensor& y) { return flat ? torch::stable::flatten(y, 1) : y; };
-    if (x.size(0) == 0) return shaped(empty(sizes, type, true));
+    if (flat && sizes[2] * sizes[3] != 1)
+      fail("flat is for a result of one pixel an image, this one is ", to_string(sizes));
+    const auto result_of = [&](ScalarType dtype) {
+      return flat ? empty({sizes[0], sizes[1]}, {sizes[1], 1}, dtype) : empty(sizes, dtype, true);
+    };
+    if (x.size(0) == 0) return result_of(type);
 
     const int64_t between = row->between;
     const Tensor memory = buffer(between + row->scratch);
@@ -183,7 +187,7 @@ Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
 
     Tensor source = type == kStored ? x : torch::stable::to(x, kStored);
     if (all[0].kind != kStemAndBlock) source = with_channels_together(source);
-    const Tensor result = empty(sizes, kStored, true);
+    const Tensor result = result_of(kStored);
     ActivationView in = activation_of(source);
     for (size_t i = 0; i < all.size(); ++i) {
       const Layer& l = all[i];
@@ -200,9 +204,9 @@ Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
                       packed + l.weights[1], y, reinterpret_cast<T*>(first + between), next);
       in = {l.y, {l.y[1] * l.y[2] * l.y[3], 1, l.y[3] * l.y[1], l.y[1]}, y};
     }
-    if (type == kStored) return shaped(result);
-    Tensor y = empty(sizes, type, true);
-    return shaped(torch::stable::copy_(y, result));
+    if (type == kStored) return result;
+    Tensor y = result_of(type);
+    return torch::stable::copy_(y, result);
   });
 }
 

@@ -195,6 +195,13 @@ class TorchState {
   py::object grad_, autocast_, transforms_, compiler_, forward_ad_, cpu_, compiling_, level_;
 };
 
+// Inlined: a call of memcmp would take longer than the few values do.
+[[gnu::always_inline]] inline bool same_lengths(const int64_t* a, const int64_t* b, size_t dims) {
+  bool same = true;
+  for (size_t i = 0; i < dims; ++i) same &= a[i] == b[i];
+  return same;
+}
+
 const char* memory_of(long long address) {
   return reinterpret_cast<const char*>(static_cast<uintptr_t>(address));
 }
@@ -427,10 +434,8 @@ bool Guard::lies_as_before(const Tensor& t) const {
     if (!type.describe(object, view)) return false;
     return static_cast<const char*>(view.data) + view.byte_offset == memory_of(t.address) &&
            view.type_code == t.type_code && view.type_bits == t.type_bits &&
-           static_cast<size_t>(view.ndim) == t.dims &&
-           std::equal(view.shape, view.shape + t.dims, expected) &&
-           (view.strides ? std::equal(view.strides, view.strides + t.dims, expected + t.dims)
-                         : t.dims == 0);
+           static_cast<size_t>(view.ndim) == t.dims && same_lengths(view.shape, expected, t.dims) &&
+           (view.strides ? same_lengths(view.strides, expected + t.dims, t.dims) : t.dims == 0);
   }
   if (type.address(object) != t.address) return false;
   for (const py::object& lengths : {type.shape(object), type.strides(object)}) {

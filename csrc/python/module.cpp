@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "../block_fields.h"
-#include "../cpu/run.h"
+#include "../cpu/op.h"
 #include "../cuda/plan.h"
 #include "guard.h"
 
@@ -105,6 +105,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &cpu::set_active);
   m.def("l2_bytes", &cpu::l2_bytes);
   m.def("advise_huge_pages", &cpu::advise_huge_pages);
+  m.def("poison_new_memory", &cpu::poison_new_memory);
   py::class_<Guard>(
       m, "Guard", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
         PyTypeObject* const type = &heap_type->ht_type;

@@ -79,12 +79,14 @@ class FrozenRow(_Frozen, _Whole):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.dtype, self.is_cpu, self.backend = run.dtype, run.is_cpu, run.backend
-        self.geometry, self.flat = run.geometry, run.flat
+        self.geometry, self.layers, self.flat = run.geometry, run.row[1], run.flat
         self.register_buffer("weights", run.weights)
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C_out, H', W'], or [N, C_out] behind a classifier
         self._check(x)
+        if self.backend == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling():
+            return ops.sequence_row(x, self.weights, self.layers, self.flat)
         y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
 

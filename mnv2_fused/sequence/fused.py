@@ -38,7 +38,7 @@ class Run:
         self.weights = fold_layers(self.geometry, parameters, eps, dtype, backend)
         self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
-        self.layers = torch.tensor(self.geometry)
+        self.row = self.weights, torch.tensor(self.geometry), self.flat  # what ops.sequence_row takes behind x
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x`` is what the op takes, not recording gradients."""
@@ -55,7 +55,7 @@ class Run:
     def call(self, x: Tensor) -> Tensor:
         """Of what it takes."""
         if self.backend == "cpu":
-            return ops.sequence_row(x, self.weights, self.layers, self.flat)
+            return ops.sequence_row(x, *self.row)
         y = ops.sequence(x, self.weights, self.geometry, self.backend)
         return y.flatten(1) if self.flat else y
 
@@ -85,14 +85,14 @@ class PreparedRun:
         has_blocks = any(isinstance(m, FusedBlock) for m in in_runs)
         self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
         self.steps: list[Run | nn.Module] = []
-        self.only: Run | None = None  # on the CPU, where that is all
+        self.only: tuple[Tensor, Tensor, bool] | None = None  # the row of a run on the CPU, where that is all
         if not self.runs or self.dtype is None:
             return
         for is_run, entries in grouped(found):
             self.steps += [Run(entries, self.dtype, backend)] if is_run else entries
         self.cacheable = all(cacheable(run.weights) for run in self.runs_of())
         first = self.steps[0]
-        self.only = first if isinstance(first, Run) and len(self.steps) == 1 and backend == "cpu" else None
+        self.only = first.row if isinstance(first, Run) and len(self.steps) == 1 and backend == "cpu" else None
 
     def runs_of(self) -> Iterator[Run]:
         """Those among the steps."""
@@ -132,14 +132,14 @@ class RunsFused(RunsTraced):
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
         # Every call runs this with cold caches, so what the guard would notice is looked at in _prepare alone.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # other tracers bring tensors of other types
             return self.run_traced(x)
         if self.training or type(x) is not Tensor:
             return None
         prepared = self._prepared
         # First in one look, which also says no where the following lines say yes.
         if prepared is not None and prepared.only is not None and prepared.guard.serves(x):
-            return prepared.only.call(x)
+            return ops.sequence_row(x, *prepared.only)
         if prepared is None or prepared.is_cpu is not x.is_cpu or not prepared.guard.is_valid():
             if prepared is not None:
                 prepared.guard.warn_if_late()

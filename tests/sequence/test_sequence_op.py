@@ -657,6 +657,12 @@ def test_layers_as_a_tensor_give_the_same_bits(flat, batch, dtype):
     assert flat or y.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_flat_is_for_one_pixel_an_image():
+    weights, geometry = arguments([stem(3, 16, 8), head(8, 16)], torch.float32)
+    with pytest.raises(RuntimeError, match=r"flat is for a result of one pixel an image, this one is \[1, 16, 5, 6\]"):
+        torch.ops.mnv2_fused.sequence_row(image(1, 3, 9, 12), weights, torch.tensor(geometry), True)
+
+
 @pytest.mark.parametrize(
     "layers", [torch.zeros(7), torch.zeros(2, 7, dtype=torch.int64), torch.zeros(14, dtype=torch.int64)[::2]]
 )
