@@ -25,7 +25,8 @@ PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 # What an installed wheel is tested by, from tests/, where there is torch but no torchvision.
 INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py module/test_guard.py
 # Whose models are converted in tests.
-FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0
+FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0 \
+  efficientnet_pytorch==0.7.1 monai==1.6.1
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors minutes. Name others in the
 # environment; pip install without make takes all.
 export TORCH_CUDA_ARCH_LIST ?= 9.0

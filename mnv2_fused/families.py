@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .module import FusedInPlace, Reader, reading
+from .module import FusedBlock, FusedInPlace, FusedObserved, Reader, is_candidate, observe, reading
 from .module.guard import is_compiled
 from .module.reading import Parts, Unfusable, read_chain
 from .sequence import FusedSequential
@@ -37,6 +37,15 @@ def family_of(module: nn.Module) -> Family | None:
         if name in names and child in module._modules:
             return family
     return None
+
+
+def observed_family_of(module: nn.Module) -> Family | None:
+    """What reads a module of a class that is not known, if it may be a block and holds none of a known one."""
+    if not is_candidate(module) or isinstance(module, torch.jit.ScriptModule):
+        return None
+    if any(family_of(m) is not None or isinstance(m, FusedBlock) for m in module.modules()):
+        return None
+    return OBSERVED
 
 
 def parts_of(block: nn.Module, reader: Reader) -> Parts | str:
@@ -290,6 +299,7 @@ def inline_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _SEQUENTIAL = Family(read_sequential)
+OBSERVED = Family(observe, FusedObserved)
 # A class's name and, since several share one, a child of theirs.
 _FAMILIES = (
     ("InvertedResidual", "conv", Family(read_mobilenet_v2)),

@@ -202,7 +202,7 @@ def conv_norms(tensors: Sequence[Tensor | None], stages: int) -> tuple[list[Conv
 def _conv_norm(tensors: Sequence[Tensor | None]) -> ConvNorm:
     weight, *others = tensors
     assert weight is not None  # a convolution has one
-    return ConvNorm(weight, *others)
+    return ConvNorm(weight if weight.dim() > 2 else weight[:, :, None, None], *others)  # of a Linear
 
 
 def _panels(t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..families import Family, family_of, inline_blocks, parts_of, read_mobilenet_v2
+from ..families import Family, family_of, inline_blocks, observed_family_of, parts_of, read_mobilenet_v2
 from ..module import FusedBlock, reading
 from ..module.guard import has_hooks, is_compiled
 from ..spec import BlockSpec
@@ -21,7 +21,7 @@ class Match(NamedTuple):
 
 
 def _match(module: nn.Module) -> Match | str | None:
-    family = family_of(module)
+    family = family_of(module) or observed_family_of(module)
     if family is None:
         return None
     parts = parts_of(module, family.read)
@@ -53,14 +53,21 @@ def blocks_of(
         return
     compiled = compiled or is_compiled(module)
     found = _match(module)
-    if found is not None:
+    unknown = isinstance(found, str) and family_of(module) is None
+    if found is not None and not unknown:
         yield name, module, "it is compiled: fuse first, then compile" if compiled else found
         return
+    inside = False
     for key, child in inline_blocks(module):
+        inside = True
         yield f"{name}.{key}" if name else key, child, _INLINE
     for key, child in module._modules.items():
         if child is not None:
-            yield from blocks_of(child, f"{name}.{key}" if name else key, compiled, seen)
+            for entry in blocks_of(child, f"{name}.{key}" if name else key, compiled, seen):
+                inside = True
+                yield entry
+    if unknown and not inside:
+        yield name, module, found
 
 
 _INLINE = "its layers lie among others' in one Sequential: put them into a Sequential of their own"
@@ -76,6 +83,6 @@ def computed_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 NOT_FOUND = (
-    "no inverted residual of a known layout was found (known: torchvision's and timm's MobileNet, MNASNet and "
-    "EfficientNet, transformers' and OpenMMLab's MobileNetV2, a block's layers in a Sequential)"
+    "no inverted residual was found: neither a known class, nor a module with one depthwise convolution and the 1x1 "
+    "convolutions of a block"
 )

@@ -3,5 +3,17 @@
 from .drop_in import FusedInvertedResidual
 from .fused_block import FusedBlock, Reader
 from .in_place import FusedInPlace, _restored, become, fuse_in_place
+from .observed import FusedObserved, is_candidate, observe
 
-__all__ = ["FusedBlock", "FusedInPlace", "FusedInvertedResidual", "Reader", "_restored", "become", "fuse_in_place"]
+__all__ = [
+    "FusedBlock",
+    "FusedInPlace",
+    "FusedInvertedResidual",
+    "FusedObserved",
+    "Reader",
+    "_restored",
+    "become",
+    "fuse_in_place",
+    "is_candidate",
+    "observe",
+]

@@ -65,6 +65,10 @@ def _never() -> bool:
 _blocks: weakref.WeakValueDictionary[int, FusedBlock] = weakref.WeakValueDictionary()
 
 
+def block_of(token: int) -> FusedBlock:
+    return _blocks[token]
+
+
 @torch.compiler.assume_constant_result
 def _fallback_reason(token: int) -> str | None:
     """Asked once per graph: dynamo cannot trace the look at hooks and types."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -140,7 +141,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module))
 
 
-_WATCHED = (bool, int, float, str, tuple, list)
+_WATCHED = (bool, int, float, str, tuple, list, type, types.FunctionType, types.BuiltinFunctionType)
 
 
 def watched_entries(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

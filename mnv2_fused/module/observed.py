@@ -1,0 +1,290 @@
+"""Blocks of any class, read by what they compute instead of by their names.
+
+A copy with random weights runs on small images while its operations are recorded. They have to be the chain that the
+fused op computes, in every run, and the reference's result has to be the copy's. Which modules hold the weights then
+says where to find them in the block itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..fold import BlockWeights, conv_norms
+from ..reference import in_torch
+from .chain import Chain, Recipe, require
+from .fused_block import FusedBlock, block_of
+from .guard import watched_entries
+from .in_place import FusedInPlace
+from .parameters import parameters_of
+from .reading import Parts, Unfusable, full_name
+from .recording import record
+
+# Heights and widths, odd and even, so that padding by size shows; those of the first ones are compared, too.
+_SIZES = ((7, 10), (9, 9), (8, 8), (12, 11))
+_COMPARED = 2
+_IMAGES = 2
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether ``module`` may be one block by what it holds: one depthwise convolution, at most four others."""
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if not 2 <= len(convs) <= 5 or type(module) is nn.Conv2d:
+        return False
+    depthwise = [c for c in convs if 1 < c.groups == c.in_channels == c.out_channels and max(c.weight.shape[2:]) > 1]
+    others = [c for c in convs if c.groups == 1 and tuple(c.weight.shape[2:]) == (1, 1)]
+    return len(depthwise) == 1 and len(depthwise) + len(others) == len(convs)
+
+
+def observe(block: nn.Module) -> Parts:
+    """The reader of any class. Raises :class:`Unfusable` with what of its computation no fused op does."""
+    recipe = recipe_of(block)
+    try:
+        return _parts(block, recipe)
+    except (AttributeError, KeyError) as error:
+        raise Unfusable(f"a module that it was seen to use is gone ({error})") from None
+
+
+def recipe_of(block: nn.Module, *args: Any, **kwargs: Any) -> Recipe:
+    """The same by names, looked at once for as long as structure and attributes stay. More arguments: of forward."""
+    structure = _structure(block)
+    kept = _recipes.get(block)
+    if kept is None or not _same(kept[0], structure):
+        kept = _recipes[block] = structure, {}
+    call = (args, tuple(sorted(kwargs.items())))
+    found = kept[1].get(call)
+    if found is None:
+        try:
+            # As ordinary calls do: inference mode keeps operations whole, autocast adds some.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                found = _observed(block, args, kwargs)
+        except Unfusable as why:
+            found = str(why)
+        kept[1][call] = found
+    if isinstance(found, str):
+        raise Unfusable(found)
+    return found
+
+
+_recipes: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Recipe | str]]] = weakref.WeakKeyDictionary()
+
+
+def _structure(block: nn.Module) -> list[Any]:
+    """All that decides what ``block`` computes, but for its weights' values; compared by :func:`_same`."""
+    found: list[Any] = []
+    places: dict[nn.Module, int] = {}  # no module itself: what is kept of a block must not keep it alive
+    for name, module in block.named_modules(remove_duplicate=False):
+        own = module.OWN if isinstance(module, FusedInPlace) else ()
+        watched = [entry for entry in watched_entries(module) if entry[1] not in own]
+        place = places.setdefault(module, len(places))
+        found += [name, place, _original(module), *(key for _, key in watched), *(of[key] for of, key in watched)]
+        for tensors in (module._parameters, module._buffers):
+            found += [(key, None if t is None else tuple(t.shape)) for key, t in tensors.items()]
+    return found
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(x is y or (type(x) is type(y) and x == y) for x, y in zip(a, b, strict=True))
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    return type(module).original if isinstance(module, FusedInPlace) else type(module)
+
+
+class _DoesNotRun(Unfusable):
+    """On images of so many channels."""
+
+
+def _observed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe:
+    model = _random_copy(block)
+    # Nothing says which convolution comes first: most often the one that was registered first.
+    channels = dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    refusals = []
+    for count in channels:
+        try:
+            return _observed_on(model, count, lambda image: model(image, *args, **kwargs))
+        except _DoesNotRun as why:
+            refusals.append(why)
+    raise refusals[0]
+
+
+def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any]) -> Recipe:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = [dict(vars(m)) for m in model.modules()]
+    seen: list[tuple[Recipe, tuple[int, int, int, int], tuple[int, int]]] = []
+    results: list[tuple[Tensor, Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
+    for size in _SIZES:
+        x = torch.randn(_IMAGES, channels, *size, generator=generator, dtype=torch.float64)
+        try:
+            y, result = record(call, x, tensors)
+        except Unfusable:
+            raise
+        except Exception as error:  # of a forward that anybody wrote
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise _DoesNotRun(f"it does not run on {list(x.shape)}: {first}") from None
+        results.append((x, result))
+        seen.append((*Chain(model).read(y), size))
+    again = call(results[0][0].clone())
+    require(torch.equal(again, results[0][1]), "its result is another at the second call")
+    changed = [full_name(m) for m, was in zip(model.modules(), before, strict=True) if not _attributes_same(m, was)]
+    if changed:
+        raise Unfusable(f"its forward changes attributes of its {changed[0]}")
+    recipe = _with_padding(seen)
+    _verify(model, recipe, results[:_COMPARED])
+    return recipe
+
+
+def _attributes_same(module: nn.Module, was: dict[str, Any]) -> bool:
+    now = vars(module)
+    if now.keys() != was.keys():
+        return False
+    return all(now[k] is v or (type(v) in (int, float) and now[k] == v) for k, v in was.items())
+
+
+def _random_copy(block: nn.Module) -> nn.Module:
+    """In float64 on the CPU, in eval, with weights that hide no operation, as a norm that has seen nothing does."""
+    model: nn.Module = _original(block).__new__(_original(block))
+    own = block.OWN if isinstance(block, FusedInPlace) else ()
+    state = {name: value for name, value in vars(block).items() if name not in own}
+    try:
+        vars(model).update(copy.deepcopy(state, {id(block): model}))
+    except Exception as error:
+        raise Unfusable(f"it cannot be copied to be looked at: {type(error).__name__}") from None
+    model = model.to("cpu", torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(t: Tensor, scale: float, around: float) -> None:
+        t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale + around)
+
+    with torch.no_grad():
+        for module in model.modules():
+            statistics = "running_var" in module._buffers
+            for name, t in (*module._parameters.items(), *module._buffers.items()):
+                if t is None or not t.is_floating_point():
+                    continue
+                if name == "running_var":
+                    t.copy_(torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5)
+                elif t.dim() > 1:
+                    draw(t, (2 / t[0].numel()) ** 0.5, 0.0)
+                else:
+                    draw(t, 0.5, 1.0 if statistics and name == "weight" else 0.0)
+    return model
+
+
+def _with_padding(seen: Iterable[tuple[Recipe, tuple[int, int, int, int], tuple[int, int]]]) -> Recipe:
+    """One recipe for all sizes. Raises where structure, or padding, follows no rule that the fused op has."""
+    recipes, pads, sizes = zip(*seen, strict=True)
+    first: Recipe = recipes[0]
+    require(all(recipe == first for recipe in recipes), "what it computes depends on the size of its input")
+    choices: list[Any] = [None, "same", *dict.fromkeys(pads)]
+    for choice in choices:
+        try:
+            spec = dataclasses.replace(first.spec, padding=choice)
+        except ValueError:
+            continue
+        if all(spec.padding_of(*size) == found for size, found in zip(sizes, pads, strict=True)):
+            return first._replace(spec=spec)
+    raise Unfusable(f"its padding is {pads[0]} of {sizes[0]} and {pads[1]} of {sizes[1]}, by no known rule")
+
+
+def _verify(model: nn.Module, recipe: Recipe, results: list[tuple[Tensor, Tensor]]) -> None:
+    """Raises where the chain that was read gives another result than the module, in float64."""
+    parts = _parts(model, recipe)
+    stages, squeeze = _folded(parts)
+    with torch.no_grad():
+        *expand, depthwise, project = stages
+        weights = BlockWeights(*(expand[0] if expand else (None, None)), *depthwise, *project, *squeeze)
+        for x, y in results:
+            expected = in_torch(x, weights, recipe.spec)
+            atol = 1e-9 * float(y.abs().max())
+            if y.shape != expected.shape or not torch.allclose(y, expected, rtol=1e-9, atol=atol):
+                raise Unfusable("it computes something else than the operations that it runs say")
+
+
+def _folded(parts: Parts) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    rows = [t for conv, norm in parts.stages for t in parameters_of(conv, cast(Any, norm))]
+    rows += [t for conv in parts.squeeze or () for t in parameters_of(conv, None)[:2]]
+    stages, squeeze = conv_norms(rows, len(parts.stages))
+    eps = [0.0 if norm is None else cast(Any, norm).eps for _, norm in parts.stages]
+    return [s.folded(e) for s, e in zip(stages, eps, strict=True)], [t for conv in squeeze for t in conv.folded(0.0)]
+
+
+def _parts(block: nn.Module, recipe: Recipe) -> Parts:
+    module: Any = block.get_submodule
+    stages = tuple((module(conv), None if norm is None else module(norm)) for conv, norm in recipe.stages)
+    squeeze: Any = None if recipe.squeeze is None else tuple(map(module, recipe.squeeze))
+    return Parts(stages, squeeze, recipe.spec, (), ())
+
+
+@torch.compiler.assume_constant_result
+def _allows(token: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> bool:
+    """Asked once per graph, too."""
+    block = block_of(token)
+    assert isinstance(block, FusedObserved)
+    return block.allows(args, dict(kwargs))
+
+
+class FusedObserved(FusedInPlace):
+    """A block that was read by what it computes, which is known of eval alone.
+
+    What forward takes beside x is passed to the modules, unless it was seen to change nothing in eval.
+    """
+
+    _FOUND = (*FusedInPlace._FOUND, "_allowed")
+    OWN = (*FusedInPlace.OWN, "_allowed")
+
+    def _inspect(self) -> None:
+        super()._inspect()
+        self._allowed: dict[Any, bool] = {}
+
+    def _trains(self) -> bool:
+        return any(m.training and _may_mind_mode(m) for m in self.modules())
+
+    def _forward_training(self, x: Tensor) -> Tensor:
+        return self._forward_modules(x)
+
+    def allows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether these arguments change nothing in eval."""
+        if not all(value is None or type(value) in (bool, int, float, str) for value in (*args, *kwargs.values())):
+            return False
+        ready = self._ready
+        if ready is None or not ready.is_valid():
+            self._allowed = {}
+        call = (args, tuple(sorted(kwargs.items())))
+        if call not in self._allowed:
+            try:
+                self._allowed[call] = recipe_of(self, *args, **kwargs) == recipe_of(self)
+            except Unfusable:
+                self._allowed[call] = False
+        return self._allowed[call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            return super().forward(args[0])
+        rest = dict(kwargs)
+        x = args[0] if args else rest.pop(_first_parameter(type(self).original), None)
+        fits = isinstance(x, Tensor) and not self._trains()
+        if fits and (not (args[1:] or rest) or _allows(self._token, args[1:], tuple(rest.items()))):
+            return super().forward(x)
+        return super(FusedBlock, self).forward(*args, **kwargs)
+
+
+def _may_mind_mode(module: nn.Module) -> bool:
+    """Whether a forward may do something else in training: any but those of torch's that do not."""
+    package, _, file = type(module).__module__.rpartition(".")
+    return package != "torch.nn.modules" or file in ("batchnorm", "instancenorm", "dropout") or type(module) is nn.RReLU
+
+
+@functools.cache
+def _first_parameter(cls: type[nn.Module]) -> str:
+    """Of forward, behind self."""
+    return [*inspect.signature(cls.forward).parameters, "", ""][1]

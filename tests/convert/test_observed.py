@@ -1,0 +1,536 @@
+"""Blocks of classes that nobody told us of, read by what they compute; and modules that only look like blocks."""
+
+import copy
+import io
+import pickle
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mnv2_fused import FusedBlock, fuse, report, unfuse
+from mnv2_fused.module import FusedObserved
+from mnv2_fused.testing import agreement, perturb_batch_norm
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class SavingSwish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grad * s * (1 + x * (1 - s))
+
+
+ACTIVATIONS = {
+    "swish written out": Swish,
+    "swish as a function of autograd": lambda: SavingSwish.apply,
+    "relu6 by clamp": lambda: lambda x: x.clamp(0, 6),
+    "relu6 in place": lambda: nn.ReLU6(inplace=True),
+    "hardswish by relu6": lambda: lambda x: x * F.relu6(x + 3) / 6,
+    "hardswish in place": lambda: nn.Hardswish(inplace=True),
+    "leaky by maximum": lambda: lambda x: torch.maximum(x, 0.2 * x),
+    "leaky in place": lambda: nn.LeakyReLU(0.3, inplace=True),
+    "gelu": lambda: F.gelu,
+    "relu": lambda: torch.relu,
+    "none": lambda: lambda x: x,
+}
+GATES = {
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid written out": lambda x: (x + 3).clamp(0, 6) / 6,
+}
+
+
+class Block(nn.Module):
+    """One block, in many ways of writing it; none of its names is known."""
+
+    def __init__(
+        self,
+        *,
+        channels=8,
+        hidden=24,
+        out=8,
+        kernel=3,
+        stride=1,
+        dilation=1,
+        act="relu6 by clamp",
+        expand=True,
+        norms=True,
+        bias=False,
+        pad="convolution",
+        squeeze=None,
+        gate="sigmoid",
+        residual=False,
+        drop="",
+    ):
+        super().__init__()
+        hidden = hidden if expand else channels
+        self.act, self.pad, self.gate = ACTIVATIONS[act](), pad, GATES[gate]
+        self.extent, self.stride, self.residual, self.drop = (kernel - 1) * dilation + 1, stride, residual, drop
+        around = self.extent // 2
+        own = {"convolution": around, "same": "same"}.get(pad, 0)
+        norm = nn.BatchNorm2d if norms else lambda channels: nn.Identity()
+        self.zulu = nn.Conv2d(hidden, out, 1, bias=bias)
+        self.norm3 = norm(out)
+        self.yankee = nn.Conv2d(hidden, hidden, kernel, stride, own, dilation, groups=hidden, bias=bias)
+        self.norm2 = norm(hidden)
+        if expand:
+            self.first_of_all = nn.Conv2d(channels, hidden, 1, bias=bias)
+            self.norm1 = norm(hidden)
+        self.zero = nn.ZeroPad2d((around, around, around, around)) if pad == "module" else None
+        self.squeeze = squeeze
+        if squeeze == "convolutions":
+            self.down, self.up = nn.Conv2d(hidden, 5, 1), nn.Conv2d(5, hidden, 1)
+        elif squeeze:
+            self.gates = nn.ModuleList([nn.Linear(hidden, 5), nn.Linear(5, hidden)])
+
+    def padded(self, x):
+        if self.zero is not None:
+            return self.zero(x)
+        if self.pad == "tensorflow":
+            pads = []
+            for size in (x.shape[3], x.shape[2]):
+                total = max((-(-size // self.stride) - 1) * self.stride + self.extent - size, 0)
+                pads += [total // 2, total - total // 2]
+            return F.pad(x, pads)
+        return x
+
+    def gated(self, x):
+        if self.squeeze == "convolutions":
+            return x * self.gate(self.up(self.act(self.down(F.adaptive_avg_pool2d(x, 1)))))
+        g = self.gates[1](torch.relu(self.gates[0](x.mean((2, 3)))))
+        return self.gate(g).unsqueeze(-1).unsqueeze(-1).expand_as(x) * x
+
+    def forward(self, image, scale=1.0, drop_rate=None):
+        x = image
+        if hasattr(self, "first_of_all"):
+            x = self.act(self.norm1(self.first_of_all(x)))
+        x = self.act(self.norm2(self.yankee(self.padded(x))))
+        if self.squeeze:
+            x = self.gated(x)
+        x = self.norm3(self.zulu(x))
+        if drop_rate and self.training:
+            x = x * (torch.rand(x.shape[0], 1, 1, 1) > drop_rate)
+        if scale != 1.0:
+            x = x * scale
+        return x + image if self.residual else x
+
+
+def model_of(block):
+    """With something before it, so that the block is a child."""
+    return perturb_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), block)).eval()
+
+
+def image(batch=2, height=33, width=30):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def check_fused(model, *args, **kwargs):
+    fused = fuse(model, strict=True)
+    assert isinstance(fused[1], FusedObserved), type(fused[1])
+    x = image()
+    with torch.inference_mode():
+        y = fused(x)
+        found = agreement(y, model(x), copy.deepcopy(model).double()(x.double()))
+    assert found.ok, found
+    assert ran_on_kernels(fused)
+    return fused
+
+
+def ran_on_kernels(model):
+    """Whether its last call ran blocks in a row, or one by itself, as a Sequential of blocks does without expansion."""
+    prepared = getattr(model, "_prepared", None)
+    return (prepared is not None and prepared.runs) or model[1]._ready is not None
+
+
+def check_refused(model, why):
+    x = image()
+    with pytest.warns(UserWarning, match=why):
+        left = fuse(model)
+    assert not any(isinstance(m, FusedBlock) for m in left.modules())
+    with torch.no_grad():
+        assert torch.equal(left(x), model(x))
+
+
+STYLES = {
+    "plain": {},
+    "residual": {"residual": True},
+    "no expansion": {"expand": False},
+    "no norms": {"norms": False, "bias": True},
+    "norms and biases": {"bias": True},
+    "stride 2, 5x5": {"stride": 2, "kernel": 5},
+    "dilated": {"dilation": 2},
+    "padding by a module": {"pad": "module"},
+    "padding as TensorFlow's": {"pad": "tensorflow", "stride": 2},
+    "padding same": {"pad": "same", "kernel": 5},
+    "no padding": {"pad": "none"},
+    "gate of convolutions": {"squeeze": "convolutions"},
+    "gate of Linears": {"squeeze": "linears"},
+    "gate written out": {"squeeze": "convolutions", "gate": "hardsigmoid written out", "residual": True},
+}
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_styles(style):
+    check_fused(model_of(Block(**style)))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_however_written(act):
+    check_fused(model_of(Block(act=act)))
+
+
+@given(
+    style=st.fixed_dictionaries(
+        {
+            "hidden": st.sampled_from([16, 17, 40]),
+            "out": st.sampled_from([8, 9]),
+            "kernel": st.sampled_from([3, 5]),
+            "stride": st.sampled_from([1, 2]),
+            "dilation": st.sampled_from([1, 2]),
+            "act": st.sampled_from(list(ACTIVATIONS)),
+            "expand": st.booleans(),
+            "norms": st.booleans(),
+            "bias": st.booleans(),
+            "pad": st.sampled_from(["convolution", "module", "tensorflow", "none"]),
+            "squeeze": st.sampled_from([None, "convolutions", "linears"]),
+            "gate": st.sampled_from(list(GATES)),
+            "residual": st.booleans(),
+        }
+    )
+)
+def test_any_block_is_right_or_refused(style):
+    if style["residual"] and (style["stride"] > 1 or style["out"] != 8 or style["pad"] == "none"):
+        style["residual"] = False
+    if style["stride"] == 2 and style["dilation"] == 2:
+        return check_refused(model_of(Block(**style)), "dilation must be 1 where stride is 2|does not run on")
+    # Without padding a 5x5 kernel with dilation 2 spans more than the smallest image that blocks are looked at on.
+    fits = not (style["pad"] == "none" and style["kernel"] == 5 and style["dilation"] == 2)
+    model = model_of(Block(**style))
+    if fits:
+        check_fused(model)
+    else:
+        check_refused(model, "does not run on")
+
+
+class Wrong(Block):
+    """Blocks that compute something else."""
+
+    def forward(self, image):
+        x = self.act(self.norm1(self.first_of_all(image)))
+        x = self.act(self.norm2(self.yankee(x)))
+        return self.end(x, image)
+
+    def end(self, x, image):
+        return self.norm3(self.zulu(x))
+
+
+class NormFirst(Wrong):
+    def forward(self, image):
+        x = self.act(self.first_of_all(image))
+        return self.norm3(self.zulu(self.act(self.yankee(self.norm1(x)))))
+
+
+class OtherResidual(Wrong):
+    def end(self, x, image):
+        return super().end(x, image) + self.first_of_all(image)[:, :8]
+
+
+class Weighted(Wrong):
+    def end(self, x, image):
+        return super().end(x, image).add(image, alpha=0.5)
+
+
+class Doubled(Wrong):
+    def end(self, x, image):
+        return super().end(x, image) + image + image
+
+
+class Branches(Wrong):
+    def end(self, x, image):
+        return super().end(x, image) * (2 if x.mean() > 0 else 1)
+
+
+class Counts(Wrong):
+    calls = 0
+
+    def end(self, x, image):
+        self.calls += 1
+        return super().end(x, image)
+
+
+class CountsInABuffer(Wrong):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def end(self, x, image):
+        self.calls += 1
+        return super().end(x, image)
+
+
+class Drops(Wrong):
+    def end(self, x, image):
+        return super().end(F.dropout(x, 0.1), image)  # in eval, too
+
+
+class ChangesInput(Wrong):
+    def end(self, x, image):
+        image.mul_(2)
+        return super().end(x, image)
+
+
+class UsesTwice(Wrong):
+    def end(self, x, image):
+        return super().end(self.act(self.norm2(self.yankee(x))), image)
+
+
+class ReturnsTwo(Wrong):
+    def forward(self, image):
+        return (super().forward(image),) * 2
+
+
+class MovesPixels(Wrong):
+    def end(self, x, image):
+        return super().end(x.roll(1, 3), image)
+
+
+class DependsOnSize(Wrong):
+    def end(self, x, image):
+        return super().end(x, image) * (1.0 if x.shape[2] % 2 else 2.0)
+
+
+class Reordered(Wrong):
+    """A view whose elements lie elsewhere in the tensor that it is of."""
+
+    def end(self, x, image):
+        n, c, h, w = x.shape
+        return super().end(x.view(n, h, w, c).reshape(n, c, w, h).view(n, c, h, w).flip(1), image)
+
+
+class StandardisesWeights(Wrong):
+    def end(self, x, image):
+        w = self.zulu.weight
+        return self.norm3(F.conv2d(x, w - w.mean((1, 2, 3), keepdim=True)))
+
+
+WRONG = {
+    NormFirst: "hardtanh|clamp where its expand",
+    OtherResidual: "add",
+    Weighted: "weighted",
+    Doubled: "used twice|add|sum|function",
+    Branches: "looks at values",
+    Counts: "changes attributes",
+    CountsInABuffer: "changes calls",
+    Drops: "random numbers",
+    ChangesInput: "changes its input",
+    UsesTwice: "the expand convolution is no 1x1",
+    MovesPixels: "roll",
+    DependsOnSize: "mul|size",
+    Reordered: "flip",
+    StandardisesWeights: "where its project",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
+def test_what_computes_something_else_is_refused(kind):
+    model = model_of(kind())
+    x = image()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = model(x)
+    with pytest.warns(UserWarning, match=WRONG[kind]):
+        left = fuse(model)
+    assert not any(isinstance(m, FusedBlock) for m in left.modules())
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert torch.equal(left(x), expected)
+
+
+def test_what_returns_more_than_a_tensor_is_refused():
+    with pytest.warns(UserWarning, match="returns a tuple"):
+        fuse(nn.Sequential(nn.Conv2d(3, 8, 1), ReturnsTwo()).eval())
+
+
+def test_arguments_that_change_nothing_in_eval():
+    model = model_of(Block(residual=True))
+    fused = check_fused(model)
+    x = image(height=9, width=9)[:, :1].repeat(1, 8, 1, 1)
+    block, original = fused[1], model[1]
+    with torch.no_grad():
+        y = block(x)
+        assert torch.equal(block(x, drop_rate=0.3), y) and torch.equal(block(image=x), y)
+        assert torch.equal(block(x, 1.0, None), y) and block._allowed[(1.0, None), ()]
+        for args, kwargs in [((2.0,), {}), ((), {"scale": 0.5}), ((torch.tensor(2.0),), {})]:
+            torch.testing.assert_close(block(x, *args, **kwargs), original(x, *args, **kwargs))
+        with pytest.raises(TypeError):
+            block(x, nonsense=1)
+        with pytest.raises(TypeError):
+            block()
+
+
+def test_train_runs_the_modules():
+    model = model_of(Block(residual=True))
+    fused = fuse(model).train()
+    block = copy.deepcopy(model.train())[1]
+    x = torch.randn(4, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(3)
+    y = fused[1](x, drop_rate=0.5)
+    torch.manual_seed(3)
+    expected = block.to(memory_format=torch.channels_last)(x, drop_rate=0.5)
+    torch.testing.assert_close(y, expected)
+    assert not torch.equal(fused[1](x, drop_rate=0.999), fused[1](x))
+    fused[1](x).sum().backward()
+    assert fused[1].yankee.weight.grad is not None
+
+
+def test_changes_after_fusing():
+    model = model_of(Block(act="relu6 in place", residual=True))
+    fused, x = check_fused(model), image()
+    with torch.no_grad():
+        for change in (
+            lambda m: m[1].yankee.weight.mul_(2),
+            lambda m: setattr(m[1].norm2, "eps", 0.5),
+            lambda m: setattr(m[1], "act", nn.Hardswish()),
+            lambda m: setattr(m[1], "residual", False),
+        ):
+            for m in (model, fused):
+                change(m)
+            check = agreement(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+            assert check.ok and ran_on_kernels(fused)
+        for m in (model, fused):
+            m[1].act = nn.Tanh()
+        with pytest.warns(UserWarning, match="aten::tanh"):
+            torch.testing.assert_close(fused(x), model(x))
+
+
+def test_a_function_set_later_is_noticed():
+    model = model_of(Block(act="gelu"))
+    fused, x = check_fused(model), image()
+    with torch.no_grad():
+        fused(x)
+        model[1].act = fused[1].act = F.silu
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_copies_files_and_unfuse():
+    model = model_of(Block(squeeze="linears", act="relu6 in place"))
+    fused, x = check_fused(model), image()
+    with torch.no_grad():
+        y = fused(x)
+        file = io.BytesIO()
+        torch.save(fused, file)
+        file.seek(0)
+        for again in (
+            copy.deepcopy(fused),
+            pickle.loads(pickle.dumps(fused)),
+            torch.load(file, weights_only=False),
+            fuse(fused),
+        ):
+            assert torch.equal(again(x), y) and isinstance(again[1], FusedObserved)
+        plain = unfuse(fused)
+        assert type(plain[1]) is Block and vars(plain[1]).keys() == vars(model[1]).keys()
+        torch.testing.assert_close(plain(x), model(x))
+        assert list(plain.state_dict()) == list(model.state_dict()) == list(fused.state_dict())
+
+
+def test_frozen_compiled_and_gradients():
+    model = model_of(Block(squeeze="convolutions", act="swish written out", residual=True))
+    fused, frozen, x = fuse(model), fuse(model, frozen=True), image()
+    with torch.no_grad():
+        y = fused(x)
+        assert torch.equal(frozen(x), y)
+    loss = fused(x).square().sum()
+    loss.backward()
+    model(x).square().sum().backward()
+    for a, b in zip(fused.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * float(b.grad.abs().max()))
+
+
+@pytest.mark.slow
+def test_compiled_with_arguments():
+    model = model_of(Block(residual=True))
+    fused = check_fused(model)
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: fused[1](x, drop_rate=0.2), fullgraph=True)
+        torch.testing.assert_close(compiled(x), fused[1](x))
+
+
+def test_nothing_keeps_a_block_alive():
+    import gc
+    import weakref
+
+    fused = check_fused(model_of(Block()))
+    block = weakref.ref(fused[1])
+    del fused
+    gc.collect()
+    assert block() is None
+
+
+def test_looking_takes_a_moment():
+    model = nn.Sequential(*(Block(channels=64, hidden=384, out=64, residual=True) for _ in range(20))).eval()
+    fuse(nn.Sequential(Block()).eval())
+    begin = time.perf_counter()
+    assert len(report(fuse(model)).fused) == 20
+    assert time.perf_counter() - begin < 10  # 1.5 s where nothing else runs
+
+
+def test_a_block_inside_what_is_none():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Block(residual=True)
+
+        def forward(self, x):
+            return self.inner(x).tanh()
+
+    model = model_of(Outer())
+    fused = fuse(model, strict=True)
+    assert type(fused[1]) is Outer and isinstance(fused[1].inner, FusedObserved)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(image()), model(image()))
+
+
+PACKAGES = {
+    "efficientnet_pytorch": lambda p: p.EfficientNet.from_name("efficientnet-b0"),
+    "monai.networks.nets": lambda p: p.EfficientNetBN("efficientnet-b0", pretrained=False),
+    "segmentation_models_pytorch": lambda p: p.encoders.get_encoder("efficientnet-b0", weights=None),
+    "transformers.models.efficientnet": lambda p: p.EfficientNetModel(
+        p.EfficientNetConfig(image_size=64, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280)
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_efficientnets_of_other_packages(package):
+    model = PACKAGES[package](pytest.importorskip(package)).eval()
+    perturb_batch_norm(model)
+    fused = fuse(model, strict=True)
+    assert len(report(fused).fused) == 16
+
+    def run(model, x):
+        with torch.inference_mode():
+            y = model(x)
+        y = y[-1] if isinstance(y, list) else y
+        return y if isinstance(y, torch.Tensor) else y[0]
+
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = agreement(run(fused, x), run(model, x), run(copy.deepcopy(model).double(), x.double()))
+    assert found.ok, found
+    assert {block.backend for block in report(fused).blocks} == {"cpu"}
