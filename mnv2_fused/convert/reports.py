@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,10 +194,11 @@ def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[st
     return shapes
 
 
-def _recorder(spec: BlockSpec, shapes: list[torch.Size], leading_child: nn.Module | None) -> Callable[[Tensor], Tensor]:
+def _recorder(spec: BlockSpec, shapes: list[torch.Size], leading_child: nn.Module | None) -> Callable[..., Tensor]:
     """Stands in for a block's forward: notes the input's shape, returns an output without values."""
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         x = x if leading_child is None else leading_child(x)
         shapes.append(x.shape)
         return x.new_empty(x.shape[0], spec.out_channels, *spec.out_size(*x.shape[2:]))

@@ -282,7 +282,8 @@ class FusedBlock(nn.Module):
         The one place that chooses, in eager mode and while a graph is traced. Raises as
         :func:`mnv2_fused.ops.kernel_for`.
         """
-        backend = backends.resolve_backend(self.backend, device)
+        # On the meta device the modules give shapes, and nothing else is there to be computed.
+        backend = "eager" if device.type == "meta" else backends.resolve_backend(self.backend, device)
         if backend == "eager":
             return backend, None
         reason = _fallback_reason(self._token) if torch.compiler.is_compiling() else self.fallback_reason()

@@ -155,29 +155,30 @@ def _random_copy(block: nn.Module) -> nn.Module:
     model: nn.Module = _original(block).__new__(_original(block))
     own = block.OWN if isinstance(block, FusedInPlace) else ()
     state = {name: value for name, value in vars(block).items() if name not in own}
-    try:
-        vars(model).update(copy.deepcopy(state, {id(block): model}))
-    except Exception as error:
-        raise Unfusable(f"it cannot be copied to be looked at: {type(error).__name__}") from None
-    model = model.to("cpu", torch.float64).eval()
     generator = torch.Generator().manual_seed(0)
+    # Tensors that the copy finds in its memo are not copied: no weight is, wherever it lies.
+    memo: dict[int, Any] = {id(block): model}
+    for module in block.modules():
+        for name, t in (*module._parameters.items(), *module._buffers.items()):
+            if t is not None and id(t) not in memo:
+                drawn = _drawn(t, name, "running_var" in module._buffers, generator)
+                memo[id(t)] = nn.Parameter(drawn, requires_grad=False) if name in module._parameters else drawn
+    try:
+        vars(model).update(copy.deepcopy(state, memo))
+    except Exception as error:  # of whatever attributes there are
+        raise Unfusable(f"it cannot be copied to be looked at: {type(error).__name__}") from None
+    return model.eval()
 
-    def draw(t: Tensor, scale: float, around: float) -> None:
-        t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale + around)
 
-    with torch.no_grad():
-        for module in model.modules():
-            statistics = "running_var" in module._buffers
-            for name, t in (*module._parameters.items(), *module._buffers.items()):
-                if t is None or not t.is_floating_point():
-                    continue
-                if name == "running_var":
-                    t.copy_(torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5)
-                elif t.dim() > 1:
-                    draw(t, (2 / t[0].numel()) ** 0.5, 0.0)
-                else:
-                    draw(t, 0.5, 1.0 if statistics and name == "weight" else 0.0)
-    return model
+def _drawn(t: Tensor, name: str, in_norm: bool, generator: torch.Generator) -> Tensor:
+    """What stands for ``t``, as large as training leaves weights and statistics."""
+    if not t.is_floating_point():
+        return torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.detach().cpu().clone()
+    if name == "running_var":
+        return torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
+    scale = (2 / t[0].numel()) ** 0.5 if t.dim() > 1 and t.numel() else 0.5
+    around = 1.0 if in_norm and name == "weight" else 0.0
+    return torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale + around
 
 
 def _with_padding(seen: Iterable[tuple[Recipe, tuple[int, int, int, int], tuple[int, int]]]) -> Recipe:
