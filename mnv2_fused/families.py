@@ -45,7 +45,7 @@ def observed_family_of(module: nn.Module) -> Family | None:
         return None
     if any(family_of(m) is not None or isinstance(m, FusedBlock) for m in module.modules()):
         return None
-    return OBSERVED
+    return _OBSERVED
 
 
 def parts_of(block: nn.Module, reader: Reader) -> Parts | str:
@@ -299,7 +299,7 @@ def inline_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _SEQUENTIAL = Family(read_sequential)
-OBSERVED = Family(observe, FusedObserved)
+_OBSERVED = Family(observe, FusedObserved)
 # A class's name and, since several share one, a child of theirs.
 _FAMILIES = (
     ("InvertedResidual", "conv", Family(read_mobilenet_v2)),

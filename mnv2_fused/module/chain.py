@@ -212,7 +212,8 @@ def _sources(v: Value) -> list[Value]:
 
 
 def _is_number(v: Value) -> bool:
-    return v.kind == "constant" and v.value is not None and v.value.numel() == 1 and v.tensors in ((), (None,))
+    """Whether it is one number of forward itself, whatever weights and attributes hold."""
+    return v.kind == "constant" and v.value is not None and v.value.numel() == 1 and not v.tensors
 
 
 def _evaluate(v: Value, source: Value, t: Tensor) -> Tensor:
@@ -240,17 +241,16 @@ def _function(v: Value, table: dict[str, Function]) -> tuple[str, float | None, 
     if v is source:
         require("identity" in table, f"there is {_described(v)} where a gate belongs")
         return "identity", None, source
-    grid = _GRID
     with torch.no_grad():
-        y = _evaluate(v, source, grid)
+        y = _evaluate(v, source, _GRID)
         for name, function in table.items():
             slope = None
             if name == LEAKY_RELU:
-                slope = -y[grid == -1.0].item()
-                expected = function.torch(grid, slope)
+                slope = -y[_GRID == -1.0].item()
+                expected = function.torch(_GRID, slope)
             else:
-                expected = function.torch(grid)
-            if y.shape == grid.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-12):
+                expected = function.torch(_GRID)
+            if y.shape == _GRID.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-12):
                 return name, slope, source
     raise Unfusable(f"its function after {_described(source)} ends in aten::{v.op} and is none of {', '.join(table)}")
 

@@ -20,7 +20,8 @@ _SHAPES = {
 }
 
 
-# Operations element by element that torch (2.11) does not tag so, some of them in place only.
+# Operations element by element that torch does not tag so: 2.13 hardswish and gelu_, 2.11 also leaky_relu, hardtanh_
+# and hardsigmoid_.
 _POINTWISE = {"hardswish", "leaky_relu", "hardtanh", "hardsigmoid", "gelu"}
 
 
@@ -32,7 +33,7 @@ class Value:
     shape: tuple[int, ...]
     inputs: tuple[Value, ...] = ()
     op: str = ""
-    # Parameters and buffers that it takes, by their names, and plain arguments.
+    # Parameters and buffers that it takes, by their names, None for another tensor from outside; plain arguments.
     tensors: tuple[str | None, ...] = ()
     options: tuple[Any, ...] = ()
     again: Callable[..., Tensor] | None = field(default=None, repr=False)  # of "pointwise": on other inputs
@@ -105,8 +106,9 @@ class Recording(TorchDispatchMode):
     ) -> Value:
         shape = tuple(result.shape)
         if not inputs or all(v.kind == "constant" for v in inputs):
-            transposed = inputs[0].tensors if inputs and name == "t" else ()  # of a Linear
-            return Value("constant", shape, op=name, tensors=transposed, value=result)
+            # A literal of forward itself comes by lift_fresh; all else from outside may change.
+            sources = () if name == "lift_fresh" else tuple(t for v in inputs for t in v.tensors)
+            return Value("constant", shape, tuple(inputs), name, sources, value=result)
         base = name.removesuffix("_") if func._schema.is_mutable else name
 
         def named(*places: int) -> tuple[str | None, ...]:
@@ -145,7 +147,8 @@ class Recording(TorchDispatchMode):
         """x times a transposed weight, plus a bias: what a Linear runs."""
         bias, x, weight = (None, *args[:2]) if base == "mm" else args[:3]
         transposed = self.value_of(weight)
-        name = transposed.tensors[0] if transposed.op == "t" and transposed.tensors else None
+        is_own = transposed.op == "t" and transposed.inputs[0].op == ""  # the parameter itself, not computed from it
+        name = transposed.tensors[0] if is_own else None
         of_bias = None if bias is None else self._names.get(id(bias))
         if name is None or (bias is not None and of_bias is None):
             return Value("other", shape, op=base)

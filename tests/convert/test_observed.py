@@ -74,12 +74,11 @@ class Block(nn.Module):
         squeeze=None,
         gate="sigmoid",
         residual=False,
-        drop="",
     ):
         super().__init__()
         hidden = hidden if expand else channels
         self.act, self.pad, self.gate = ACTIVATIONS[act](), pad, GATES[gate]
-        self.extent, self.stride, self.residual, self.drop = (kernel - 1) * dilation + 1, stride, residual, drop
+        self.extent, self.stride, self.residual = (kernel - 1) * dilation + 1, stride, residual
         around = self.extent // 2
         own = {"convolution": around, "same": "same"}.get(pad, 0)
         norm = nn.BatchNorm2d if norms else lambda channels: nn.Identity()
@@ -321,6 +320,34 @@ class Reordered(Wrong):
         return super().end(x.view(n, h, w, c).reshape(n, c, w, h).view(n, c, h, w).flip(1), image)
 
 
+class LearnsASlope(Wrong):
+    """Of a LeakyReLU that is a weight, not a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(()))
+        del self.act
+
+    def act(self, x):
+        return torch.maximum(x, self.slope.sigmoid() * x)
+
+
+class HoldsASlope(Wrong):
+    """In a tensor that is no buffer, whose change nobody would notice."""
+
+    def __init__(self):
+        super().__init__()
+        slope = torch.tensor(0.2)
+        self.act = lambda x: torch.maximum(x, slope * x)
+
+
+class RoundsOnTheWay(Wrong):
+    """By operations that leave elements where they were."""
+
+    def end(self, x, image):
+        return super().end(x.to(torch.float32).to(x.dtype), image)
+
+
 class StandardisesWeights(Wrong):
     def end(self, x, image):
         w = self.zulu.weight
@@ -328,19 +355,22 @@ class StandardisesWeights(Wrong):
 
 
 WRONG = {
-    NormFirst: "hardtanh|clamp where its expand",
-    OtherResidual: "add",
+    NormFirst: "aten::clamp where its expand",
+    OtherResidual: "aten::add of two tensors",
     Weighted: "weighted",
-    Doubled: "used twice|add|sum|function",
+    Doubled: "aten::add of two tensors",
     Branches: "looks at values",
     Counts: "changes attributes",
     CountsInABuffer: "changes calls",
     Drops: "random numbers",
     ChangesInput: "changes its input",
     UsesTwice: "the expand convolution is no 1x1",
-    MovesPixels: "roll",
-    DependsOnSize: "mul|size",
-    Reordered: "flip",
+    MovesPixels: "aten::roll where its depthwise",
+    DependsOnSize: "function after a norm ends in aten::mul",
+    Reordered: "aten::flip where its depthwise",
+    LearnsASlope: "aten::maximum of two tensors",
+    HoldsASlope: "aten::maximum of two tensors",
+    RoundsOnTheWay: "computes something else",
     StandardisesWeights: "where its project",
 }
 
