@@ -283,7 +283,8 @@ class FusedBlock(nn.Module):
         :func:`mnv2_fused.ops.kernel_for`.
         """
         # On the meta device the modules give shapes, and nothing else is there to be computed.
-        backend = "eager" if device.type == "meta" else backends.resolve_backend(self.backend, device)
+        shapes_only = device.type == "meta" and all(t.is_meta for t in self.parameters())
+        backend = "eager" if shapes_only else backends.resolve_backend(self.backend, device)
         if backend == "eager":
             return backend, None
         reason = _fallback_reason(self._token) if torch.compiler.is_compiling() else self.fallback_reason()
