@@ -27,6 +27,9 @@ INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test
 # Whose models are converted in tests.
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0 \
   efficientnet_pytorch==0.7.1 monai==1.6.1
+# Engines that fused models are timed against, and exported to in tests.
+PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1
+
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors minutes. Name others in the
 # environment; pip install without make takes all.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
@@ -77,7 +80,7 @@ test-sdist: dist/sdist $(VENV)/packages
 wheels: dist/sdist
 	TORCH='$(TORCH_NEXT)' TESTS='$(INSTALLED_TESTS)' .ci/wheels dist/sdist/*.tar.gz dist/wheels $(WHEEL_PYTHONS)
 
-bench: $(VENV)/peers build/kernel_chain
+bench: $(VENV)/built build/kernel_chain
 	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json
 	$(BIN)/python -m mnv2_fused bench --results benchmarks/results/cpu.json --output benchmarks/results/cpu.png
@@ -134,15 +137,11 @@ $(VENV)/packages: pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check pytest pytest-xdist pytest-benchmark pytest-cov hypothesis expecttest \
 	  scikit-learn matplotlib tqdm
 	$(BIN)/pip install -q --disable-pip-version-check ruff clang-format import-linter 'pyright[nodejs]' pre-commit build
-	$(BIN)/pip install -q --disable-pip-version-check $(FAMILIES)
+	$(BIN)/pip install -q --disable-pip-version-check $(FAMILIES) $(PEERS)
 	touch $@
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e .
-	touch $@
-
-$(VENV)/peers: $(VENV)/built
-	$(BIN)/pip install -q --disable-pip-version-check onnx onnxruntime==1.32.0 openvino==2026.4.1
 	touch $@
 
 dist/sdist: $(VENV)/packages $(PACKAGE) MANIFEST.in

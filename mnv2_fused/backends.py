@@ -193,6 +193,9 @@ def within_functorch() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is going on: the op knows neither."""
+    """Whether a torch.func transform, forward-mode differentiation or torch.jit.trace is going on.
+
+    The op knows none of the first two, and what a trace keeps must be what others read: ordinary modules.
+    """
     # Written out: every call of a block asks.
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()

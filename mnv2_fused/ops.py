@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .encoding import PLAIN_OPTIONS, LayerKind, split_layers
+from .encoding import PLAIN_OPTIONS
+from .flops import count_flops, multiply_adds, row_multiply_adds, sizes_of_layers
 from .fold import PackedWeights, cast_product, unpack
 from .plans import triton as triton_plans
 from .reference import in_torch
@@ -111,20 +112,8 @@ def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool 
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
     if weights.device != x.device:
         raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
-    n, c_out, height, width = x.shape
-    for values, op_options in split_layers(layers):
-        kind, _, _, c_out, stride, _ = values
-        if kind == LayerKind.STEM_AND_BLOCK:
-            height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
-        if kind <= LayerKind.STEM_AND_BLOCK:
-            kernel, dilation, left, right, top, bottom = op_options[:6] or (3, 1, 1, 1, 1, 1)
-            # SAME: as many outputs as the stride allows, whatever the kernel.
-            around = 1 if left == -1 else dilation * (kernel - 1) + 1
-            rows, columns = (0, 0) if left == -1 else (top + bottom, left + right)
-            height, width = (height + rows - around) // stride + 1, (width + columns - around) // stride + 1
-        if kind == LayerKind.POOLED:
-            height = width = 1
-    shape = n, c_out, height, width
+    *_, (values, _, _, size) = sizes_of_layers(x.shape[2:], layers)
+    shape = x.shape[0], values[3], *size
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -154,6 +143,16 @@ def _fake(x, *arguments):
             raise RuntimeError(f"x is on {x.device} but packed weights are on {t.device}; move one with .to()")
     spec = _spec(x, packed, *arguments[_TENSORS - 1 :])
     return empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
+
+
+def _multiply_adds(x: Tensor, *arguments: Any) -> int:
+    packed = PackedWeights(*arguments[: _TENSORS - 1])
+    return multiply_adds(_spec(x, packed, *arguments[_TENSORS - 1 :]), x.shape)
+
+
+def _row_multiply_adds(x: Tensor, weights: Tensor, layers: Tensor | Sequence[int], *others: Any) -> int:
+    values = layers.tolist() if isinstance(layers, Tensor) else layers
+    return row_multiply_adds(x.shape, values)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -236,8 +235,10 @@ if backends._C is not None:
     for _name in ("inverted_residual", "inverted_residual_cuda", "inverted_residual_triton"):
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
+        count_flops(getattr(torch.ops.mnv2_fused, _name), _multiply_adds)
     for _name in ("sequence", "sequence_cuda", "sequence_row"):
         torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
+        count_flops(getattr(torch.ops.mnv2_fused, _name), _row_multiply_adds)
         if _name != "sequence_row":  # the shape of whose result is in a tensor's values
             torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
     # The way there costs microseconds with cold caches, as does each call in Python around what torch calls in C++.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .flops import multiply_adds as multiply_adds
 from .fold import BlockWeights
 from .reference import inverted_residual_reference
 from .spec import BlockSpec
@@ -266,16 +267,3 @@ def of_peak(operations: float, timing: Timing, peak: Timing, dtype: torch.dtype 
         operations / seconds / (per_call / at_peak)
         for seconds, at_peak in zip(timing.seconds, peak.seconds, strict=True)
     )
-
-
-def multiply_adds(spec: BlockSpec, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of one block on [N, C_in, H, W], as the papers count them: no biases, no halo recompute.
-
-    Products with zeros of the padding count, as they do for torch's own convolutions.
-    """
-    n, _, height, width = input_shape
-    out_height, out_width = spec.out_size(height, width)
-    expand = spec.in_channels * height * width if spec.expand else 0
-    squeeze = 2 * spec.squeeze_channels  # two 1x1 products on one pixel
-    after = (spec.kernel**2 + spec.out_channels) * out_height * out_width
-    return n * spec.hidden_channels * (expand + after + squeeze)

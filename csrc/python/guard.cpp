@@ -160,7 +160,7 @@ class TorchState {
   bool is_plain() const {
     return result_of(grad_, nullptr) == Py_False && result_of(autocast_, cpu_.ptr()) == Py_False &&
            result_of(transforms_, nullptr) == Py_None && value(compiler_, compiling_) == Py_False &&
-           level() < 0;
+           result_of(tracing_, nullptr) == Py_False && level() < 0;
   }
 
  private:
@@ -168,6 +168,7 @@ class TorchState {
       : grad_(py::module_::import("torch").attr("is_grad_enabled")),
         autocast_(py::module_::import("torch").attr("is_autocast_enabled")),
         transforms_(py::module_::import("torch._C._functorch").attr("peek_interpreter_stack")),
+        tracing_(py::module_::import("torch._C").attr("_is_tracing")),
         compiler_(py::module_::import("torch.compiler").attr("__dict__")),
         forward_ad_(py::module_::import("torch.autograd.forward_ad").attr("__dict__")),
         cpu_(py::str("cpu")),
@@ -192,7 +193,8 @@ class TorchState {
     return found ? integer(Py_NewRef(found)) : 0;
   }
 
-  py::object grad_, autocast_, transforms_, compiler_, forward_ad_, cpu_, compiling_, level_;
+  py::object grad_, autocast_, transforms_, tracing_, compiler_, forward_ad_, cpu_, compiling_,
+      level_;
 };
 
 // Inlined: a call of memcmp would take longer than the few values do.

@@ -21,8 +21,9 @@ from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
 from ..module.parameters import refuse_freed
 from ..sequence import FusedSequential, RunsFused
-from ..sequence.compiled import RunsTraced, forget
+from ..sequence.compiled import forget
 from ..sequence.frozen import freeze, is_frozen, replaced
+from ..sequence.fused import ordinary_class
 from .find import NOT_FOUND, Match, blocks_of, computed_tensors, is_torchvisions
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -110,7 +111,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(module, RunsFused):
             vars(module).pop("_prepared", None)
             forget(module)
-            become(module, next(c for c in type(module).__mro__ if not issubclass(c, RunsTraced)))
+            become(module, ordinary_class(module))
     return model
 
 

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from .. import ops
 from ..backends import within_functorch
 from ..encoding import make_spec, spec_of_rest
+from ..flops import count_flops, multiply_adds
 from ..fold import PackedWeights
 from ..tensors import empty_output
 from .packed_cache import PackedCache
@@ -28,6 +29,12 @@ def tracing_transform() -> bool:
 def tracing_export() -> bool:
     """Of the trace that is going on; dynamo itself takes ``is_exporting()`` for True in every trace."""
     return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def tracing_onnx() -> bool:
+    """Of an export for other runtimes, which know torch's own operators alone."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 # What a compiled graph calls in inference: it sees the parameters themselves, so a change in place is noticed
@@ -68,3 +75,10 @@ def _fake(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site
         sources, len(eps), stride, residual, rest, make_spec
     )  # sizes may be symbols, which have no hash
     return empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
+
+
+def _multiply_adds(x, sources, eps, stride, residual, cache, backend="cpu", rest=(), site=-1):
+    return multiply_adds(spec_of_rest(sources, len(eps), stride, residual, rest), x.shape)
+
+
+count_flops(torch.ops.mnv2_fused.cached_inverted_residual, _multiply_adds)

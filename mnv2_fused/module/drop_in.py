@@ -87,3 +87,22 @@ class FusedInvertedResidual(FusedBlock):
     def _forward_modules(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         return x + y if self.use_res_connect else y
+
+    def _ordinary(self) -> nn.Module:
+        return _Ordinary(self)
+
+
+class _Ordinary(nn.Module):
+    """torchvision's ``InvertedResidual`` around the layers of a fused block, where torchvision may be missing."""
+
+    def __init__(self, block: FusedInvertedResidual) -> None:
+        super().__init__()
+        self.conv = block.conv
+        self.stride = block.stride
+        self.use_res_connect = block.use_res_connect
+        self.out_channels = block.out_channels
+        self.training = block.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return x + y if self.use_res_connect else y

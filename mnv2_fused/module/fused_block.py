@@ -19,13 +19,17 @@ from ..fold import PackedWeights, conv_norms, packed_dtypes
 from ..spec import BlockSpec
 from ..tensors import check_input
 from . import reading
-from .compiled import tracing_export, tracing_transform
+from .compiled import tracing_export, tracing_onnx, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
 from .training import BatchNorm, Recomputed, unfolded
 
+SCRIPTED = (
+    "torch.jit.script puts ordinary modules into the model itself where fused ones were: call fuse() again to go on "
+    "with it, or script unfuse(model)"
+)
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
 
 
@@ -78,12 +82,13 @@ def _fallback_reason(token: int) -> str | None:
 class FusedBlock(nn.Module):
     """What every fused block is, whatever family it comes from: in eval one kernel on weights that follow its modules.
 
-    A subclass says what is inside (``_read``, which may raise Unfusable) and how the ordinary modules run
-    (``_forward_modules``).
+    A subclass says what is inside (``_read``, which may raise Unfusable), how the ordinary modules run
+    (``_forward_modules``), and which ordinary module is the same (``_ordinary``, another one around its children).
     """
 
     _read: Callable[[], Parts]
     _forward_modules: Callable[[Tensor], Tensor]
+    _ordinary: Callable[[], nn.Module]
 
     def _start(self, backend: str, recompute: bool) -> None:
         if backend not in backends.BACKENDS:
@@ -180,6 +185,11 @@ class FusedBlock(nn.Module):
         self._forget()
         return super().train(mode)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles, and leaves in this block's place in the model that it was given."""
+        warnings.warn(SCRIPTED, stacklevel=2)
+        return self._ordinary()
+
     @property
     def spec(self) -> BlockSpec | None:
         """None where the layers were changed beyond recognition."""
@@ -204,7 +214,7 @@ class FusedBlock(nn.Module):
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
         ready = self._ready
-        if backends.transformed():
+        if backends.transformed() or (type(x) is not Tensor and isinstance(x, torch.fx.Proxy)):
             return self._forward_modules(x)
         if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.is_valid():
             if ready is not None and ready.guard is not None:
@@ -362,7 +372,7 @@ class FusedBlock(nn.Module):
         return torch.get_autocast_dtype(device) if autocast and backend in ("cuda", "triton") else dtype
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        if tracing_transform():
+        if tracing_transform() or tracing_onnx():
             return self._forward_modules(x)
         backend, _ = self._decide(x.device)
         if backend == "eager" or reading.drops_now(self._drop_path):

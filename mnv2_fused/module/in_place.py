@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ def become(module: nn.Module, cls: type[_M]) -> _M:
     module.__class__ = cls
     assert isinstance(module, cls)
     return module
+
+
+def around_the_same(module: nn.Module, cls: type[_M], without: Iterable[str] = ()) -> _M:
+    """Another module of ``cls`` with the attributes, tensors and children of ``module``, but for those named."""
+    other = cls.__new__(cls)
+    left_out = set(without)
+    vars(other).update({name: value for name, value in vars(module).items() if name not in left_out})
+    other._modules = dict(module._modules)
+    return other
 
 
 class FusedInPlace(FusedBlock):
@@ -44,6 +54,9 @@ class FusedInPlace(FusedBlock):
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         return super(FusedBlock, self).forward(x)
+
+    def _ordinary(self) -> nn.Module:
+        return around_the_same(self, type(self).original, self.OWN)
 
     def unfused(self) -> nn.Module:
         """Itself, as it was."""

@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import ops
 from ..encoding import LayerKind
+from ..flops import count_flops, row_multiply_adds
 from ..module import reading
 from ..module.compiled import tracing_export, tracing_transform
 from ..module.fused_block import FusedBlock
@@ -158,3 +159,10 @@ _library.impl("cached_sequence", _cached_sequence, "CompositeExplicitAutograd")
 @torch.library.register_fake("mnv2_fused::cached_sequence")
 def _fake(x, sources, eps, layers, cache, backend, site):
     return ops.sequence_fake(x, sources[0], layers)
+
+
+def _multiply_adds(x, sources, eps, layers, cache, backend, site):
+    return row_multiply_adds(x.shape, layers)
+
+
+count_flops(torch.ops.mnv2_fused.cached_sequence, _multiply_adds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import backends, ops
 from ..encoding import LayerKind
-from ..module.fused_block import FusedBlock
+from ..module.fused_block import SCRIPTED, FusedBlock
 from ..module.guard import Guard, has_hooks
+from ..module.in_place import around_the_same
 from ..module.packed_cache import cacheable, capturing
 from .compiled import RunsTraced, forget
 from .find import FLATTEN, POOL, Layer, geometry_of, grouped, layers_of, one_kind, sequence_backend
@@ -203,6 +205,19 @@ class RunsFused(RunsTraced):
         forget(self)
         return super().train(mode)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles."""
+        if not isinstance(self, RunsWhole):  # nobody's child
+            warnings.warn(SCRIPTED, stacklevel=2)
+        return self._ordinary()
+
+    def _ordinary(self) -> nn.Module:
+        other = around_the_same(self, ordinary_class(self), ("_prepared",))
+        for name, child in self._modules.items():
+            if isinstance(child, FusedBlock | RunsFused):
+                other._modules[name] = child._ordinary()
+        return other
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         replica = super()._replicate_for_data_parallel()
         replica.__dict__.pop("_prepared", None)  # of the original's weights
@@ -217,6 +232,11 @@ class RunsFused(RunsTraced):
         state = self.__dict__.copy()
         state.pop("_prepared", None)
         return state
+
+
+def ordinary_class(module: RunsFused) -> type[nn.Module]:
+    """What :func:`mnv2_fused.fuse` found ``module`` to be."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, RunsTraced))
 
 
 class FusedSequential(RunsFused, nn.Sequential):
