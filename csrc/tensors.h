@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #pragma GCC diagnostic pop
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <initializer_list>
@@ -47,6 +48,12 @@ std::string list_of(const List& values) {
 using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
 inline std::string to_string(const Sizes& sizes) { return list_of(sizes); }
 inline std::string to_string(const Tensor& t) { return list_of(t.sizes()); }
+
+// Whether a call leaves its plan to the planner: no values, or zeros, since AOTInductor (torch 2.11)
+// hands no empty list over.
+inline bool is_automatic(IntHeaderOnlyArrayRef plan) {
+  return std::all_of(plan.begin(), plan.end(), [](int64_t value) { return value == 0; });
+}
 
 // Arguments of the op beside tensors, stride, residual and plan; block.py says what each is.
 struct Options {

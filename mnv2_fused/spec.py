@@ -153,13 +153,13 @@ class BlockSpec:
             (width + left + right - self.extent) // self.stride + 1,
         )
 
-    def options(self, height: int, width: int) -> tuple[Any, ...]:
-        """What the op takes behind its plan: nothing for MobileNetV2's block."""
+    def options(self, height: int, width: int, written_out: bool = False) -> tuple[Any, ...]:
+        """What the op takes behind its plan: nothing for MobileNetV2's block, unless all is to be ``written_out``."""
         padding = self.padding if self.padding != "same" or self.stride > 1 else None
         rest = (self.dilation, self.activation, self.out_activation, self.squeeze_activation, self.gate)
-        if padding is None and rest == (1, "relu6", "identity", "relu", "hardsigmoid"):
+        if not written_out and padding is None and rest == (1, "relu6", "identity", "relu", "hardsigmoid"):
             return ()
-        explicit = [] if padding is None else list(self.padding_of(height, width))
+        explicit = [] if padding is None and not written_out else list(self.padding_of(height, width))
         activations = (ACTIVATIONS.index(a) for a in rest[1:4])
         slope = (self.negative_slope,) if self.has_slope else ()
         return (self.dilation, explicit, *activations, GATES.index(self.gate), *slope)

@@ -99,7 +99,8 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
     constexpr ScalarType kStored = type_of<S>;
     const Tensor source =
         with_channels_together(type == kStored ? x : torch::stable::to(x, kStored));
-    if (!forced.empty() && forced.size() != 4)
+    const bool automatic = is_automatic(forced);
+    if (!automatic && forced.size() != 4)
       fail("plan must be [tile_rows, tile_cols, group, splits], got ", forced.size(), " values");
     const Machine machine = current_machine<S>();
     const BlockPointers pointers{data(w.w_expand),    data(w.b_expand),  data(w.w_depthwise),
@@ -107,7 +108,7 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                                  data(w.w_squeeze),   data(w.b_squeeze), data(w.w_excite),
                                  data(w.b_excite)};
     const BlockRun run(shape, machine, [&](const BlockShape& s) {
-      return forced.empty() ? cached_plan(s, machine)
+      return automatic ? cached_plan(s, machine)
                             : make_plan(s, machine, forced[0], forced[1], forced[2], forced[3]);
     });
     const Tensor scratch = buffer(scratch_bytes<S>(run));

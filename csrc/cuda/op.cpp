@@ -151,7 +151,7 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
   const bool channels_last = is_channels_last(x);
   const auto format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   if (shape.batch == 0) return empty(y_list, type, device, format);
-  const Plan plan = forced.empty()
+  const Plan plan = is_automatic(forced)
                         ? cached_plan(shape, precision, device)
                         : make_plan(shape, precision, gpu, {forced.begin(), forced.end()});
   const Tensor result = empty(y_list, type, device, MemoryFormat::ChannelsLast);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch.autograd import forward_ad
 
@@ -35,6 +38,22 @@ def tracing_export() -> bool:
 def tracing_onnx() -> bool:
     """Of an export for other runtimes, which know torch's own operators alone."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+@torch.compiler.assume_constant_result
+def note_export() -> bool:
+    """Says, once a process, what exporting a model whose weights may change costs."""
+    _warn_of_folding()
+    return True
+
+
+@functools.cache
+def _warn_of_folding() -> None:
+    warnings.warn(
+        "an exported program of fused blocks folds their weights at every call; export fuse(model, frozen=True) for "
+        "one that keeps them folded, and runs neighbouring layers as one operation",
+        stacklevel=2,
+    )
 
 
 # What a compiled graph calls in inference: it sees the parameters themselves, so a change in place is noticed

@@ -19,7 +19,7 @@ from ..fold import PackedWeights, conv_norms, packed_dtypes
 from ..spec import BlockSpec
 from ..tensors import check_input
 from . import reading
-from .compiled import tracing_export, tracing_onnx, tracing_transform
+from .compiled import note_export, tracing_export, tracing_onnx, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
@@ -384,9 +384,13 @@ class FusedBlock(nn.Module):
         if recording or tracing_export():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
             packed = fold_and_pack(parameters, eps, dtype, backend)
-            op_options = spec.options(*x.shape[2:]) if self._op_options else ()
+            # AOTInductor (torch 2.11) hands no empty list over, which "no padding but the usual" is.
+            exported = tracing_export() and note_export()
+            op_options = spec.options(*x.shape[2:], written_out=exported) if self._op_options or exported else ()
             return ops.packed_inverted_residual(
-                x, packed, spec.stride, spec.residual, backend=backend, op_options=op_options
+                *(x, packed, spec.stride, spec.residual, (0,) if exported else ()),
+                backend=backend,
+                op_options=op_options,
             )
         site = fold_ahead(self._token, dtype, backend)
         return torch.ops.mnv2_fused.cached_inverted_residual(

@@ -98,7 +98,7 @@ def inverted_residual_triton(
         launch(chosen, spec, x, packed, y, tf32)
         return y
 
-    if plan:
+    if any(plan):
         chosen = triton_plan(spec, x.shape, dtype=x.dtype, gpu=gpu, tf32=tf32, forced=plan)
     elif tune.wanted() and x.is_cuda and y.numel() and not torch.cuda.is_current_stream_capturing():
         plans = best_plans(spec, tuple(x.shape), x.dtype, tf32, gpu)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 from functools import cache
 
@@ -9,12 +11,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from support.models import fitted, make_x, scripted
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_fused import FusedBlock, fuse, unfuse
+from mnv2_fused.module import compiled
 from mnv2_fused.sequence import RunsFused
 from mnv2_fused.testing import perturb_batch_norm
-from tests.support.models import fitted, make_x, scripted
 
 
 @cache
@@ -149,6 +152,69 @@ def test_openvino(name):
     # In float32, as it was exported: some processors get bfloat16 unasked.
     run = openvino.compile_model(found, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert same(torch.from_numpy(run(x.numpy())[0]), original(name)(x))
+
+
+by_freezing = pytest.mark.parametrize("frozen", [False, True], ids=["in step", "frozen"])
+
+
+def exported(name, frozen):
+    model = fuse(original(name), frozen=frozen)
+    sizes = {0: torch.export.Dim("images", min=1, max=64)}
+    with torch.no_grad():
+        return torch.export.export(model, (make_x(2),), dynamic_shapes=(sizes,))
+
+
+@pytest.mark.filterwarnings("ignore:an exported program of fused blocks folds")
+@by_freezing
+@by_model
+def test_export(name, frozen):
+    program = exported(name, frozen)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    x = make_x(3)
+    for run in (program, torch.export.load(file)):
+        assert same(run.module()(x), original(name)(x))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    if frozen and name == "torchvision v2":
+        assert calls == ["mnv2_fused.sequence.default", "aten.flatten.using_ints"]
+    assert any("mnv2_fused" in call for call in calls)
+    assert ("aten.rsqrt.default" in calls) is not frozen  # of norms that are folded at each call
+
+
+def test_exports_that_fold_say_so():
+    compiled._warn_of_folding.cache_clear()
+    with pytest.warns(UserWarning, match=r"export fuse\(model, frozen=True\)"):
+        exported("torchvision v2", False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="an exported program")
+        exported("torchvision v2", False)
+        compiled._warn_of_folding.cache_clear()
+        exported("torchvision v2", True)
+
+
+RUN_PACKAGE = """
+import sys, torch
+import mnv2_fused  # the operators
+x, expected = torch.load(sys.argv[2])
+y = torch._inductor.aoti_load_package(sys.argv[1])(x)
+assert y.shape == expected.shape and (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@by_freezing
+@pytest.mark.parametrize("name", ["torchvision v2", "torchvision v3"])
+def test_ahead_of_time_inductor(name, frozen, tmp_path):
+    """Compiled here, run in a process of its own: one with empty lists among its arguments, and one without."""
+    package = torch._inductor.aoti_compile_and_package(exported(name, frozen), package_path=str(tmp_path / "m.pt2"))
+    x = make_x(3)
+    with torch.no_grad():
+        torch.save((x, original(name)(x)), tmp_path / "x.pt")
+    command = [sys.executable, "-W", "ignore", "-c", RUN_PACKAGE, package, str(tmp_path / "x.pt")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def flops(model, *args, backward=False):
