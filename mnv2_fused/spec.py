@@ -153,7 +153,7 @@ class BlockSpec:
             (width + left + right - self.extent) // self.stride + 1,
         )
 
-    def options(self, height: int, width: int, written_out: bool = False) -> tuple[Any, ...]:
+    def options(self, height: int, width: int, *, written_out: bool = False) -> tuple[Any, ...]:
         """What the op takes behind its plan: nothing for MobileNetV2's block, unless all is to be ``written_out``."""
         padding = self.padding if self.padding != "same" or self.stride > 1 else None
         rest = (self.dilation, self.activation, self.out_activation, self.squeeze_activation, self.gate)

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from .. import backends
@@ -41,11 +40,11 @@ def fuse(
 ) -> nn.Module:
     """A copy of ``model`` (or ``model`` itself) whose inverted residuals run as one kernel each in eval.
 
-    The fused blocks share the modules inside the blocks they replace: parameters, their names, ``requires_grad``
-    and train/eval mode stay. If anything was fused, the whole model is moved to channels_last, once. Keep the
-    returned value even with ``inplace``: when ``model`` itself is a block, it is the fused one. Fusing a fused
-    model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block. ``recompute``: in ``train()``
-    keep of each block only its input and compute the rest again in backward: less memory, more time.
+    The fused blocks share the modules inside the blocks they replace: parameters, their names, ``requires_grad``,
+    train/eval mode and the memory format of weights stay. What fused blocks give is in channels_last, whatever they are
+    given. Keep the returned value even with ``inplace``: when ``model`` itself is a block, it is the fused one. Fusing
+    a fused model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block. ``recompute``: in
+    ``train()`` keep of each block only its input and compute the rest again in backward: less memory, more time.
 
     ``frozen``: for inference alone, with weights that never change again. Packed weights take the place of the modules
     they were made of, which are let go; a call asks nothing about changes. The model is in ``eval()`` for good, in the
@@ -89,8 +88,6 @@ def fuse(
         return model
     model = replaced(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
     _run_whole_sequences(model)
-    # As model.to(memory_format=torch.channels_last) does, which refuses models that have 5-d weights too.
-    model = model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     return freeze(model) if frozen else model
 
 
@@ -132,9 +129,17 @@ def _run_whole_sequences(model: nn.Module) -> None:
 
 
 def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedBlock:
-    if not is_torchvisions(block, match.family):
+    if is_torchvisions(block, match.family):
+        fused = _replaced(block, match, backend, recompute)
+    else:
         options = {"backend": backend, "recompute": recompute}
-        return fuse_in_place(block, match.family.read, **options, base=match.family.base)
+        fused = fuse_in_place(block, match.family.read, **options, base=match.family.base)
+    # What lies between fused blocks then gets what they read fastest, whatever the model is given.
+    fused._channels_last = True
+    return fused
+
+
+def _replaced(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedInvertedResidual:
     conv: Any = block.conv
     fused = FusedInvertedResidual.adopt(
         conv,
@@ -175,4 +180,11 @@ def _with_state_of(source: nn.Module, target: _M) -> _M:
 
 def _copy(model: nn.Module) -> nn.Module:
     refuse_freed([*model.parameters(), *model.buffers()])
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed_tensors(model)})
+    modes = {name: module.training for name, module in model.named_modules()}
+    other = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed_tensors(model)})
+    # Copies of torchvision's feature extractors (0.26) come in train(), which has a graph of its own there.
+    if other.training is not model.training:
+        other.train(model.training)
+    for name, module in other.named_modules():
+        module.training = modes.get(name, module.training)
+    return other

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import ops
@@ -13,6 +15,7 @@ from ..backends import within_functorch
 from ..encoding import make_spec, spec_of_rest
 from ..flops import count_flops, multiply_adds
 from ..fold import PackedWeights
+from ..spec import BlockSpec
 from ..tensors import empty_output
 from .packed_cache import PackedCache
 
@@ -38,6 +41,14 @@ def tracing_export() -> bool:
 def tracing_onnx() -> bool:
     """Of an export for other runtimes, which know torch's own operators alone."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def op_choices(spec: BlockSpec, x: Tensor) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Plan and options of a block's op. Written out in exported programs: AOTInductor (torch 2.11 to 2.13) hands an
+    empty list over as None.
+    """
+    exported = torch.compiler.is_compiling() and tracing_export()
+    return ((0,) if exported else ()), spec.options(*x.shape[2:], written_out=exported)
 
 
 @torch.compiler.assume_constant_result

@@ -19,7 +19,7 @@ from ..fold import PackedWeights, conv_norms, packed_dtypes
 from ..spec import BlockSpec
 from ..tensors import check_input
 from . import reading
-from .compiled import note_export, tracing_export, tracing_onnx, tracing_transform
+from .compiled import note_export, op_choices, tracing_export, tracing_onnx, tracing_transform
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
@@ -89,6 +89,7 @@ class FusedBlock(nn.Module):
     _read: Callable[[], Parts]
     _forward_modules: Callable[[Tensor], Tensor]
     _ordinary: Callable[[], nn.Module]
+    _channels_last = False  # whether its fused results are, whatever x is
 
     def _start(self, backend: str, recompute: bool) -> None:
         if backend not in backends.BACKENDS:
@@ -157,7 +158,7 @@ class FusedBlock(nn.Module):
         *("_ready", "_cache", "_token", "_objection", "_pairs"),
         *("_squeeze", "_dropouts", "_drop_path", "_spec", "_op_options"),
     )
-    OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original")
+    OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original", "_channels_last")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -231,6 +232,8 @@ class FusedBlock(nn.Module):
         try:
             if op_options is None:
                 op_options = ready.spec.options(*x.shape[2:])
+            if self._channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
             if torch.is_grad_enabled() and any(t.requires_grad for t in ready.tensors):
                 run = functools.partial(
                     ops.packed_inverted_residual,
@@ -380,18 +383,16 @@ class FusedBlock(nn.Module):
         spec, (parameters, eps) = self._read_spec, self._fold_parameters()
         dtype = self._compute_dtype(x, parameters, backend)
         check_input(x, spec.in_channels, spec)
+        if self._channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
         if recording or tracing_export():
             # Folding goes into the graph: differentiable, and an exported program owns its weights.
             packed = fold_and_pack(parameters, eps, dtype, backend)
-            # AOTInductor (torch 2.11) hands no empty list over, which "no padding but the usual" is.
-            exported = tracing_export() and note_export()
-            op_options = spec.options(*x.shape[2:], written_out=exported) if self._op_options or exported else ()
-            return ops.packed_inverted_residual(
-                *(x, packed, spec.stride, spec.residual, (0,) if exported else ()),
-                backend=backend,
-                op_options=op_options,
-            )
+            if tracing_export():
+                note_export()
+            plan, op_options = op_choices(spec, x)
+            return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, plan, backend, op_options)
         site = fold_ahead(self._token, dtype, backend)
         return torch.ops.mnv2_fused.cached_inverted_residual(
             x, parameters, eps, spec.stride, spec.residual, self._token, backend, self._op_options, site

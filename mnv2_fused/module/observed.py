@@ -104,6 +104,11 @@ class _DoesNotRun(Unfusable):
 
 
 def _observed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe:
+    if _original(block).forward is nn.Module.forward:
+        raise Unfusable(
+            "a graph of torch.fx runs its layers: fuse first, then trace or extract features, with "
+            "tracer_kwargs={'leaf_modules': [mnv2_fused.FusedBlock]}"
+        )
     model = _random_copy(block)
     # Nothing says which convolution comes first: most often the one that was registered first.
     channels = dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import backends, ops
 from ..fold import PackedWeights
+from ..module.compiled import op_choices
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
 from ..module.parameters import first_weight, fold_and_pack
@@ -124,10 +125,9 @@ class FrozenBlock(_Frozen):
         self._check(x)
         spec, packed = self.spec, PackedWeights._make(self._buffers[name] for name in PackedWeights._fields)
         check_input(x, spec.in_channels, spec)
-        op_options = spec.options(*x.shape[2:])
-        return ops.packed_inverted_residual(
-            x, packed, spec.stride, spec.residual, backend=self.backend, op_options=op_options
-        )
+        plan, op_options = op_choices(spec, x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, plan, self.backend, op_options)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {self.dtype}, backend={self.backend}"

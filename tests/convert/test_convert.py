@@ -131,16 +131,23 @@ def test_a_block_as_root_is_returned_fused():
         assert type(unfuse(fused, inplace=inplace)) is InvertedResidual
 
 
-def test_the_whole_model_becomes_channels_last_only_if_something_was_fused():
-    def model(b: nn.Module) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 8, 3), b, nn.Conv3d(8, 4, 3))
-
-    fused = fuse(model(block()))
-    assert fused[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert fused[2].weight.is_contiguous()
-    with pytest.warns(UserWarning):
-        left = fuse(model(block(norm_layer=partial(nn.GroupNorm, 1))))
-    assert left[0].weight.is_contiguous()
+@pytest.mark.parametrize("found", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_keep_their_memory_format(found):
+    """Results of fused blocks are in channels_last all the same, so that what lies between them runs in it."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), block(), nn.Conv2d(8, 8, 3), block()).eval().to(memory_format=found)
+    strides = [p.stride() for p in model.parameters()]
+    fused = fuse(model)
+    assert [p.stride() for p in fused.parameters()] == strides
+    assert [p.stride() for p in unfuse(fused).parameters()] == strides
+    seen = []
+    for module in fused:
+        module.register_forward_hook(lambda module, args, y: seen.append(y))
+    with torch.no_grad():
+        y = fused(torch.randn(2, 3, 12, 13))
+    assert len(seen) == 4
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (*seen[1:], y))
+    recorded = fused[1](torch.randn(2, 8, 12, 13))
+    assert recorded.requires_grad and recorded.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("training", [True, False])

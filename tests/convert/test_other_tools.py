@@ -12,7 +12,9 @@ import timm
 import torch
 import torchvision
 from support.models import fitted, make_x, scripted
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import feature_extraction
 
 from mnv2_fused import FusedBlock, fuse, unfuse
 from mnv2_fused.module import compiled
@@ -205,7 +207,7 @@ assert y.shape == expected.shape and (y - expected).abs().max() <= 1e-5 * expect
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @by_freezing
-@pytest.mark.parametrize("name", ["torchvision v2", "torchvision v3"])
+@pytest.mark.parametrize("name", ["torchvision v2", "torchvision v3", "timm efficientnet"])
 def test_ahead_of_time_inductor(name, frozen, tmp_path):
     """Compiled here, run in a process of its own: one with empty lists among its arguments, and one without."""
     package = torch._inductor.aoti_compile_and_package(exported(name, frozen), package_path=str(tmp_path / "m.pt2"))
@@ -288,3 +290,44 @@ def test_unfused_models_script_as_they_are():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         script = scripted(lambda: model)
     assert same(script(make_x()), original("torchvision v2")(make_x()))
+
+
+def test_copies_of_feature_extractors_keep_their_mode():
+    """Their deepcopy comes in train(); and where there is nothing to fuse, the warning says what to do."""
+    extractor = feature_extraction.create_feature_extractor(original("torchvision v2"), ["features.1", "features.3"])
+    assert not extractor.training and copy.deepcopy(extractor).training  # torchvision's doing
+    with pytest.warns(UserWarning, match="fuse first, then trace or extract features"):
+        model = fuse(extractor)
+    x = make_x()
+    assert not any(m.training for m in (*model.modules(), *unfuse(model).modules()))
+    assert all(torch.equal(a, b) for a, b in zip(model(x).values(), extractor(x).values(), strict=True))
+
+
+def test_feature_extractors_of_fused_models():
+    names = ["features.1", "features.3"]
+    model, x = fused_of("torchvision v2"), make_x()
+    leaves = {"leaf_modules": [FusedBlock]}
+    expected = feature_extraction.create_feature_extractor(original("torchvision v2"), names)(x)
+    for options in ({}, {"tracer_kwargs": leaves}):
+        found = feature_extraction.create_feature_extractor(model, names, **options)
+        assert (number_of_fused(found) > 0) is bool(options)
+        assert all(same(found(x)[name], expected[name]) for name in names)
+
+
+SAVING = ["torchvision v2", "timm efficientnet"]
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_weights_can_be_pruned_and_saved_as_the_originals(name, tmp_path):
+    """Where weights were moved to channels_last, both refused the stem's."""
+    import safetensors.torch as safetensors
+    model = fused_of(name)
+    stem = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    safetensors.save_file(dict(model.state_dict()), tmp_path / "weights.safetensors")
+    loaded = safetensors.load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(loaded[key], value) for key, value in original(name).state_dict().items())
+    prune.l1_unstructured(stem, "weight", 0.5)
+    x = make_x()
+    pruned = copy.deepcopy(original(name))
+    prune.l1_unstructured(next(m for m in pruned.modules() if isinstance(m, torch.nn.Conv2d)), "weight", 0.5)
+    assert same(model(x), pruned(x))
