@@ -15,6 +15,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "block.h"
 
@@ -48,6 +49,12 @@ std::string list_of(const List& values) {
 using Sizes = std::array<int64_t, 4>;  // [N, C, H, W]
 inline std::string to_string(const Sizes& sizes) { return list_of(sizes); }
 inline std::string to_string(const Tensor& t) { return list_of(t.sizes()); }
+
+// Names and tensors that a caller may have left out: where a schema says Tensor, torch takes None.
+inline void check_given(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  for (const auto& [name, t] : tensors)
+    if (!t->defined()) fail(name, " must be a tensor, got None");
+}
 
 // Whether a call leaves its plan to the planner: no values, or zeros, since AOTInductor (torch 2.11)
 // hands no empty list over.

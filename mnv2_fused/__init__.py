@@ -3,9 +3,9 @@
 import sys as _sys
 
 from . import models
-from .block import inverted_residual
+from .block import inverted_residual, pack
 from .convert import Report, fuse, report, unfuse
-from .fold import BlockWeights, PackedWeights, pack
+from .fold import BlockWeights, PackedWeights
 from .module import FusedBlock, FusedInvertedResidual
 from .plans.cpu import Plan, plan
 from .plans.cuda import CudaPlan, cuda_plan

@@ -162,9 +162,14 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         if reasons[candidate] is None:
             return candidate
     asked = {b: why for b, why in reasons.items() if why is not None and name in ("auto", b)}
+    move = "move the model and its input with .cpu()"
+    if device.type == "cpu":  # where they are already
+        move = (
+            "build the extension" if name in ("auto", "cpu") else "move the model and its input to a GPU with .cuda()"
+        )
     raise RuntimeError(
         f"no kernel takes this call (backend={name!r}): {'; '.join(f'{b}: {why}' for b, why in asked.items())}; "
-        "move the model and its input with .cpu(), or use backend='eager'"
+        f"{move}, or use backend={'eager' if name in ('auto', 'cpu') else 'auto'!r}"
     )
 
 

@@ -5,20 +5,40 @@ Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks"
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from . import backends, ops
-from .fold import BlockWeights, PackedWeights, pack
+from .fold import BlockWeights, PackedWeights, pack_block
 from .plans.cpu import Plan
 from .plans.cuda import CudaPlan
 from .plans.triton import TritonPlan
 from .reference import inverted_residual_reference
 from .spec import ACTIVATIONS, GATES, BlockSpec, Geometry
-from .tensors import channels_of, check_input
+from .tensors import channels_of, check_dtype, check_input, check_tensor
 
-__all__ = ["ACTIVATIONS", "GATES", "BlockSpec", "Geometry", "inverted_residual", "inverted_residual_reference"]
+__all__ = ["ACTIVATIONS", "GATES", "BlockSpec", "Geometry", "inverted_residual", "inverted_residual_reference", "pack"]
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str = "auto") -> PackedWeights:
+    """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding.
+
+    For the kernel that ``backend`` names; ``"auto"`` is the one that runs on the weights' own device. Raises ValueError
+    for shapes that make no block and for a backend or dtype that no kernel has, TypeError for weights that are packed.
+    """
+    if isinstance(weights, PackedWeights):
+        raise TypeError("weights are packed already; pack the BlockWeights that they were made of")
+    BlockSpec.of(weights)
+    check_dtype(dtype, _DTYPES)
+    if backend not in backends.BACKENDS or backend == "eager":
+        kernels = ", ".join(name for name in backends.BACKENDS if name != "eager")
+        raise ValueError(f"backend must be one of {kernels}, got {backend!r}; the reference takes weights unpacked")
+    return pack_block(weights, dtype, backend)
 
 
 def inverted_residual(
@@ -51,6 +71,7 @@ def inverted_residual(
     another backend, TypeError for an ``x`` that is not floating point, RuntimeError when no
     kernel takes the call. Paper: section 5.1.
     """
+    check_tensor(x)
     spec = BlockSpec.of(weights, channels_of(x), **geometry)
     check_input(x, spec.in_channels, spec)
     backend = backends.resolve_backend(backend, x.device)
@@ -58,11 +79,10 @@ def inverted_residual(
         return inverted_residual_reference(x, weights, **geometry)
     if forward_ad._current_level >= 0:
         raise RuntimeError("the kernel has no forward-mode derivative; use backend='eager'")
-    packed = weights if isinstance(weights, PackedWeights) else pack(weights, x.dtype, backend)
+    packed = weights if isinstance(weights, PackedWeights) else pack_block(weights, x.dtype, backend)
     packed.check_layout(backend)
     forced = ()
     if plan is not None:
-        forced = plan.forced()
         maker, kind = {
             "cpu": ("plan", Plan),
             "cuda": ("cuda_plan", CudaPlan),
@@ -70,6 +90,7 @@ def inverted_residual(
         }[backend]
         if not isinstance(plan, kind):
             raise ValueError(f"plan: backend {backend!r} takes one of mnv2_fused.{maker}, got a {type(plan).__name__}")
+        forced = plan.forced()
     if isinstance(plan, Plan):
         for name, value, limit in zip(("tile_rows", "tile_cols"), forced, spec.out_size(*x.shape[2:]), strict=False):
             if not 1 <= value <= limit:

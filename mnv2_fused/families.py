@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .module import FusedBlock, FusedInPlace, FusedObserved, Reader, is_candidate, observe, reading
+from .module import FusedBlock, FusedInPlace, FusedObserved, Reader, observe, reading, why_no_candidate
 from .module.guard import is_compiled
 from .module.reading import Parts, Unfusable, read_chain
 from .sequence import FusedSequential
@@ -41,7 +41,7 @@ def family_of(module: nn.Module) -> Family | None:
 
 def observed_family_of(module: nn.Module) -> Family | None:
     """What reads a module of a class that is not known, if it may be a block and holds none of a known one."""
-    if not is_candidate(module) or isinstance(module, torch.jit.ScriptModule):
+    if why_no_candidate(module) is not None or isinstance(module, torch.jit.ScriptModule):
         return None
     if any(family_of(m) is not None or isinstance(m, FusedBlock) for m in module.modules()):
         return None

@@ -268,11 +268,8 @@ def _pack_product(weight: Tensor, dtype: torch.dtype, device: torch.device) -> T
     return _pairs(panels) if dtype == torch.bfloat16 and device.type == "cpu" else panels
 
 
-def pack(weights: BlockWeights, dtype: torch.dtype = torch.float32, backend: str = "auto") -> PackedWeights:
-    """Packs folded weights for activations of ``dtype``. Differentiable; the cast is the only rounding.
-
-    For the kernel that ``backend`` names; ``"auto"`` is the one that runs on the weights' own device.
-    """
+def pack_block(weights: BlockWeights, dtype: torch.dtype, backend: str) -> PackedWeights:
+    """:func:`mnv2_fused.pack` of weights whose shapes are known to fit."""
     device = weights.w_project.device
     if device.type == "cuda" and backend == "auto":
         backend = gpu_backend(device)

@@ -6,6 +6,7 @@ Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks"
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -20,6 +21,15 @@ def _named(name: str, number: int, names: tuple[str, ...]) -> str:
     if not 0 <= number < len(names):
         raise ValueError(f"{name} must be 0 to {len(names) - 1} ({', '.join(names)}), got {number}")
     return names[number]
+
+
+def integer(name: str, value: Any) -> Any:
+    """``value``, an int or a symbol that stands for one. Raises TypeError for anything else, a bool too."""
+    if type(value) is int or type(value).__name__ == "SymInt":
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
 
 
 class Geometry(TypedDict, total=False):
@@ -63,6 +73,19 @@ class BlockSpec:
     negative_slope: float = NEGATIVE_SLOPE
 
     def __post_init__(self) -> None:
+        for name in (
+            "in_channels",
+            "hidden_channels",
+            "out_channels",
+            "stride",
+            "kernel",
+            "dilation",
+            "squeeze_channels",
+        ):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        for name in ("expand", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("in_channels", "hidden_channels", "out_channels", "dilation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -110,9 +133,9 @@ class BlockSpec:
     def _check_padding(self) -> None:
         if self.padding is None or self.padding == "same":
             return
-        if isinstance(self.padding, str) or len(self.padding) != 4:
+        if not isinstance(self.padding, Sequence) or isinstance(self.padding, str) or len(self.padding) != 4:
             raise ValueError(f"padding must be None, 'same' or (left, right, top, bottom), got {self.padding!r}")
-        object.__setattr__(self, "padding", tuple(self.padding))
+        object.__setattr__(self, "padding", tuple(integer("padding", p) for p in self.padding))
         most = self.extent - 1
         if not all(0 <= p <= most for p in self.padding):
             raise ValueError(f"padding must be 0 to {most} on each side, got {self.padding}; use backend='eager'")
@@ -231,6 +254,11 @@ class BlockSpec:
 
         ``in_channels`` of the input at hand: weights packed in pairs do not tell an odd number from the next.
         """
+        if not isinstance(weights, (BlockWeights, PackedWeights)):
+            raise TypeError(
+                f"weights must be mnv2_fused.BlockWeights, or what mnv2_fused.pack makes of them, got a "
+                f"{type(weights).__name__}"
+            )
         if (weights.w_expand is None) != (weights.b_expand is None):
             raise ValueError("w_expand and b_expand must both be given or both be None")
         squeeze = weights.w_squeeze is not None

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .spec import BlockSpec
+from .gpus import Gpu
+from .spec import BlockSpec, integer
+
+
+def check_tensor(x: Any, name: str = "x") -> None:
+    """Raises TypeError for what is no tensor."""
+    if not isinstance(x, Tensor):
+        way_out = "; convert it with torch.from_numpy()" if type(x).__module__ == "numpy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {_described(x)}{way_out}")
+
+
+def check_dtype(dtype: Any, allowed: Sequence[torch.dtype] | None = None) -> None:
+    """Raises TypeError for what is no dtype of torch, ValueError for one that is not ``allowed``."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be one of torch's, such as torch.float32, got {_described(dtype)}")
+    if allowed is not None and dtype not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}, got {dtype}")
+
+
+def check_shape(shape: Any) -> tuple[int, int, int, int]:
+    """An input's four sizes. Raises ValueError for anything else."""
+    if not isinstance(shape, Sequence) or len(shape) != 4:
+        found = tuple(shape) if isinstance(shape, Sequence) else _described(shape)
+        raise ValueError(f"input_shape must be (N, C_in, H, W), got {found}")
+    n, channels, height, width = (integer("input_shape", size) for size in shape)
+    return n, channels, height, width
+
+
+def check_gpu(gpu: Any) -> None:
+    """Raises TypeError for what is no description of a GPU."""
+    if not isinstance(gpu, Gpu):
+        raise TypeError(
+            f"gpu must be a mnv2_fused.gpus.Gpu, such as mnv2_fused.gpus.H200 or Gpu.of(device), got {_described(gpu)}"
+        )
+
+
+def _described(value: Any) -> str:
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def channels_of(x: Tensor) -> int | None:

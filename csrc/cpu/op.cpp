@@ -77,6 +77,11 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                              int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
                              int64_t out_activation, int64_t squeeze_activation, int64_t gate,
                              double negative_slope) {
+  check_given({{"x", &x},
+               {"w_depthwise", &w_depthwise},
+               {"b_depthwise", &b_depthwise},
+               {"w_project", &w_project},
+               {"b_project", &b_project}});
   const ScalarType type = x.scalar_type();
   return dispatch("inverted_residual", type, w_project.scalar_type(), [&]<class S>(S) {
     if (w_expand.has_value() != b_expand.has_value())

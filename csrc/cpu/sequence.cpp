@@ -155,6 +155,7 @@ Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
                     IntHeaderOnlyArrayRef layers,  // seven values of each, and those that follow
                     bool flat  // whether the result is [N, C], as after a classifier
 ) {
+  check_given({{"x", &x}, {"weights", &weights}});
   const ScalarType type = x.scalar_type();
   return dispatch("sequence", type, type, [&]<class S>(S) {
     using T = Compute<S>;
@@ -216,6 +217,7 @@ Tensor sequence_cpu(const Tensor& x, const Tensor& weights, IntHeaderOnlyArrayRe
 
 // The same for callers that keep `layers`: a list of hundreds of values takes some us to hand over.
 Tensor sequence_row_cpu(const Tensor& x, const Tensor& weights, const Tensor& layers, bool flat) {
+  check_given({{"layers", &layers}});
   if (!layers.is_cpu() || layers.scalar_type() != ScalarType::Long || layers.dim() != 1 ||
       !layers.is_contiguous())
     fail("layers must be one contiguous row of int64 on the CPU");

@@ -124,6 +124,11 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
                               int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
                               int64_t out_activation, int64_t squeeze_activation, int64_t gate,
                               bool tf32, double negative_slope) try {
+  check_given({{"x", &x},
+               {"w_depthwise", &w_depthwise},
+               {"b_depthwise", &b_depthwise},
+               {"w_project", &w_project},
+               {"b_project", &b_project}});
   if (w_expand.has_value() != b_expand.has_value())
     fail("w_expand and b_expand must both be given or both be None");
   for (const auto* t : {&b_squeeze, &w_excite, &b_excite})

@@ -20,6 +20,14 @@ class Match(NamedTuple):
     spec: BlockSpec
 
 
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is no module."""
+    if isinstance(model, nn.Module):
+        return
+    found = f"the class {model.__name__}: call it first" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise TypeError(f"model must be an nn.Module, got {found}")
+
+
 def _match(module: nn.Module) -> Match | str | None:
     family = family_of(module) or observed_family_of(module)
     if family is None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..encoding import LayerKind
 from ..module import FusedBlock
@@ -19,7 +18,9 @@ from ..sequence import RunsFused
 from ..sequence.find import Layer, sequence_backend
 from ..sequence.frozen import is_frozen
 from ..spec import BlockSpec
-from .find import Match, blocks_of, computed_tensors
+from .find import Match, blocks_of, check_model
+from .shapes import Shapes, shapes_of_call, shapes_of_input
+from .unknown import UnknownBlocks, unknown_blocks
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Report:
     blocks: tuple[BlockReport, ...]
     training: bool  # whether a fused block is in train(), where the ordinary modules run
     layers: tuple[LayerReport, ...] = ()  # stem, head and classifier, where they run in one call with the blocks
+    unknown: tuple[UnknownBlocks, ...] = ()  # depthwise and 1x1 convolutions in modules that are none of the blocks
 
     @property
     def fused(self) -> tuple[BlockReport, ...]:
@@ -81,24 +83,34 @@ class Report:
             total += f", {_mib(self.bytes_never_written)} never written per image"
         if self.training:
             total += "; now in train(), where the ordinary modules run: call eval()"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, *(f"not known: {row}" for row in self.unknown), total])
 
 
-def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report:
+def report(model: nn.Module, input_shape: Sequence[int] | None = None, *, example_inputs: Any = None) -> Report:
     """Which inverted residuals of ``model`` run fused in eval, by which backend, and why the others do not.
 
-    ``input_shape``, [N, C, H, W] of the model's only input, adds the bytes per image that are never written: the
-    expanded tensors of each fused block, at its own input shape, over all its calls. The shapes come from a copy on
-    the meta device: nothing is computed and ``model`` is not touched. Raises ValueError when that copy does not
-    run on such an input, and for a frozen model.
+    ``input_shape``, [N, C, H, W] of the model's only input, or ``example_inputs``, whatever it takes (a tensor, a list
+    or tuple of arguments, or a mapping of named ones), adds the bytes per image that are never written: the expanded
+    tensors of each fused block, at its own input shape, over all its calls. With ``input_shape`` a copy without values
+    runs on the meta device, and the model itself where no such copy does; with ``example_inputs`` the model itself,
+    once, in eval and without gradients. Raises TypeError for what is no module, ValueError for a frozen model, and
+    where the model does not run on the input.
     """
+    check_model(model)
     if any(map(is_frozen, model.modules())):
         raise ValueError("a frozen model has let its modules go; report the fused model before it is frozen")
+    if input_shape is not None and example_inputs is not None:
+        raise ValueError(f"give input_shape or example_inputs, not both; got {tuple(input_shape)} and some inputs")
     found = list(blocks_of(model))
-    shapes = {} if input_shape is None else _block_input_shapes(model, input_shape)
+    shapes: Shapes = {}
+    if input_shape is not None:
+        shapes = shapes_of_input(model, input_shape)
+    elif example_inputs is not None:
+        shapes = shapes_of_call(model, example_inputs)
     rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)
     training = any(isinstance(block, FusedBlock) and block.training for _, block, _ in found)
-    return Report(rows, training, tuple(_layer_reports(model, shapes)))
+    unknown = unknown_blocks(model, (block for _, block, _ in found))
+    return Report(rows, training, tuple(_layer_reports(model, shapes)), unknown)
 
 
 _LAYERS = {
@@ -109,7 +121,7 @@ _LAYERS = {
 }
 
 
-def _layer_reports(model: nn.Module, shapes: dict[str, list[torch.Size]]) -> Iterator[LayerReport]:
+def _layer_reports(model: nn.Module, shapes: Shapes) -> Iterator[LayerReport]:
     """What runs in one call with fused blocks now: nothing in train(), or where something is hooked."""
     parameter = next(model.parameters(), None)
     backend = None if parameter is None else sequence_backend(parameter.device)
@@ -167,43 +179,6 @@ def _block_report(
             plan(block.spec, (1, *shape[1:]), dtype=weight.dtype).bytes_never_written for shape in inputs
         )
     return BlockReport(name, block.spec, True, backend, reason, never_written)
-
-
-def _block_input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, list[torch.Size]]:
-    """The input shapes of each fused block, by name and call, from a copy on the meta device, without hooks."""
-    tensors = [*model.parameters(), *model.buffers(), *computed_tensors(model)]
-    # Tensors that the copy finds in its memo are not copied: no weight is.
-    memo = {id(t): t.detach().to("meta") for t in tensors}
-    shapes: dict[str, list[torch.Size]] = {}
-    try:
-        meta = copy.deepcopy(model, memo).eval()
-        for module in meta.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        for name, block, _ in blocks_of(meta):
-            if isinstance(block, FusedBlock) and block.spec is not None:
-                vars(block)["forward"] = _recorder(block.spec, shapes.setdefault(name, []), block.leading_child)
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-        with torch.no_grad(), torch.device("meta"):
-            meta(torch.empty(*input_shape, dtype=dtype))
-    except Exception as error:
-        raise ValueError(
-            f"the model does not run on one input of shape {list(input_shape)} on the meta device: {error}; "
-            "call report(model) without input_shape"
-        ) from error
-    return shapes
-
-
-def _recorder(spec: BlockSpec, shapes: list[torch.Size], leading_child: nn.Module | None) -> Callable[..., Tensor]:
-    """Stands in for a block's forward: notes the input's shape, returns an output without values."""
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        x = x if leading_child is None else leading_child(x)
-        shapes.append(x.shape)
-        return x.new_empty(x.shape[0], spec.out_channels, *spec.out_size(*x.shape[2:]))
-
-    return forward
 
 
 def _mib(count: int | None) -> str:

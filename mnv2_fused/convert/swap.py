@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .. import backends
+from ..families import family_of
 from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
 from ..module.parameters import refuse_freed
@@ -23,7 +24,8 @@ from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import forget
 from ..sequence.frozen import freeze, is_frozen, replaced
 from ..sequence.fused import ordinary_class
-from .find import NOT_FOUND, Match, blocks_of, computed_tensors, is_torchvisions
+from .find import NOT_FOUND, Match, blocks_of, check_model, computed_tensors, is_torchvisions
+from .unknown import kind_of, unknown_blocks
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -57,6 +59,7 @@ def fuse(
     skipped (not for those that ``filter_fn`` left out), before anything is changed. Raises ValueError for an
     unknown ``backend``. :func:`report` lists the reasons block by block.
     """
+    check_model(model)
     if backend not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
     if frozen and recompute:
@@ -69,17 +72,21 @@ def fuse(
     skipped: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     already_fused = False
-    for name, block, found in blocks_of(model):
+    found_blocks = list(blocks_of(model))
+    for name, block, found in found_blocks:
         if isinstance(block, FusedBlock):
             already_fused = True
         elif isinstance(found, str):
-            skipped[found] += 1
+            skipped[found if family_of(block) else f"{kind_of(block)}: {found}"] += 1
         elif filter_fn is not None and not filter_fn(name, block):
             left_out["filter_fn left it out"] += 1
         elif found is not None:
             matches[block] = found
     nothing_fused = not (matches or already_fused)
-    reasons = "; ".join(f"{n} x {reason}" for reason, n in (skipped + left_out).items())
+    reasons = [f"{n} x {reason}" for reason, n in (skipped + left_out).items()]
+    if nothing_fused:
+        reasons += map(str, unknown_blocks(model, (block for _, block, _ in found_blocks)))
+    reasons = "; ".join(reasons)
     if strict and (skipped or nothing_fused):
         raise ValueError(f"fuse(strict=True) would leave blocks unfused: {reasons or NOT_FOUND}")
     if nothing_fused:
@@ -98,6 +105,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     made by ``FusedInvertedResidual``'s constructor turns into torchvision's ``InvertedResidual``; raises
     ImportError, before anything is changed, where torchvision is missing.
     """
+    check_model(model)
     if any(map(is_frozen, model.modules())):
         raise ValueError("a frozen model has let its modules go and cannot be unfused; use the original model")
     if not inplace:

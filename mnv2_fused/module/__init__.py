@@ -3,7 +3,7 @@
 from .drop_in import FusedInvertedResidual
 from .fused_block import FusedBlock, Reader
 from .in_place import FusedInPlace, _restored, become, fuse_in_place
-from .observed import FusedObserved, is_candidate, observe
+from .observed import FusedObserved, is_depthwise, is_pointwise, observe, why_no_candidate
 
 __all__ = [
     "FusedBlock",
@@ -14,6 +14,8 @@ __all__ = [
     "_restored",
     "become",
     "fuse_in_place",
-    "is_candidate",
+    "is_depthwise",
+    "is_pointwise",
     "observe",
+    "why_no_candidate",
 ]

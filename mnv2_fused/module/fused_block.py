@@ -17,7 +17,7 @@ from .. import backends, ops
 from ..encoding import op_rest
 from ..fold import PackedWeights, conv_norms, packed_dtypes
 from ..spec import BlockSpec
-from ..tensors import check_input
+from ..tensors import check_input, check_tensor
 from . import reading
 from .compiled import note_export, op_choices, tracing_export, tracing_onnx, tracing_transform
 from .guard import Guard, watch_optimizers
@@ -31,6 +31,14 @@ SCRIPTED = (
     "with it, or script unfuse(model)"
 )
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
+
+
+def _is_proxy(x: Any) -> bool:
+    """Whether torch.fx traces. Raises TypeError for an ``x`` that is neither that nor a tensor."""
+    if isinstance(x, torch.fx.Proxy):
+        return True
+    check_tensor(x)
+    return False
 
 
 class PreparedCall:
@@ -215,7 +223,7 @@ class FusedBlock(nn.Module):
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
         ready = self._ready
-        if backends.transformed() or (type(x) is not Tensor and isinstance(x, torch.fx.Proxy)):
+        if backends.transformed() or (type(x) is not Tensor and _is_proxy(x)):
             return self._forward_modules(x)
         if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.is_valid():
             if ready is not None and ready.guard is not None:

@@ -34,14 +34,31 @@ _COMPARED = 2
 _IMAGES = 2
 
 
-def is_candidate(module: nn.Module) -> bool:
-    """Whether ``module`` may be one block by what it holds: one depthwise convolution, at most four others."""
+_MOST_CONVOLUTIONS = 5  # of a block: expand, depthwise, squeeze, excite, project
+
+
+def why_no_candidate(module: nn.Module) -> str | None:
+    """What ``module`` holds that keeps it from being one block; None where it may be one."""
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-    if not 2 <= len(convs) <= 5 or type(module) is nn.Conv2d:
-        return False
-    depthwise = [c for c in convs if 1 < c.groups == c.in_channels == c.out_channels and max(c.weight.shape[2:]) > 1]
-    others = [c for c in convs if c.groups == 1 and tuple(c.weight.shape[2:]) == (1, 1)]
-    return len(depthwise) == 1 and len(depthwise) + len(others) == len(convs)
+    depthwise = [c for c in convs if is_depthwise(c)]
+    others = [c for c in convs if not is_depthwise(c)]
+    if not depthwise or not others or type(module) is nn.Conv2d:
+        return "it has no depthwise and 1x1 convolution"
+    if len(depthwise) > 1:
+        return f"it has {len(depthwise)} depthwise convolutions"
+    for conv in others:
+        if not is_pointwise(conv):
+            size = "x".join(map(str, conv.weight.shape[2:]))
+            return f"it has a {size} convolution of {conv.groups} groups beside the depthwise one"
+    return f"it has {len(convs)} convolutions" if len(convs) > _MOST_CONVOLUTIONS else None
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    return 1 < conv.groups == conv.in_channels == conv.out_channels and max(conv.weight.shape[2:]) > 1
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == 1 and tuple(conv.weight.shape[2:]) == (1, 1)
 
 
 def observe(block: nn.Module) -> Parts:

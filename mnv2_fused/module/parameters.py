@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..fold import BlockWeights, ConvNorm, PackedWeights, conv_norms, pack
+from ..fold import BlockWeights, ConvNorm, PackedWeights, conv_norms, pack_block
 from .guard import readable
 
 
@@ -25,7 +25,7 @@ def fold_and_pack(
     *expand, depthwise, project = [conv.folded(e) for conv, e in zip(stages, eps, strict=True)]
     w_expand, b_expand = expand[0] if expand else (None, None)
     of_squeeze = [t for conv in squeeze for t in conv.folded(0.0)]
-    return pack(BlockWeights(w_expand, b_expand, *depthwise, *project, *of_squeeze), dtype, backend)
+    return pack_block(BlockWeights(w_expand, b_expand, *depthwise, *project, *of_squeeze), dtype, backend)
 
 
 class Norm(Protocol):

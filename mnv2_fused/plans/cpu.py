@@ -11,6 +11,7 @@ from .. import backends
 from ..encoding import shape_of
 from ..fold import packed_dtypes
 from ..spec import BlockSpec
+from ..tensors import check_dtype, check_shape
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,8 @@ def plan(
     """
     if backends._C is None:
         raise RuntimeError(f"the planner needs the compiled library: {backends.backend_reasons()['cpu']}")
-    if len(input_shape) != 4:
-        raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
-    n, channels, height, width = input_shape
+    n, channels, height, width = check_shape(input_shape)
+    check_dtype(dtype, (torch.float32, torch.float64, torch.float16, torch.bfloat16))
     if channels != spec.in_channels:
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
     if any(abs(size) >= 2**63 for size in input_shape):

@@ -11,6 +11,7 @@ from .. import backends
 from ..encoding import shape_of
 from ..gpus import H200, Gpu
 from ..spec import ACTIVATIONS, BlockSpec
+from ..tensors import check_dtype, check_gpu, check_shape
 
 
 def stem_size(size: int) -> int:
@@ -77,9 +78,8 @@ def cuda_plan(
     """
     if backends._C is None:
         raise RuntimeError(f"the planner needs the compiled library: {backends.backend_reasons()['cpu']}")
-    if len(input_shape) != 4:
-        raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
-    n, channels, height, width = input_shape
+    n, channels, height, width = check_shape(input_shape)
+    check_gpu(gpu)
     if stem is not None:
         if stem not in ACTIVATIONS:
             raise ValueError(f"stem must be one of {', '.join(ACTIVATIONS)}, got {stem!r}")
@@ -89,6 +89,7 @@ def cuda_plan(
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
     if min(input_shape) < 1 or n * channels * height * width >= 2**63:
         raise ValueError(f"sizes must be at least 1, and less than 2^63 elements, got {tuple(input_shape)}")
+    check_dtype(dtype)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the CUDA kernel takes float32, float16 and bfloat16, got {dtype}; use backend='eager'")
     precision = str(dtype).removeprefix("torch.")

@@ -17,6 +17,7 @@ from ..activations import ACTIVATION_TABLE
 from ..fold import PANEL
 from ..gpus import H200, Gpu
 from ..spec import BlockSpec
+from ..tensors import check_dtype, check_gpu, check_shape
 
 _L2_BYTES = 5.5e12  # a second, of an H100's L2: only the choice between configurations rests on it
 _LAUNCH_SECONDS = 3e-6
@@ -358,10 +359,9 @@ def triton_plan(
     ``TILES``. ``tf32``: whether float32 products may round to TF32. Raises ValueError, naming the value and its
     limit, for what no kernel takes.
     """
-    if len(input_shape) != 4:
-        raise ValueError(f"input_shape must be (N, C_in, H, W), got {tuple(input_shape)}")
-    n, channels, height, width = input_shape
-    shape = n, channels, height, width
+    shape = n, channels, height, width = check_shape(input_shape)
+    check_gpu(gpu)
+    check_dtype(dtype)
     if channels != spec.in_channels:
         raise ValueError(f"input_shape has {channels} channels, the block takes {spec.in_channels}")
     if n < 0 or height < 1 or width < 1:

@@ -321,6 +321,7 @@ SAVING = ["torchvision v2", "timm efficientnet"]
 def test_weights_can_be_pruned_and_saved_as_the_originals(name, tmp_path):
     """Where weights were moved to channels_last, both refused the stem's."""
     import safetensors.torch as safetensors
+
     model = fused_of(name)
     stem = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     safetensors.save_file(dict(model.state_dict()), tmp_path / "weights.safetensors")

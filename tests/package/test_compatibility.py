@@ -112,6 +112,8 @@ def test_models_load_and_give_the_same_bits(name, kind):
             with instruction_set(isa):
                 check_in_tolerance(copy.deepcopy(model)(x), model, x)
     new = fresh(name, model.state_dict())
+    # As 0.1.0's fuse left weights, which decides how torch's own convolutions round.
+    new._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     assert torch.equal(model(x), new(x))
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in new.named_modules()]
 

@@ -12,8 +12,9 @@ class Pointwise {
   using T = typename V::T;
   // Pixels whose inputs stay in L2 while every weight passes by.
   static constexpr int64_t kBlock = 256;
-  // Pixels of one sum of formulas: more than the 7x7 of the usual head, few enough to keep the digits.
-  static constexpr int64_t kSummed = 64;
+  // Pixels of one sum of formulas: all of the usual head; of a larger one as many as there are such
+  // sums in a block, to keep the digits.
+  static constexpr int64_t kUsual = 64, kSummed = 16;
   static constexpr int64_t kPerPanel = kPanel / V::kLanes;
 
  public:
@@ -106,7 +107,8 @@ class Pointwise {
     t.expanded.fill(0, results - channel, clips ? 0 : N * V::kLanes);
     const auto table = clips ? expand_table<V, S, T, N, true>(Rows<V, N>{})
                              : expand_table<V, S, T, N, false>(Rows<V, N>{});
-    // One pixel after the other, a sum of many loses digits: every kSummed of them begin anew.
+    // One pixel after the other, a sum of many loses digits: some of them, and it begins anew.
+    const int64_t summed = pixels_ <= kUsual ? kUsual : kSummed;
     V sums[N], earlier[N];
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { earlier[j] = sums[j] = V::set1(0); });
     const auto begin_anew = [&] {
@@ -115,11 +117,11 @@ class Pointwise {
         sums[j] = V::set1(0);
       });
     };
-    int64_t end = kSummed;
+    int64_t end = summed;
     for_pixels(t, N, block, count, kRows, [&](int64_t pixel, int rows) {
       if (!clips && pixel >= end) {
         begin_anew();
-        end += kSummed;
+        end += summed;
       }
       table[rows - 1](t);
       const int pixels = clips ? 1 : rows;
