@@ -49,11 +49,18 @@ def measure(spec, batch, size, threads, dtype, *, rounds=12):
     return x, block, timings, check
 
 
+@pytest.mark.parametrize("row", ["eager channels_last", "fused"])
 @pytest.mark.parametrize(("dtype", "threads"), [("float32", 1), ("float32", 2), ("bfloat16", 1)])
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_block(benchmark, table, index, dtype, threads):
+def test_block(benchmark, table, index, dtype, threads, row):
+    """Eager is timed in turns with fused, whose row has the ratio, and once more by itself, for a row of its own."""
     spec, size = BLOCKS[index]
-    benchmark.group = f"block {index + 1}"
+    benchmark.group, benchmark.name = f"block {index + 1}, {dtype}, {threads} threads", row
+    if row != "fused":
+        x = torch.randn(1, spec.in_channels, *size).to(DTYPES[dtype], memory_format=torch.channels_last)
+        with testing.threads(threads):
+            benchmark.pedantic(eager_block(spec, DTYPES[dtype]), (x,), rounds=10, warmup_rounds=1)
+        return
     x, block, timings, check = measure(spec, 1, size, threads, DTYPES[dtype])
     work = 2 * testing.multiply_adds(spec, x.shape)
     with testing.threads(threads):

@@ -1,5 +1,6 @@
 """One table per benchmark file, printed after pytest-benchmark's own; with --results FILE also kept as JSON."""
 
+import argparse
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +27,31 @@ def keep() -> bench_results.Results:
 
 def pytest_addoption(parser):
     parser.addoption("--results", metavar="FILE", help="write all tables to this JSON file")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default=usual, help="what is timed (default here: %(default)s)"
+    )
+    parser.addoption("--dtypes", type=_list_of(_dtype), help="of bench_latency: fp32,bf16,fp16")
+    parser.addoption("--batches", type=_list_of(int), help="of bench_latency: 1,16")
+    parser.addoption("--threads", type=int, default=1, help="of bench_latency on the CPU (default: %(default)s)")
+
+
+def _list_of(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _dtype(name):
+    if name not in (known := ("fp32", "bf16", "fp16")):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+def pytest_collection_modifyitems(config, items):
+    """On a GPU only bench_latency has rows; the others time the CPU's kernels."""
+    if config.getoption("--device") == "cuda":
+        kept = [item for item in items if item.path.stem == "bench_latency"]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def pytest_sessionfinish(session):

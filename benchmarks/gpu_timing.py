@@ -22,6 +22,7 @@ from mnv2_fused.tools import bench, engines
 from mnv2_fused.tools.bench_results import V1
 from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED, Call
 
+DEVICE = "cuda"
 GRAPHED = ", graphed"
 COMPILED = "torch.compile "
 STATES = ("cold", "warm")
