@@ -128,16 +128,53 @@ class PackedWeights(NamedTuple):
             )
 
 
-# Buffers only, no base class; others of the name have their eps elsewhere.
-_FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
+_EPS = 1e-5  # of frozen norms that keep none
+
+
+def eps_of(norm: Any) -> float:
+    """What a norm adds to its variance."""
+    return getattr(norm, "eps", _EPS)
+
+
+# As torchvision, detectron2 and models of transformers call theirs, of no base class.
+_FROZEN = "FrozenBatchNorm2d"
+_frozen: dict[tuple[type[nn.Module], float], bool] = {}
+
+
+def _is_frozen_norm(norm: nn.Module) -> bool:
+    """Whether one of that name, with four buffers and no parameter, computes what :func:`fold_conv_bn` folds."""
+    key = type(norm), eps_of(norm)
+    names = ("weight", "bias", "running_mean", "running_var")
+    if key not in _frozen:
+        found = type(norm).__name__.endswith(_FROZEN) and not list(norm.parameters())
+        _frozen[key] = found and set(norm._buffers) >= set(names) and _normalises(norm, names)
+    return _frozen[key]
+
+
+def _normalises(norm: nn.Module, names: Sequence[str]) -> bool:
+    weight, bias, mean, variance = values = [torch.rand(4, dtype=torch.float64) + 0.5 for _ in names]
+    other = type(norm).__new__(type(norm))
+    vars(other).update(vars(norm))
+    other._buffers = dict(zip(names, values, strict=True))
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    expected = F.batch_norm(x, mean, variance, weight, bias, eps=eps_of(norm))
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(other(x), expected, rtol=1e-9, atol=1e-9))
+    except Exception:  # of a forward that anybody wrote
+        return False
 
 
 def unfoldable(norm: nn.Module) -> str | None:
     """Why this normalisation cannot be folded into the convolution before it, or None when it can."""
     name = type(norm).__name__
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and f"{type(norm).__module__}.{name}" not in _FROZEN:
-        if name == "FrozenBatchNorm2d":
-            return f"{name} of {type(norm).__module__} is not torchvision's or detectron2's: it may be another"
+    # A subclass may count, log or start otherwise, as long as it computes the same.
+    known = any(isinstance(norm, c) and type(norm).forward is c.forward for c in (nn.BatchNorm2d, nn.SyncBatchNorm))
+    if not known and not _is_frozen_norm(norm):
+        if name.endswith(_FROZEN):
+            return (
+                f"{name} of {type(norm).__module__} computes something else than a batch norm with eps {eps_of(norm)}"
+            )
         return f"{name} cannot be folded into a convolution, only BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d"
     if norm.running_mean is None or norm.running_var is None:
         return f"{name} has no running statistics, so it normalises by the batch even in eval"

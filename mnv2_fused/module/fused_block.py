@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import backends, ops
 from ..encoding import op_rest
-from ..fold import PackedWeights, conv_norms, packed_dtypes
+from ..fold import PackedWeights, conv_norms, eps_of, packed_dtypes
 from ..spec import BlockSpec
 from ..tensors import check_input, check_tensor
 from . import reading
@@ -360,7 +360,7 @@ class FusedBlock(nn.Module):
         return bool(self._dropouts) and reading.drops_now(self._dropouts)
 
     def _eps(self) -> list[float]:
-        return [0.0 if norm is None else norm.eps for _, norm in self._pairs]
+        return [0.0 if norm is None else eps_of(norm) for _, norm in self._pairs]
 
     def _fold_parameters(self) -> tuple[list[Tensor | None], list[float]]:
         """Parameters and statistics in the order of :func:`mnv2_fused.fold.conv_norms`, and the eps of each norm."""

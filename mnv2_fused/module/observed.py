@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..fold import BlockWeights, conv_norms
+from ..fold import BlockWeights, conv_norms, eps_of
 from ..reference import in_torch
 from .chain import Chain, Recipe, require
 from .fused_block import FusedBlock, block_of
@@ -237,7 +237,7 @@ def _folded(parts: Parts) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     rows = [t for conv, norm in parts.stages for t in parameters_of(conv, cast(Any, norm))]
     rows += [t for conv in parts.squeeze or () for t in parameters_of(conv, None)[:2]]
     stages, squeeze = conv_norms(rows, len(parts.stages))
-    eps = [0.0 if norm is None else cast(Any, norm).eps for _, norm in parts.stages]
+    eps = [0.0 if norm is None else eps_of(norm) for _, norm in parts.stages]
     return [s.folded(e) for s, e in zip(stages, eps, strict=True)], [t for conv in squeeze for t in conv.folded(0.0)]
 
 

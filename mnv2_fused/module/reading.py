@@ -303,7 +303,7 @@ def _geometry_objections(name: str, conv: nn.Conv2d) -> Iterator[str]:
             taken["dilation"] = (1,)
     for attribute, values in taken.items():
         value = getattr(conv, attribute)
-        if value not in values and value not in [(v, v) for v in values]:
+        if value not in values and (_both(value) if isinstance(value, list) else value) not in [(v, v) for v in values]:
             allowed = " or ".join(map(str, values))
             yield f"the {name} convolution has {attribute} {value!r}, the fused op takes {allowed}"
     expected = [[conv.out_channels, conv.in_channels // groups, k, k] for k in kernels]

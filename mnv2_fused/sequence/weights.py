@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..encoding import SQUEEZE_CHANNELS, LayerKind, split_layers
-from ..fold import ConvNorm, pack_conv, pack_stem
+from ..fold import ConvNorm, eps_of, pack_conv, pack_stem
 from ..module.fused_block import FusedBlock
 from ..module.parameters import conv_norm_activation, fold_and_pack, parameters_of, refuse_freed
 
@@ -33,7 +33,7 @@ def layer_parameters(modules: Iterable[nn.Module]) -> tuple[list[Tensor | None],
         elif isinstance(module, nn.Sequential):
             conv, norm, _ = conv_norm_activation(module)
             tensors.extend(parameters_of(conv, norm))
-            eps.append(norm.eps)
+            eps.append(eps_of(norm))
     return tensors, eps
 
 

@@ -52,7 +52,9 @@ def fastest(
         return _chosen[name]
     by_values = {tuple(p.forced()): p for p in plans}
     kept = _read().get(name)
-    found = by_values.get(tuple(kept)) if isinstance(kept, list) else None
+    found = None
+    if isinstance(kept, list) and all(type(value) is int for value in kept):
+        found = by_values.get(tuple(kept))
     if found is None:
         found = min(plans, key=lambda p: measure(lambda: run(p)))
         _write(name, found.forced())
@@ -63,18 +65,20 @@ def fastest(
 def _read() -> dict[str, list[int]]:
     try:
         kept = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, RuntimeError):  # no file, no JSON, nested too deep, no home folder
         return {}
     return kept if isinstance(kept, dict) else {}
 
 
 def _write(name: str, values: list[int]) -> None:
     """Adds one entry; the file is replaced as a whole, so that no process reads half of it."""
-    file = cache_file()
+    temporary = None
     try:
+        file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as temporary:
             json.dump(_read() | {name: values}, temporary, indent=1, sort_keys=True)
         os.replace(temporary.name, file)
-    except OSError:
-        return
+    except (OSError, TypeError, ValueError, RecursionError, RuntimeError):
+        if temporary is not None:
+            Path(temporary.name).unlink(missing_ok=True)

@@ -411,10 +411,71 @@ class OtherFrozenBatchNorm2d(FrozenBatchNorm2d):
 OtherFrozenBatchNorm2d.__name__ = "FrozenBatchNorm2d"
 
 
-def test_frozen_norms_of_other_libraries_are_left_alone():
+class EpsInForward(FrozenBatchNorm2d):
+    """As those of transformers' detectors: no attribute says it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        del self.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
+EpsInForward.__name__ = "SomeFrozenBatchNorm2d"
+
+
+def test_frozen_norms_of_other_libraries_are_judged_by_what_they_compute():
     eager = block(norm_layer=OtherFrozenBatchNorm2d)
-    with pytest.warns(UserWarning, match=r"FrozenBatchNorm2d of \S*test_convert is not torchvision's or detectron2's"):
+    with pytest.warns(UserWarning, match=r"FrozenBatchNorm2d of \S*test_convert computes something else than a batch"):
         assert type(fuse(eager)) is InvertedResidual
+    eager = perturb_batch_norm(block(norm_layer=EpsInForward))
+    fused = fuse(eager)
+    assert type(fused) is FusedInvertedResidual
+    assert_agrees(fused, eager, (2, 8, 9, 7))
+
+
+def test_the_norms_of_a_detector_of_transformers():
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    model = nn.Sequential(block(), block())
+    with torch.no_grad():
+        detr.replace_batch_norm(model)
+    assert "DetrFrozenBatchNorm2d" in str(model)
+    fused = fuse(model)
+    assert sum(isinstance(m, FusedInvertedResidual) for m in fused) == 2
+    assert_agrees(fused, model, (2, 8, 9, 7))
+
+
+class CountingNorm(nn.BatchNorm2d):
+    """Another class, the same forward."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.resets = getattr(self, "resets", 0) + 1
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_subclasses_of_batch_norm_that_keep_its_forward():
+    eager = perturb_batch_norm(block(norm_layer=CountingNorm))
+    fused = fuse(eager)
+    assert type(fused) is FusedInvertedResidual
+    assert_agrees(fused, eager, (2, 8, 9, 7))
+    with pytest.warns(UserWarning, match="ScaledNorm cannot be folded"):
+        fuse(block(norm_layer=ScaledNorm))
+
+
+def test_strides_as_a_list():
+    eager = block()
+    eager.conv[0][0].stride = [1, 1]
+    eager.conv[1][0].stride = [1, 1]
+    assert_agrees(fuse(eager), eager, (2, 8, 9, 7))
+    assert type(fuse(eager)) is FusedInvertedResidual
 
 
 def test_quantizable_blocks_are_left_alone():

@@ -253,13 +253,33 @@ class TestTuning:
         assert self.fastest([]) is self.plans[0]
         assert len(json.loads(self.tune.cache_file().read_text())) == 2
 
-    @pytest.mark.parametrize("content", ["", "{", "[1]", '{"key": 3}'])
+    @pytest.mark.parametrize("content", ["", "{", "[1]", '{"key": 3}', "lists", "nested"])
     def test_a_spoiled_file_costs_a_measurement_only(self, content):
         file = self.tune.cache_file()
         file.parent.mkdir()
-        file.write_text(content)
+        if content == "lists":  # where numbers belong
+            self.fastest([float(i) for i in range(len(self.plans))])
+            content = json.dumps({key: [[8]] for key in json.loads(file.read_text())})
+        file.write_text("[" * 10_000 if content == "nested" else content)
         assert self.fastest([float(i) for i in range(len(self.plans))]) is self.plans[0]
         assert self.fastest([]) is self.plans[0]
+        assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+    def test_without_a_home_folder(self, monkeypatch):
+        def missing():
+            raise RuntimeError("no home folder")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(self.tune.Path, "home", missing)
+        assert self.fastest([float(i) for i in range(len(self.plans))]) is self.plans[0]
+
+    def test_no_part_of_a_file_is_left_behind(self, monkeypatch):
+        def refuse(*names):
+            raise PermissionError("not here")
+
+        monkeypatch.setattr(self.tune.os, "replace", refuse)
+        assert self.fastest([float(i) for i in range(len(self.plans))]) is self.plans[0]
+        assert list(self.tune.cache_file().parent.iterdir()) == []
 
     def test_a_plan_of_other_configurations_is_measured_again(self):
         self.fastest([float(i) for i in range(len(self.plans))])
