@@ -48,6 +48,14 @@ def observed_family_of(module: nn.Module) -> Family | None:
     return _OBSERVED
 
 
+def read_as_seen(block: nn.Module) -> tuple[Family, Parts] | None:
+    """What a block of a known class computes that its own reader refuses: a subclass, or another kind of padding."""
+    if reading.is_plain(block) or why_no_candidate(block) is not None:
+        return None
+    parts = parts_of(block, observe)
+    return None if isinstance(parts, str) else (_OBSERVED, parts)
+
+
 def parts_of(block: nn.Module, reader: Reader) -> Parts | str:
     """What ``reader`` finds in an ordinary block, or why it cannot be fused."""
     if isinstance(block, torch.jit.ScriptModule):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..families import Family, family_of, inline_blocks, observed_family_of, parts_of, read_mobilenet_v2
+from ..families import Family, family_of, inline_blocks, observed_family_of, parts_of, read_as_seen, read_mobilenet_v2
 from ..module import FusedBlock, reading
 from ..module.guard import has_hooks, is_compiled
 from ..spec import BlockSpec
@@ -34,7 +34,9 @@ def _match(module: nn.Module) -> Match | str | None:
         return None
     parts = parts_of(module, family.read)
     if isinstance(parts, str):
-        return parts
+        if (seen := read_as_seen(module)) is None:
+            return parts
+        family, parts = seen
     if is_torchvisions(module, family) and has_hooks(module):
         return "a hook on it would not be called: remove it first"
     return Match(family, parts.spec)

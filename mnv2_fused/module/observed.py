@@ -126,6 +126,9 @@ def _observed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "a graph of torch.fx runs its layers: fuse first, then trace or extract features, with "
             "tracer_kwargs={'leaf_modules': [mnv2_fused.FusedBlock]}"
         )
+    prepared = next((m for m in block.modules() if type(m).__module__.startswith("torch.ao.")), None)
+    if prepared is not None:
+        raise Unfusable(f"it is prepared for quantisation: it has a {full_name(prepared)}")
     model = _random_copy(block)
     # Nothing says which convolution comes first: most often the one that was registered first.
     channels = dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))

@@ -21,6 +21,7 @@ from torchvision.models.quantization import mobilenet_v3_large as quantizable_mo
 from torchvision.ops import FrozenBatchNorm2d
 
 from mnv2_fused import FusedInvertedResidual, fuse, report, unfuse
+from mnv2_fused.module import FusedObserved
 from mnv2_fused.testing import agreement, perturb_batch_norm
 
 
@@ -359,9 +360,23 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 }
 
 
+# Of those, what torchvision's reader refuses, and is seen to compute a block all the same.
+SEEN = ["string padding", "two activations", "convolution subclass", "more children", "subclass"]
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_changed_block_is_read_as_it_computes(name):
+    changed = perturb_batch_norm(block())
+    CHANGES[name][0](changed)
+    fused = fuse(changed)
+    assert isinstance(fused, FusedObserved) and type(unfuse(fused)) is type(changed)
+    assert_agrees(fused, changed, (2, 8, 9, 7))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("change, reason", CHANGES.values(), ids=CHANGES.keys())
-def test_a_changed_block_is_left_alone_with_its_reason(change, reason):
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in SEEN])
+def test_a_changed_block_is_left_alone_with_its_reason(name):
+    change, reason = CHANGES[name]
     changed, ordinary = block(), block()
     change(changed)
     model = nn.Sequential(changed, ordinary)

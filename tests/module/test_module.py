@@ -505,8 +505,8 @@ def test_ordinary_parameters_changed_under_inference_mode():
 
 def test_weights_are_packed_once(monkeypatch):
     module = sys.modules["mnv2_fused.module.parameters"]
-    packings, original = [], module.pack
-    monkeypatch.setattr(module, "pack", lambda *args: packings.append(1) or original(*args))
+    packings, original = [], module.pack_block
+    monkeypatch.setattr(module, "pack_block", lambda *args: packings.append(1) or original(*args))
     _, ours = blocks(8, 8, 1, 6)
     with torch.no_grad():
         for _ in range(4):
