@@ -141,7 +141,8 @@ def _layer_reports(model: nn.Module, shapes: Shapes) -> Iterator[LayerReport]:
             count = None
             if isinstance(block, FusedBlock) and (spec := block.spec) and (found := shapes.get(names.get(block, ""))):
                 count = _never_written(layer, spec, found[0])
-            yield LayerReport(names[module], _LAYERS[layer.kind], backend, count)
+            named = module if module in names else next(iter(module.children()))  # joined for the kernel's sake
+            yield LayerReport(names[named], _LAYERS[layer.kind], backend, count)
 
 
 def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:

@@ -13,17 +13,20 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .. import backends
 from ..families import family_of
 from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
+from ..module.guard import is_compiled
 from ..module.parameters import refuse_freed
 from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import forget
 from ..sequence.frozen import freeze, is_frozen, replaced
 from ..sequence.fused import ordinary_class
+from ..sequence.seen import run_as_seen
 from .find import NOT_FOUND, Match, blocks_of, check_model, computed_tensors, is_torchvisions
 from .unknown import kind_of, unknown_blocks
 
@@ -114,7 +117,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = replaced(model, {block: _unfused(block) for block in blocks})
     for module in model.modules():
         if isinstance(module, RunsFused):
-            vars(module).pop("_prepared", None)
+            for name in module.OWN:
+                vars(module).pop(name, None)
             forget(module)
             become(module, ordinary_class(module))
     return model
@@ -134,6 +138,17 @@ def _run_whole_sequences(model: nn.Module) -> None:
             torchvision_model.run_whole(module)
         elif type(module) is MobileNet and "forward" not in vars(module):
             become(module, FusedMobileNet)
+    if _is_network(model):
+        run_as_seen(model)
+
+
+def _is_network(model: nn.Module) -> bool:
+    """Whether to see what its forward runs: a network of a class of its own, that does not write its class's name."""
+    if isinstance(model, FusedBlock | RunsFused | nn.Sequential | torch.fx.GraphModule | torch.jit.ScriptModule):
+        return False
+    if type(model).__module__.startswith("torch.") or hasattr(model, "save_pretrained") or is_compiled(model):
+        return False
+    return "forward" not in vars(model)
 
 
 def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedBlock:

@@ -54,11 +54,12 @@ class Guard:
         next_hook: int,
         parents: Iterable[nn.Module] = (),
         hooked: Iterable[nn.Module] = (),
+        watched: Iterable[nn.Module] = (),
     ) -> Guard:
         """Of everything inside ``roots``.
 
         ``parents``: modules whose lists of children count too, but nothing in children outside ``roots``. ``hooked``:
-        modules that count as changed once they lose a hook they have now.
+        modules that count as changed once they lose a hook they have now. ``watched``: modules whose attributes count.
         """
         modules = list(dict.fromkeys(itertools.chain.from_iterable(root.modules() for root in roots)))
         tensors = dict.fromkeys(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
@@ -68,6 +69,7 @@ class Guard:
             # An instance's own forward is one attribute more.
             [vars(m) for m in (*modules, *parents)] + [hooks for m in hooked for hooks in hooks_of(m) if hooks],
             [entry for m in modules for entry in watched_entries(m)]
+            + [entry for m in watched for entry in watched_entries(m, private=True)]
             # Other dictionaries in their place.
             + [(vars(m), name) for m in modules for name in ("_modules", "_parameters", "_buffers")]
             + [(vars(p), "_modules") for p in parents],
@@ -144,12 +146,17 @@ def has_hooks(module: nn.Module) -> bool:
 _WATCHED = (bool, int, float, str, tuple, list, type, types.FunctionType, types.BuiltinFunctionType)
 
 
-def watched_entries(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """(dictionary, key) of what decides what ``module`` computes, besides its tensors and submodules."""
+def watched_entries(module: nn.Module, private: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
+    """(dictionary, key) of what decides what ``module`` computes, besides its tensors and submodules.
+
+    ``private``: whether attributes whose names begin with an underscore may do so, but for those of this package.
+    """
     attributes = vars(module)
+    own = getattr(module, "OWN", ())
     for name, value in attributes.items():
+        public = name[0] != "_" or (private and name not in own)
         # A fused block counts how often its cache was cleared.
-        if name == "_forgotten" or (name[0] != "_" and (value is None or type(value) in _WATCHED)):
+        if name == "_forgotten" or (public and (value is None or type(value) in _WATCHED or isinstance(value, tuple))):
             yield attributes, name
     config = attributes.get("config")
     if "tf_padding" in getattr(config, "__dict__", ()):  # transformers' MobileNetV2 looks at it in forward

@@ -96,7 +96,7 @@ def read_chain(
             slopes |= slope_of(module)
         else:
             stages[-1] = stages[-1][0], module
-            act = _timm_activation(module) if _is_timm_norm(module) else None
+            act = timm_activation(module) if is_timm_norm(module) else None
             activations[-1] = "" if act is None else activation_of(act)
             slopes |= slope_of(act)
     if len(stages) not in (2, 3):
@@ -175,18 +175,18 @@ def slope_of(module: nn.Module | None) -> set[float]:
     return {float(module.negative_slope)} if module is not None and activation_of(module) == LEAKY_RELU else set()
 
 
-def _is_timm_norm(module: nn.Module) -> bool:
+def is_timm_norm(module: nn.Module) -> bool:
     return full_name(module) in [f"timm.layers.norm_act.{name}" for name in _TIMM_NORMS]
 
 
-def _timm_activation(norm: nn.Module) -> nn.Module | None:
+def timm_activation(norm: nn.Module) -> nn.Module | None:
     if type(norm._modules.get("drop", nn.Identity())) not in (nn.Identity, type(None)):
         raise Unfusable(f"its {type(norm).__name__} has a {full_name(norm.drop)} before the activation")
     return norm._modules.get("act")
 
 
 def _norm_objections(norm: nn.Module) -> Iterator[str]:
-    if not _is_timm_norm(norm):
+    if not is_timm_norm(norm):
         reason = unfoldable(norm)
     elif norm.running_mean is None or norm.running_var is None:
         reason = f"{type(norm).__name__} has no running statistics, so it normalises by the batch even in eval"

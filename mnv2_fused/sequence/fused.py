@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,13 +72,14 @@ class PreparedRun:
         next_hook: int,
         backend: str,
         is_cpu: bool,
+        watched: Iterable[nn.Module] = (),
     ) -> None:
         self.is_cpu = is_cpu
         found = list(layers_of(children, backend))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
         others = [entry for entry in found if isinstance(entry, nn.Module)]
         hooked = [*parents, *itertools.chain.from_iterable(m.modules() for m in others)]
-        self.guard = Guard.of_modules(in_runs, next_hook, parents, hooked)
+        self.guard = Guard.of_modules(in_runs, next_hook, parents, hooked, watched)
         # Again: a guard takes for unchanged what another thread changed before it was there.
         if list(layers_of(children, backend)) != found:
             raise _ChangedMeanwhile
@@ -116,6 +117,8 @@ class RunsFused(RunsTraced):
     children counts as its own. Anything else, and everything in any other mode, runs module by module.
     """
 
+    OWN: tuple[str, ...] = ("_prepared",)  # all that it has beside what its original had
+    outermost = False  # whether it is nobody's child
     _prepared: PreparedRun | None = None
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
@@ -162,6 +165,10 @@ class RunsFused(RunsTraced):
             x = step(x)
         return x
 
+    def _watched(self, parents: list[nn.Module]) -> list[nn.Module]:
+        """Those of ``parents`` whose attributes decide what runs."""
+        return []
+
     def _blocks_record(self) -> bool:
         children, _ = self.fusable_children()
         blocks = (m for m in children if isinstance(m, FusedBlock))
@@ -191,7 +198,7 @@ class RunsFused(RunsTraced):
             return None
         try:
             found = self.fusable_children()
-            prepared = PreparedRun(*found, next_hook, backend, x.is_cpu)
+            prepared = PreparedRun(*found, next_hook, backend, x.is_cpu, self._watched(found[1]))
         except _ChangedMeanwhile:
             return None
         if self.fusable_children() != found:
@@ -207,12 +214,12 @@ class RunsFused(RunsTraced):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles."""
-        if not isinstance(self, RunsWhole):  # nobody's child
+        if not self.outermost:
             warnings.warn(SCRIPTED, stacklevel=2)
         return self._ordinary()
 
     def _ordinary(self) -> nn.Module:
-        other = around_the_same(self, ordinary_class(self), ("_prepared",))
+        other = around_the_same(self, ordinary_class(self), self.OWN)
         for name, child in self._modules.items():
             if isinstance(child, FusedBlock | RunsFused):
                 other._modules[name] = child._ordinary()
@@ -220,7 +227,8 @@ class RunsFused(RunsTraced):
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         replica = super()._replicate_for_data_parallel()
-        replica.__dict__.pop("_prepared", None)  # of the original's weights
+        for name in self.OWN:
+            replica.__dict__.pop(name, None)  # of the original's weights
         return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -253,6 +261,7 @@ class RunsWhole(RunsFused):
     Called directly, they still give what they always gave.
     """
 
+    outermost = True
     features: nn.Sequential
     classifier: nn.Sequential
 

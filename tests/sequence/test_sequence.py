@@ -573,7 +573,7 @@ def test_a_subclass_of_the_model_keeps_its_forward(ran):
     model = copy.deepcopy(fitted())
     model.__class__ = Scaled
     fused = fuse(model)
-    assert type(fused) is Scaled
+    assert isinstance(fused, Scaled)
     assert calls_of(fused, make_x(), ran) == MAP_ONLY
 
 
