@@ -114,7 +114,7 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                                  data(w.b_excite)};
     const BlockRun run(shape, machine, [&](const BlockShape& s) {
       return automatic ? cached_plan(s, machine)
-                            : make_plan(s, machine, forced[0], forced[1], forced[2], forced[3]);
+                       : make_plan(s, machine, forced[0], forced[1], forced[2], forced[3]);
     });
     const Tensor scratch = buffer(scratch_bytes<S>(run));
     const Tensor result = empty(y_sizes, kStored, true);
