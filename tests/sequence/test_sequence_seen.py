@@ -220,6 +220,39 @@ class Counts(Network):
         return y * self.calls if self.calls > 4 else y
 
 
+class TwoBranches(Network):
+    """The first of which nobody takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.act = copy.deepcopy(self.blocks), nn.ReLU6()
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        self.blocks(x)
+        x = self.second(x)
+        return self.classifier(self.head_act(self.head_norm(self.head(x))).mean([2, 3]))
+
+
+class Times(nn.Module):
+    def forward(self, x, times=1.0):
+        return x * times
+
+
+class PassesMore(Network):
+    def __init__(self):
+        super().__init__()
+        self.times = Times()
+
+    def forward(self, x):
+        return self.classifier(self.times(self.features(x), 3.0).mean([2, 3]))
+
+
+class PassesMoreByName(PassesMore):
+    def forward(self, x):
+        return self.classifier(self.times(self.features(x), times=3.0).mean([2, 3]))
+
+
 class Remembers(Network):
     """Of each call what it was given, in a list."""
 
@@ -242,10 +275,11 @@ class TakesMore(Network):
         return super().forward(x) if scale == 1.0 else super().forward(scale * x)
 
 
-OTHERS = {cls.__name__: cls for cls in (Adds, AddsInPlace, AddsToTheInput, AddsToTheResult, SumsRows, Keeps)}
-OTHERS |= {
-    cls.__name__: cls for cls in (Loops, BranchesOnSize, BranchesOnData, BranchesOnFlag, Counts, Remembers, TakesMore)
-}
+_OTHERS = (
+    *(Adds, AddsInPlace, AddsToTheInput, AddsToTheResult, SumsRows, Keeps, Loops, TwoBranches),
+    *(BranchesOnSize, BranchesOnData, BranchesOnFlag, Counts, Remembers, TakesMore, PassesMore, PassesMoreByName),
+)
+OTHERS = {cls.__name__: cls for cls in _OTHERS}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -266,6 +300,18 @@ def test_operations_in_between_are_no_row(name):
     model = fuse(original(name))
     called(model, image(2, 3, 40, 33))
     assert model._row == [] and runs(model) == (0, 0)
+
+
+def test_means_over_other_axes_are_no_pooling():
+    class MeansOfChannels(Network):
+        def forward(self, x):
+            return self.classifier(self.features(x).mean([1, 2]))
+
+    plain, x = MeansOfChannels().eval(), image(2, 3, 40, 40)
+    plain.classifier = nn.Linear(10, 5)
+    model = fuse(plain)
+    assert all(same(y, plain, x) for y in called(model, x))
+    assert model._row == []
 
 
 def test_a_block_that_runs_twice_is_in_the_row_twice():
