@@ -21,12 +21,13 @@ from ..families import family_of
 from ..models import FusedMobileNet, MobileNet
 from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
 from ..module.guard import is_compiled
+from ..module.in_place import name_clash
 from ..module.parameters import refuse_freed
 from ..sequence import FusedSequential, RunsFused
 from ..sequence.compiled import forget
 from ..sequence.frozen import freeze, is_frozen, replaced
 from ..sequence.fused import ordinary_class
-from ..sequence.seen import run_as_seen
+from ..sequence.seen import RunsAsSeen, run_as_seen
 from .find import NOT_FOUND, Match, blocks_of, check_model, computed_tensors, is_torchvisions
 from .unknown import kind_of, unknown_blocks
 
@@ -148,7 +149,7 @@ def _is_network(model: nn.Module) -> bool:
         return False
     if type(model).__module__.startswith("torch.") or hasattr(model, "save_pretrained") or is_compiled(model):
         return False
-    return "forward" not in vars(model)
+    return "forward" not in vars(model) and name_clash(model, RunsAsSeen) is None
 
 
 def _fused(block: nn.Module, match: Match, backend: str, recompute: bool) -> FusedBlock:

@@ -23,7 +23,7 @@ from ..reference import in_torch
 from .chain import Chain, Recipe, require
 from .fused_block import FusedBlock, block_of
 from .guard import watched_entries
-from .in_place import FusedInPlace
+from .in_place import FusedInPlace, name_clash
 from .parameters import parameters_of
 from .reading import Parts, Unfusable, full_name
 from .recording import record
@@ -63,6 +63,9 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
 
 def observe(block: nn.Module) -> Parts:
     """The reader of any class. Raises :class:`Unfusable` with what of its computation no fused op does."""
+    clash = None if isinstance(block, FusedBlock) else name_clash(block, FusedObserved)
+    if clash is not None:
+        raise Unfusable(f"its {clash} has a name that fused blocks use for something of their own")
     recipe = recipe_of(block)
     try:
         return _parts(block, recipe)

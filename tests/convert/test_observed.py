@@ -580,3 +580,21 @@ def test_efficientnets_of_other_packages(package):
     found = agreement(run(fused, x), run(model, x), run(copy.deepcopy(model).double(), x.double()))
     assert found.ok, found
     assert {block.backend for block in report(fused).blocks} == {"cpu"}
+
+
+class NamedAsOurs(Block):
+    """With an attribute that has a name of ours, and says something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.backend = 2.0
+
+    def forward(self, x):
+        return super().forward(self.backend * x)
+
+
+def test_a_block_that_has_a_name_of_ours_is_left_alone():
+    block = NamedAsOurs().eval()
+    with pytest.warns(UserWarning, match="its backend has a name that fused blocks use"):
+        fused = fuse(block)
+    assert type(fused) is NamedAsOurs and fused.backend == 2.0

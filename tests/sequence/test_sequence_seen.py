@@ -444,12 +444,42 @@ def test_compiled_and_exported():
         assert same(torch.export.export(model, (x,)).module()(x), plain, x)
 
 
-def test_networks_that_write_their_class_stay_of_it():
-    class Saves(Network):
-        def save_pretrained(self, folder):
-            raise AssertionError(folder)
+class Saves(Network):
+    def save_pretrained(self, folder):
+        raise AssertionError(folder)
 
-    assert type(fuse(Saves().eval())) is Saves
+
+class Prepares(Network):
+    """By a method whose name is one of ours."""
+
+    def _prepare(self, x):
+        return x + 1
+
+    def forward(self, x):
+        return super().forward(self._prepare(x))
+
+
+class HasARow(Network):
+    def __init__(self):
+        super().__init__()
+        self._row = 2.0
+
+    def forward(self, x):
+        return super().forward(self._row * x)
+
+
+class CopiesItself(Network):
+    def __getstate__(self):
+        return self.__dict__ | {"calls": 7}
+
+
+@pytest.mark.parametrize("cls", [Saves, Prepares, HasARow, CopiesItself], ids=lambda cls: cls.__name__)
+def test_networks_that_stay_of_their_class(cls):
+    """They write its name into files, have names of their own for what we have, or know how they are copied."""
+    plain, x = perturb_batch_norm(cls().eval()), image(2, 3, 40, 33)
+    model = fuse(plain)
+    assert type(model) is cls and sum(isinstance(m, FusedBlock) for m in model.modules()) == 3
+    assert all(same(y, plain, x) for y in called(model, x))
 
 
 def test_a_thread_beside_it_does_not_count():
