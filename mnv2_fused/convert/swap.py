@@ -97,7 +97,11 @@ def fuse(
         warnings.warn(f"fuse() fused nothing: {reasons or NOT_FOUND}", stacklevel=2)
     if nothing_fused:
         return model
-    model = replaced(model, {block: _fused(block, match, backend, recompute) for block, match in matches.items()})
+    fused = {block: _fused(block, match, backend, recompute) for block, match in matches.items()}
+    names, said = {block: name for name, block, _ in found_blocks}, set()
+    for block, replacement in fused.items():
+        replacement._name, replacement._said = names[block], said
+    model = replaced(model, fused)
     _run_whole_sequences(model)
     return freeze(model) if frozen else model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,14 @@ SCRIPTED = (
     "with it, or script unfuse(model)"
 )
 Reader = Callable[[nn.Module], Parts]  # raises Unfusable
+
+
+def _frames_inside() -> int:
+    """How many frames there are from the caller of this up to the first that is neither torch's nor this package's."""
+    frame, count = sys._getframe(1), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", __name__.split(".")[0]):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def _is_proxy(x: Any) -> bool:
@@ -97,6 +106,7 @@ class FusedBlock(nn.Module):
     _read: Callable[[], Parts]
     _forward_modules: Callable[[Tensor], Tensor]
     _ordinary: Callable[[], nn.Module]
+    _name = ""  # in the model that was given to fuse
     _channels_last = False  # whether its fused results are, whatever x is
 
     def _start(self, backend: str, recompute: bool) -> None:
@@ -105,7 +115,7 @@ class FusedBlock(nn.Module):
         watch_optimizers()
         self.backend = backend
         self.recompute = recompute
-        self._warned = False
+        self._said: set[str] = set()
         self._forgotten = 0
         self._inspect()
         if self._objection is not None:
@@ -166,7 +176,10 @@ class FusedBlock(nn.Module):
         *("_ready", "_cache", "_token", "_objection", "_pairs"),
         *("_squeeze", "_dropouts", "_drop_path", "_spec", "_op_options"),
     )
-    OWN = (*_FOUND, "backend", "recompute", "_warned", "_forgotten", "_original", "_channels_last")
+    OWN = (
+        *(*_FOUND, "backend", "recompute", "_said", "_name", "_forgotten", "_original", "_channels_last"),
+        "_warned",  # in pickles of 0.1.0
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -180,7 +193,7 @@ class FusedBlock(nn.Module):
         self._reset_cache()
 
     def _replicate_for_data_parallel(self) -> FusedBlock:
-        self._warn("nn.DataParallel's replicas run inverted residuals unfused: use DistributedDataParallel")
+        self._warn("runs unfused in nn.DataParallel's replicas: use DistributedDataParallel")
         replica = super()._replicate_for_data_parallel()
         # Its weights are others in every call, and what is known is of these.
         replica.backend, replica.recompute, replica._ready = "eager", False, None
@@ -275,7 +288,7 @@ class FusedBlock(nn.Module):
         if why is None and synced and torch.distributed.is_initialized():
             why = "a SyncBatchNorm would exchange its statistics a second time"
         if why is not None:
-            self._warn(f"an inverted residual keeps what recompute=True would not: {why}")
+            self._warn(f"keeps what recompute=True would not: {why}")
             return self._forward_modules(x)
         parameters, eps = self._fold_parameters()
         if not (x.requires_grad or any(t is not None and t.requires_grad for t in parameters)):
@@ -292,10 +305,15 @@ class FusedBlock(nn.Module):
         y = Recomputed.apply(x, run, eps, spec, batch, *parameters)
         return self._sum(x, y, drop_path) if drop_path else y
 
-    def _warn(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, stacklevel=4)
+    def _warn(self, what: str) -> None:
+        """Once for a model and a reason: the blocks that one call of fuse made remember together what was said."""
+        said = vars(self).setdefault("_said", set())
+        if what in said:
+            return
+        said.add(what)
+        named = f" ({self._name})" if self._name else ""
+        more = ", and maybe others: report(model) lists them" if self._name else ""
+        warnings.warn(f"an inverted residual{named} {what}{more}", stacklevel=_frames_inside() + 1)
 
     def _decide(self, device: torch.device) -> tuple[str, str | None]:
         """The backend of calls on ``device``, "eager" for the inner modules, and why nobody's choice was taken.
@@ -320,7 +338,7 @@ class FusedBlock(nn.Module):
         next_hook = RemovableHandle.next_id  # before looking, so that what changes meanwhile is noticed next time
         backend, why = self._decide(x.device)
         if why is not None:
-            self._warn(f"an inverted residual runs unfused: {why}")
+            self._warn(f"runs unfused: {why}")
         if backend == "eager":
             return None
         parameters, _ = self._fold_parameters()

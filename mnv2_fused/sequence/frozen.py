@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def freeze(model: nn.Module) -> nn.Module:
     return replaced(model, swaps)
 
 
-def replaced(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
+def replaced(module: nn.Module, swaps: Mapping[Any, nn.Module]) -> nn.Module:
     """``module``, or what stands for it, with each of ``swaps`` inside replaced, wherever it hangs."""
     for parent in list(module.modules()):
         for name, child in parent._modules.items():

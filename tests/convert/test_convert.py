@@ -835,3 +835,22 @@ def test_report_of_unrecognisable_layers():
     (found,) = report(fused).blocks
     assert found.spec is None and found.backend == "eager" and "torch.nn.modules.linear.Linear where" in found.reason
     assert "torch.nn.modules.linear.Linear where" in str(report(fused))
+
+
+def test_warnings_come_once_a_model_with_a_name_at_the_callers_line():
+    model = fuse(nn.Sequential(block(), nn.Sequential(block(), block())))
+    for of in (model[0], model[1][1]):
+        of.conv[1].register_forward_hook(lambda *given: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.randn(1, 8, 9, 7))
+        copy.deepcopy(model)(torch.randn(1, 8, 9, 7))
+    kinds = {str(w.message).split(",")[0] for w in caught}
+    assert len(caught) == len(kinds) == 1 and all(w.filename == __file__ for w in caught)
+    (text,) = (str(w.message) for w in caught)
+    assert text.startswith("an inverted residual (0) runs unfused: a hook on") and "report(model) lists them" in text
+    other = fuse(nn.Sequential(block()))
+    other[0].conv[1].register_forward_hook(lambda *given: None)
+    with pytest.warns(UserWarning, match=r"an inverted residual \(0\) runs unfused"):
+        other(torch.randn(1, 8, 9, 7))

@@ -45,7 +45,8 @@ pytestmark = pytest.mark.usefixtures("nothing_records")
 def test_the_whole_model_is_one_call(width, ran):
     plain = fitted(width)
     model, wide = fuse(plain), copy.deepcopy(plain).double()
-    for x in (image(2, 3, 64, 64), channels_last(1, 3, 97, 65)):
+    # Several images: how far eager is off in a few values is luck.
+    for x in (image(12, 3, 64, 64), channels_last(8, 3, 97, 65)):
         found = agreement(model(x), plain(x), wide(x.double()))
         assert found.ok, found
     assert ran == [[STEM] + [B] * 16 + [POOLED, LINEAR]] * 2
