@@ -229,7 +229,9 @@ def peak_activation_bytes(call: Callable[[], object]) -> int:
     Counted from the profiler's allocation events: results, temporaries and kernels' scratch; not parameters that
     exist before, nor what libraries allocate behind torch's back.
     """
-    call()  # lazily created buffers and packed weights are not activations
+    # Lazily created buffers and packed weights are not activations; of some networks the first call is only looked at.
+    for _ in range(3):
+        call()
     # Kineto reports on stderr that it found no GPU driver, which nobody asked.
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     profile: Any

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mnv2_fused
-from mnv2_fused import backends, testing
+from mnv2_fused import backends, fuse, testing
 from mnv2_fused.__main__ import main
+from mnv2_fused.sequence.seen import RunsAsSeen
 from mnv2_fused.tools import named_models
 from mnv2_fused.tools.cost import cost, measured_peaks
 from mnv2_fused.tools.named_models import named_model
@@ -262,11 +263,16 @@ def test_computed_peaks_of_other_families_are_the_measured_ones(name):
     if name.startswith("timm:"):
         pytest.importorskip("timm")
     model, shape = named_model(name), (5, 3, 192, 160)
-    with testing.threads(2):
-        eager, fused = measured_peaks(model, shape)
+    with testing.threads(2), torch.inference_mode():
+        eager, called = measured_peaks(model, shape)
         found = cost(model, shape)
+        fused, x = fuse(model).eval(), torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        by_blocks = testing.peak_activation_bytes(lambda: fused.forward(x))
     assert found.eager_peak == pytest.approx(eager, rel=0.001)
-    assert found.fused_peak == pytest.approx(fused, rel=0.001)
+    assert found.fused_peak == pytest.approx(by_blocks, rel=0.001)
+    # A call of a network that is seen as a row takes no more.
+    assert called <= 1.001 * by_blocks
+    assert isinstance(fused, RunsAsSeen) or called == pytest.approx(by_blocks, rel=0.001)
 
 
 def test_a_residual_is_an_addition_that_makes_a_tensor():
