@@ -325,7 +325,7 @@ def test_sizes_that_take_another_way():
     called(model, image(2, 3, 16, 16))
     assert runs(model) == (1, 0)
     called(model, image(2, 3, 40, 33))
-    assert (model._row == [] and runs(model)[0] == 0) or model._shapes == frozenset()
+    assert model._row == [] and model._shapes == frozenset()
 
 
 def test_a_result_that_is_no_tensor():
