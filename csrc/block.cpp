@@ -12,7 +12,10 @@ constexpr int64_t kMostDilation = int64_t{1} << 16;
 
 std::string kernel_sizes() {
   std::string all;
-  for (const int64_t size : kKernelSizes) all += (all.empty() ? "" : " or ") + std::to_string(size);
+  for (const int64_t size : kKernelSizes) {
+    const bool last = size == kMostKernelSize;
+    all += (all.empty() ? "" : last ? " or " : ", ") + std::to_string(size);
+  }
   return all;
 }
 
@@ -21,6 +24,8 @@ std::string unsupported(const BlockShape& s) {
     return std::string(name) + " must be " + limit + ", got " + std::to_string(value);
   };
   if (s.stride != 1 && s.stride != 2) return text("stride", s.stride, "1 or 2");
+  if (s.column_stride < 0 || s.column_stride > 2)
+    return text("column_stride", s.column_stride, "1 or 2, or 0 for that of the rows");
   if (s.batch < 0) return text("batch", s.batch, "at least 0");
   if (s.height < 1) return text("height", s.height, "at least 1");
   if (s.width < 1) return text("width", s.width, "at least 1");
@@ -39,17 +44,17 @@ std::string unsupported(const BlockShape& s) {
   if (!is_kernel_size(s.kernel)) return text("kernel", s.kernel, kernel_sizes());
   if (s.dilation < 1 || s.dilation > kMostDilation)
     return text("dilation", s.dilation, "1 to 2^16");
-  if (s.dilation > 1 && s.stride > 1)
+  if (s.dilation > 1 && std::max(s.stride, s.stride_across()) > 1)
     return text("dilation", s.dilation, "1 where the depthwise convolution has stride 2");
   for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
     if (pad < 0 || pad >= s.extent())
       return "padding must be 0 to " + std::to_string(s.extent() - 1) + ", got " +
              std::to_string(pad);
   if (s.squeeze_channels < 0) return text("squeeze_channels", s.squeeze_channels, "at least 0");
-  if (s.residual && (s.stride != 1 || s.in_channels != s.out_channels))
+  if (s.residual && (std::max(s.stride, s.stride_across()) != 1 || s.in_channels != s.out_channels))
     return "a residual needs stride 1 and in_channels equal to out_channels, got stride " +
-           std::to_string(s.stride) + ", " + std::to_string(s.in_channels) + " and " +
-           std::to_string(s.out_channels);
+           std::to_string(std::max(s.stride, s.stride_across())) + ", " +
+           std::to_string(s.in_channels) + " and " + std::to_string(s.out_channels);
   const std::string large =
       too_large(s.batch, s.height, s.width,
                 std::max({s.in_channels, s.hidden_channels, s.out_channels, s.squeeze_channels}));

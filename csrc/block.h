@@ -21,11 +21,11 @@ constexpr int64_t kStemStride = 2;
 enum class Expand : int8_t { kNone, kPointwise, kStem };
 
 // Numbers that the op takes: in the order of spec.py's GATES.
-enum class Gate : int8_t { kHardsigmoid, kSigmoid };
-constexpr int64_t kGates = 2;
+enum class Gate : int8_t { kHardsigmoid, kSigmoid, kHardsigmoidFifth };
+constexpr int64_t kGates = 3;
 
 // Sizes of a depthwise kernel, ascending.
-constexpr int64_t kKernelSizes[] = {3, 5};
+constexpr int64_t kKernelSizes[] = {3, 5, 7};
 constexpr int kKernelSizeCount = sizeof(kKernelSizes) / sizeof(kKernelSizes[0]);
 constexpr int64_t kMostKernelSize = kKernelSizes[kKernelSizeCount - 1];
 constexpr bool is_kernel_size(int64_t size) {
@@ -38,26 +38,31 @@ constexpr bool is_kernel_size(int64_t size) {
 struct BlockShape {
   int64_t batch, height, width;  // of the expanded tensor
   int64_t in_channels, hidden_channels, out_channels;
-  int64_t stride;  // of the depthwise convolution
+  int64_t stride;  // of the depthwise convolution: from row to row
   Expand expand;
   bool residual;
   int64_t image_height = 0, image_width = 0;  // of x, which a stem shrinks
   // Of the depthwise convolution, too. Zeros lie around the expanded tensor.
   int64_t kernel = 3, dilation = 1;
   int64_t pad_left = 1, pad_right = 1, pad_top = 1, pad_bottom = 1;
-  Activation activation = Activation::kRelu6;  // of the expansion and the depthwise convolution
-  Activation stem_activation = Activation::kRelu6;  // of the expansion, if that is a stem
-  Activation out_activation = Activation::kIdentity;
-  int64_t squeeze_channels = 0;  // of a squeeze-and-excite; 0 without one
+  Activation activation = Activation::kRelu6;         // of the depthwise convolution
+  Activation expand_activation = Activation::kRelu6;  // of the expansion, also if that is a stem
+  Activation out_activation = Activation::kIdentity;  // of the projection
+  int64_t squeeze_channels = 0;                       // of a squeeze-and-excite; 0 without one
   Activation squeeze_activation = Activation::kRelu;
   Gate gate = Gate::kHardsigmoid;
   double negative_slope = kNegativeSlope;  // of every leaky_relu among the activations
+  int64_t column_stride = 0;               // from column to column; 0: as `stride`
+  bool activates_sum = false;              // out_activation comes after x is added, not before
 
   // Rows, and columns, that the depthwise kernel spans.
   int64_t extent() const { return dilation * (kernel - 1) + 1; }
   int64_t taps() const { return kernel * kernel; }
   int64_t out_height() const { return (height + pad_top + pad_bottom - extent()) / stride + 1; }
-  int64_t out_width() const { return (width + pad_left + pad_right - extent()) / stride + 1; }
+  int64_t out_width() const {
+    return (width + pad_left + pad_right - extent()) / stride_across() + 1;
+  }
+  int64_t stride_across() const { return column_stride > 0 ? column_stride : stride; }
   int64_t hidden_panels() const { return ceil_div(hidden_channels, kPanel); }
   int64_t squeeze_panels() const { return ceil_div(squeeze_channels, kPanel); }
   int64_t out_elements() const { return batch * out_height() * out_width() * out_channels; }

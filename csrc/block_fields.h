@@ -13,7 +13,7 @@ namespace mnv2_fused {
 
 constexpr const char* kExpandNames[] = {"none", "pointwise", "stem"};
 constexpr int64_t kExpands = std::size(kExpandNames);
-constexpr const char* kGateNames[] = {"hardsigmoid", "sigmoid"};
+constexpr const char* kGateNames[] = {"hardsigmoid", "sigmoid", "hardsigmoid_fifth"};
 static_assert(std::size(kGateNames) == kGates, "every Gate has a name");
 
 // A field of BlockShape by its name, as an integer, a double by its bits: what Python calls a planner
@@ -62,12 +62,14 @@ inline constexpr BlockField kBlockFields[] = {
     MNV2_FIELD(pad_top, 0),
     MNV2_FIELD(pad_bottom, 0),
     MNV2_FIELD(activation, kActivations),
-    MNV2_FIELD(stem_activation, kActivations),
+    MNV2_FIELD(expand_activation, kActivations),
     MNV2_FIELD(out_activation, kActivations),
     MNV2_FIELD(squeeze_channels, 0),
     MNV2_FIELD(squeeze_activation, kActivations),
     MNV2_FIELD(gate, kGates),
     MNV2_FIELD(negative_slope, 0),
+    MNV2_FIELD(column_stride, 0),
+    MNV2_FIELD(activates_sum, 2),
 };
 #undef MNV2_FIELD
 

@@ -9,8 +9,11 @@ namespace {
 
 // Values of each layer: kind, C_in, E (of a block), C_out, stride, residual, and how many values follow.
 // None follow where the rest is MobileNetV2's; else those of set_further, or for a layer that is no
-// block its activation; behind either the bits of a double, the slope of a leaky_relu, or 0.01.
-constexpr size_t kValues = 7, kBlockValues = 12;
+// block its activation; behind either the bits of a double, the slope of a leaky_relu, or 0.01. Of a
+// block three may follow that: activation of the expansion (-1: as of the depthwise convolution; of a
+// stem it is among the values before), stride of the columns (0: as of the rows), and whether the
+// output's activation is of the sum with x.
+constexpr size_t kValues = 7, kBlockValues = 12, kLastValues = 3;
 
 // Padding that TensorFlow calls SAME, before and behind.
 void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& before,
@@ -22,16 +25,18 @@ void pad_as_tensorflow(int64_t size, int64_t extent, int64_t stride, int64_t& be
 
 // Kernel, dilation, padding left, right, top, bottom (-1: as TensorFlow's SAME), activation, of the
 // output, channels of a squeeze-and-excite, its activation and gate, activation of a stem.
-void set_further(BlockShape& s, const int64_t* values, double slope) {
+void set_further(BlockShape& s, const int64_t* values, double slope, const int64_t* last) {
   s.kernel = values[0];
   if (!is_kernel_size(s.kernel)) fail("kernel must be ", kernel_sizes(), ", got ", s.kernel);
   s.squeeze_channels = values[8];
-  s.stem_activation = Activation(check_kind("stem activation", values[11], kActivations));
+  const int64_t of_stem = check_kind("stem activation", values[11], kActivations);
   const bool same = values[2] == -1;
   set_options(s, {values[1], same ? IntHeaderOnlyArrayRef() : IntHeaderOnlyArrayRef(values + 2, 4),
-                  values[6], values[7], values[9], values[10], slope});
-  if (!same || s.stride < 1 || s.dilation < 1) return;  // which the check names
-  pad_as_tensorflow(s.width, s.extent(), s.stride, s.pad_left, s.pad_right);
+                  values[6], values[7], values[9], values[10], slope,
+                  s.expand == Expand::kStem ? of_stem : last[0], last[1], last[2] != 0});
+  if (!same || s.stride < 1 || s.column_stride < 0 || s.dilation < 1)
+    return;  // which the check names
+  pad_as_tensorflow(s.width, s.extent(), s.stride_across(), s.pad_left, s.pad_right);
   pad_as_tensorflow(s.height, s.extent(), s.stride, s.pad_top, s.pad_bottom);
 }
 
@@ -43,9 +48,11 @@ LayerShape make_layer(const int64_t* values, const int64_t* further, const Sizes
   LayerShape l{};
   l.kind = LayerKind(values[0]);
   const int64_t most = l.is_block() ? kBlockValues : 1;
-  if (values[6] != 0 && values[6] != most && values[6] != most + 1)
-    fail("a layer of kind ", values[0], " must have 0, ", most, " or ", most + 1,
-         " further values, got ", values[6]);
+  const int64_t all = most + 1 + (l.is_block() ? int64_t(kLastValues) : 0);
+  if (values[6] != 0 && values[6] != most && values[6] != most + 1 && values[6] != all)
+    fail("a layer of kind ", values[0], " must have 0, ", most, l.is_block() ? ", " : " or ",
+         most + 1, l.is_block() ? " or 16" : "", " further values, got ", values[6]);
+  constexpr int64_t kUsual[kLastValues] = {-1, 0, 0};
   const double slope =
       check_slope(values[6] > most ? std::bit_cast<double>(further[most]) : kNegativeSlope);
   if (l.is_block()) {
@@ -59,7 +66,8 @@ LayerShape make_layer(const int64_t* values, const int64_t* further, const Sizes
       s.height = (x[2] - 1) / kStemStride + 1;
       s.width = (x[3] - 1) / kStemStride + 1;
     }
-    if (values[6] > 0) set_further(s, further, slope);
+    if (values[6] > 0)
+      set_further(s, further, slope, values[6] == all ? further + most + 1 : kUsual);
     check(s, x);
     l.y = {x[0], out, s.out_height(), s.out_width()};
   } else {

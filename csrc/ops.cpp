@@ -11,12 +11,14 @@
   "Tensor? w_excite, Tensor? b_excite, int stride, bool residual, int[] plan=[], "          \
   "int dilation=1, int[] padding=[], int activation=0, int out_activation=2, "              \
   "int squeeze_activation=1, int gate=0"
-#define MNV2_SLOPE ", float negative_slope=0.01) -> Tensor"
+#define MNV2_LAST                                                                \
+  ", float negative_slope=0.01, int expand_activation=-1, int column_stride=0, " \
+  "bool activates_sum=False) -> Tensor"
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
-  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS MNV2_SLOPE);
-  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS MNV2_SLOPE);
-  m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False" MNV2_SLOPE);
+  m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS MNV2_LAST);
+  m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS MNV2_LAST);
+  m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False" MNV2_LAST);
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
   m.def("sequence_row(Tensor x, Tensor weights, Tensor layers, bool flat) -> Tensor");
   m.def("sequence_cuda(Tensor x, Tensor weights, int[] layers, bool tf32=False) -> Tensor");

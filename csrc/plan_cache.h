@@ -16,7 +16,8 @@ inline size_t hash_of(std::initializer_list<int64_t> values, size_t h = 0) {
 inline size_t hash_of(const BlockShape& s) {
   static_assert(kActivations <= 256, "each activation takes eight bits of `kinds`");
   const int64_t kinds = int64_t(s.expand) * 2 + int64_t{s.residual} + (int64_t(s.activation) << 8) +
-                        (int64_t(s.out_activation) << 16) + (int64_t(s.stem_activation) << 24);
+                        (int64_t(s.out_activation) << 16) + (int64_t(s.expand_activation) << 24) +
+                        (s.column_stride << 32);
   return hash_of({s.batch, s.height, s.width, s.in_channels, s.hidden_channels, s.out_channels,
                   s.stride, kinds, s.image_height, s.image_width, s.kernel, s.dilation, s.pad_left,
                   s.pad_right, s.pad_top, s.pad_bottom, s.squeeze_channels});

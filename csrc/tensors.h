@@ -68,6 +68,9 @@ struct Options {
   IntHeaderOnlyArrayRef padding;  // left, right, top, bottom; empty for as much as keeps the size
   int64_t activation, out_activation, squeeze_activation, gate;
   double negative_slope;
+  int64_t expand_activation;  // -1: as activation
+  int64_t column_stride;      // 0: as stride
+  bool activates_sum;
 };
 
 // An activation, or gate, by its number.
@@ -89,10 +92,15 @@ inline void set_options(BlockShape& s, const Options& options) {
   };
   s.dilation = options.dilation;
   s.activation = activation("activation", options.activation);
+  s.expand_activation = options.expand_activation == -1
+                            ? s.activation
+                            : activation("expand_activation", options.expand_activation);
   s.out_activation = activation("out_activation", options.out_activation);
   s.squeeze_activation = activation("squeeze_activation", options.squeeze_activation);
   s.gate = Gate(check_kind("gate", options.gate, kGates));
   s.negative_slope = check_slope(options.negative_slope);
+  s.column_stride = options.column_stride;
+  s.activates_sum = options.activates_sum;
   const auto& p = options.padding;
   if (!p.empty() && p.size() != 4)
     fail("padding must be [left, right, top, bottom] or empty, got ", p.size(), " values");

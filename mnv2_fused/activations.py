@@ -106,6 +106,8 @@ GATE_TABLE: dict[str, Function] = {
     "sigmoid": Function(
         torch.sigmoid, {"torch.nn.modules.activation.Sigmoid": _accepts, "timm.layers.activations.Sigmoid": _accepts}
     ),
+    # Keras's and PaddlePaddle's: of slope 1/5, where torch's has 1/6.
+    "hardsigmoid_fifth": Function(lambda t: (0.2 * t + 0.5).clamp(0, 1), {}),
 }
 ACTIVATIONS, GATES = tuple(ACTIVATION_TABLE), tuple(GATE_TABLE)
 LEAKY_RELU = "leaky_relu"

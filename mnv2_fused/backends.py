@@ -139,6 +139,11 @@ def backend_reasons(device: torch.device | None = None) -> dict[str, str | None]
     return {"cpu": cpu, "cuda": _cuda_reason(device), "triton": _triton_reason(device), "eager": None}
 
 
+def runs(backend: str, device: torch.device) -> bool:
+    """Whether ``backend`` can run on tensors of ``device``."""
+    return backend_reasons(device)[backend] is None
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that runs tensors on ``device``: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"eager"``.
 

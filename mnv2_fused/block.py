@@ -51,7 +51,7 @@ def inverted_residual(
 ) -> Tensor:  # [N, C_out, H', W'], in x's dtype and memory format
     """The block as one kernel, one group of expanded channels at a time; the expanded tensor never exists.
 
-    ``geometry`` is what the weights do not tell: see :class:`Geometry`. A depthwise kernel of 3x3 or 5x5 and a
+    ``geometry`` is what the weights do not tell: see :class:`Geometry`. A depthwise kernel of 3x3, 5x5 or 7x7 and a
     squeeze-and-excite are told by the weights. With a squeeze-and-excite there are two passes over the channel groups,
     the second of which computes the first's again or reads its depthwise results from a buffer: see
     :func:`mnv2_fused.plan`.
@@ -74,7 +74,9 @@ def inverted_residual(
     check_tensor(x)
     spec = BlockSpec.of(weights, channels_of(x), **geometry)
     check_input(x, spec.in_channels, spec)
-    backend = backends.resolve_backend(backend, x.device)
+    backend, why = ops.kernel_for(spec, backend, x.device)
+    if why is not None:
+        raise RuntimeError(f"{why}; use backend='eager'")
     if backend == "eager":
         return inverted_residual_reference(x, weights, **geometry)
     if forward_ad._current_level >= 0:
@@ -96,5 +98,5 @@ def inverted_residual(
             if not 1 <= value <= limit:
                 raise ValueError(f"plan: {name} must be 1 to {limit} for this input, got {value}")
     return ops.packed_inverted_residual(
-        x, packed, spec.stride, spec.residual, forced, backend, spec.options(*x.shape[2:])
+        x, packed, spec.strides[0], spec.residual, forced, backend, spec.options(*x.shape[2:])
     )

@@ -20,7 +20,8 @@ class LayerKind(enum.IntEnum):
     follow. None do for what MobileNetV2 has. Else a block's are kernel, dilation, padding left, right, top and bottom
     (-1: "same"), activation, of the output, channels of a squeeze-and-excite, its activation and gate, and activation
     of a stem; another layer's is its activation. Where one of them is a "leaky_relu", the bits of its slope follow,
-    of a double. Numbers of activations and gates are their places in :data:`mnv2_fused.activations.ACTIVATIONS` and
+    of a double; of a block three more may follow that, :attr:`mnv2_fused.spec.BlockSpec.last_values`. Numbers of
+    activations and gates are their places in :data:`mnv2_fused.activations.ACTIVATIONS` and
     :data:`mnv2_fused.activations.GATES`.
     """
 
@@ -46,13 +47,30 @@ PLAIN_OPTIONS = (1, (), 0, 2, 1, 0)
 
 
 def op_rest(spec: BlockSpec) -> list[int]:
-    """What neither weights nor MobileNetV2's block tell of ``spec``; :func:`spec_of_rest` reads it."""
+    """What neither weights nor MobileNetV2's block tell of ``spec``; :func:`spec_of_rest` reads it.
+
+    Dilation, activation, of the output, of a squeeze-and-excite, its gate; then padding, of no, one (-1: "same") or
+    four values; then a slope, where there is one. With :attr:`BlockSpec.last_values` behind them there are 13 of all:
+    four of padding (-2: None), and a slope.
+    """
     if spec.options(8, 8) == ():
         return []
     padding = [-1] if isinstance(spec.padding, str) else list(spec.padding or ())
     names = spec.activation, spec.out_activation, spec.squeeze_activation
     slope = [slope_bits(spec.negative_slope)] if spec.has_slope else []
-    return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding, *slope]
+    last = spec.last_values
+    if last:
+        slope = [slope_bits(spec.negative_slope)]
+        padding = (padding or [_NO_PADDING]) * (1 if len(padding) == 4 else 4)
+    return [spec.dilation, *map(ACTIVATIONS.index, names), GATES.index(spec.gate), *padding, *slope, *last]
+
+
+_NO_PADDING, _ALL_VALUES = -2, 13
+
+
+def rest_activates_sum(rest: Sequence[int]) -> bool:
+    """:attr:`BlockSpec.activates_sum` of what :func:`op_rest` made."""
+    return len(rest) == _ALL_VALUES and bool(rest[-1])
 
 
 def make_spec(
@@ -68,12 +86,18 @@ def make_spec(
 ) -> BlockSpec:
     dilation, activation, out_activation, squeeze_activation, gate, *padding = rest or (1, 0, 2, 1, 0)
     negative_slope = NEGATIVE_SLOPE
-    if ACTIVATIONS.index(LEAKY_RELU) in (activation, out_activation, squeeze_activation if squeezed else -1):
+    expand_activation, column_stride, activates_sum = -1, 0, 0
+    if len(rest) == _ALL_VALUES:
+        *padding, bits, expand_activation, column_stride, activates_sum = padding
+        negative_slope = slope_of_bits(bits)
+        padding = [] if padding[0] == _NO_PADDING else padding[:1] if padding[0] == -1 else padding
+    elif ACTIVATIONS.index(LEAKY_RELU) in (activation, out_activation, squeeze_activation if squeezed else -1):
         *padding, bits = padding
         negative_slope = slope_of_bits(bits)
     sides: Any = "same" if padding == [-1] else tuple(padding) or None
     return BlockSpec(
-        *(in_channels, hidden, out_channels, stride, stages == 3, residual, kernel, dilation),
+        *(in_channels, hidden, out_channels, (stride, column_stride) if column_stride else stride),
+        *(stages == 3, residual, kernel, dilation),
         padding=sides,
         activation=ACTIVATIONS[activation],
         out_activation=ACTIVATIONS[out_activation],
@@ -81,6 +105,8 @@ def make_spec(
         squeeze_activation=ACTIVATIONS[squeeze_activation],
         gate=GATES[gate],
         negative_slope=negative_slope,
+        expand_activation=None if expand_activation == -1 else ACTIVATIONS[expand_activation],
+        activates_sum=bool(activates_sum),
     )
 
 
@@ -121,9 +147,11 @@ def block_values(spec: BlockSpec, stem_activation: str = "relu6", stem_slope: fl
     slopes = {spec.negative_slope} if spec.has_slope else set()
     if stem_activation == LEAKY_RELU:
         slopes.add(stem_slope)
+    if spec.last_values:
+        slopes = slopes or {NEGATIVE_SLOPE}
     if len(slopes) > 1:
         raise ValueError(f"one kernel has one negative_slope, got {sorted(slopes)} of a block and the stem before it")
-    return [*values, *map(slope_bits, slopes)]
+    return [*values, *map(slope_bits, slopes), *spec.last_values]
 
 
 def layer_values(usual: str, activation: str, negative_slope: float = NEGATIVE_SLOPE) -> list[int]:
@@ -133,7 +161,7 @@ def layer_values(usual: str, activation: str, negative_slope: float = NEGATIVE_S
     return [ACTIVATIONS.index(activation), *([slope_bits(negative_slope)] if activation == LEAKY_RELU else [])]
 
 
-SQUEEZE_CHANNELS = 8  # their place among those
+SQUEEZE_CHANNELS, COLUMN_STRIDE = 8, 14  # their places among those
 
 
 # The fields of a block, in the order of csrc/block.h, and what they are where nothing else is said.
@@ -146,12 +174,14 @@ BLOCK_FIELDS = {
     "dilation": 1,
     **dict.fromkeys(("pad_left", "pad_right", "pad_top", "pad_bottom"), 1),
     "activation": ACTIVATIONS.index("relu6"),
-    "stem_activation": ACTIVATIONS.index("relu6"),
+    "expand_activation": ACTIVATIONS.index("relu6"),
     "out_activation": ACTIVATIONS.index("identity"),
     "squeeze_channels": 0,
     "squeeze_activation": ACTIVATIONS.index("relu"),
     "gate": GATES.index("hardsigmoid"),
     "negative_slope": slope_bits(NEGATIVE_SLOPE),
+    "column_stride": 0,
+    "activates_sum": 0,
 }
 EXPANDS = ("none", "pointwise", "stem")
 
@@ -191,7 +221,7 @@ def shape_of(
         "in_channels": spec.in_channels,
         "hidden_channels": spec.hidden_channels,
         "out_channels": spec.out_channels,
-        "stride": spec.stride,
+        "stride": spec.strides[0],
         "expand": EXPANDS.index("pointwise" if spec.expand else "none"),
         "residual": int(spec.residual),
         "kernel": spec.kernel,
@@ -201,11 +231,14 @@ def shape_of(
         "pad_top": top,
         "pad_bottom": bottom,
         "activation": ACTIVATIONS.index(spec.activation),
+        "expand_activation": ACTIVATIONS.index(spec.expanded_by),
         "out_activation": ACTIVATIONS.index(spec.out_activation),
         "squeeze_channels": spec.squeeze_channels,
         "squeeze_activation": ACTIVATIONS.index(spec.squeeze_activation),
         "gate": GATES.index(spec.gate),
         "negative_slope": slope_bits(spec.negative_slope),
+        "column_stride": spec.stride[1] if isinstance(spec.stride, tuple) else 0,
+        "activates_sum": int(spec.activates_sum),
     }
     if stem is None:
         return fields
@@ -215,5 +248,5 @@ def shape_of(
         "expand": EXPANDS.index("stem"),
         "image_height": image_height,
         "image_width": image_width,
-        "stem_activation": ACTIVATIONS.index(activation),
+        "expand_activation": ACTIVATIONS.index(activation),
     }

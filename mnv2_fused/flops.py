@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from .encoding import SQUEEZE_CHANNELS, LayerKind, split_layers
+from .encoding import COLUMN_STRIDE, SQUEEZE_CHANNELS, LayerKind, split_layers
 from .spec import BlockSpec
 
 
@@ -34,6 +34,7 @@ def sizes_of_layers(
     height, width = size
     for values, further in split_layers(layers):
         kind, stride = values[0], values[4]
+        across = further[COLUMN_STRIDE] or stride if len(further) > COLUMN_STRIDE else stride
         if kind == LayerKind.STEM_AND_BLOCK:
             height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
         before = height, width
@@ -42,7 +43,7 @@ def sizes_of_layers(
             # SAME: as many outputs as the stride allows, whatever the kernel.
             around = 1 if left == -1 else dilation * (kernel - 1) + 1
             rows, columns = (0, 0) if left == -1 else (top + bottom, left + right)
-            height, width = (height + rows - around) // stride + 1, (width + columns - around) // stride + 1
+            height, width = (height + rows - around) // stride + 1, (width + columns - around) // across + 1
         if kind == LayerKind.POOLED:
             height = width = 1
         yield values, further, before, (height, width)

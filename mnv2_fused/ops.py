@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .encoding import PLAIN_OPTIONS
+from .encoding import PLAIN_OPTIONS, rest_activates_sum
 from .flops import count_flops, multiply_adds, row_multiply_adds, sizes_of_layers
 from .fold import PackedWeights, cast_product, unpack
+from .plans import cuda as cuda_plans
 from .plans import triton as triton_plans
 from .reference import in_torch
 from .spec import BlockSpec
@@ -31,6 +32,8 @@ def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
     if backend == "triton":
         why = triton_plans.unsupported(torch.float16, spec)  # dtypes are the op's to refuse
         return None if why is None else why.removesuffix("; use backend='eager'")
+    if backend == "cuda":
+        return cuda_plans.missing_kernel(spec)
     return None
 
 
@@ -40,20 +43,22 @@ def kernel_for(spec: BlockSpec, backend: str, device: torch.device) -> tuple[str
     Raises as :func:`mnv2_fused.backends.resolve_backend`, and RuntimeError where a named backend does not take the
     block.
     """
-    found = backends.resolve_backend(backend, device)
-    reason = kernel_refusal(found, spec, backend)
-    return (found, None) if reason is None else ("eager", reason)
+    return kernel_instead(backends.resolve_backend(backend, device), spec, backend, device)
 
 
-def kernel_refusal(found: str, spec: BlockSpec, asked: str) -> str | None:
-    """Why ``found``, the backend that ``asked`` resolved to, runs no such block; None where it does.
+def kernel_instead(found: str, spec: BlockSpec, asked: str, device: torch.device) -> tuple[str, str | None]:
+    """``found``, the backend that ``asked`` resolved to, or what runs such a block instead; why, where that is eager.
 
     Raises RuntimeError where ``asked`` names that backend: only "auto" may run the block another way.
     """
     reason = missing_kernel(found, spec)
-    if reason is not None and (os.environ.get("MNV2_FUSED_BACKEND") or asked) != "auto":
+    if reason is None:
+        return found, None
+    if (os.environ.get("MNV2_FUSED_BACKEND") or asked) != "auto":
         raise RuntimeError(f"{reason} (backend={found!r}); use backend='auto' or 'eager', or unfuse the model")
-    return reason
+    if found == "cuda" and backends.runs("triton", device) and missing_kernel("triton", spec) is None:
+        return "triton", None  # which is compiled for each block, so that none is too rare for it
+    return "eager", reason
 
 
 def packed_inverted_residual(
@@ -77,8 +82,8 @@ def packed_inverted_residual(
     if backend == "cuda":
         op = family.inverted_residual_cuda.default
         tf32 = x.dtype == torch.float32 and backends.tf32_allowed()
-        first, slope = op_options[:6] or PLAIN_OPTIONS, op_options[6:]
-        arguments = (x, *packed, stride, residual, plan, *first, tf32, *slope)
+        first, last = op_options[:6] or PLAIN_OPTIONS, op_options[6:]
+        arguments = (x, *packed, stride, residual, plan, *first, tf32, *last)
     else:
         op = family.inverted_residual_triton.default if backend == "triton" else family.inverted_residual.default
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -129,8 +134,10 @@ _TENSORS = 1 + len(PackedWeights._fields)  # that the op takes, before all else
 
 def _spec(x: Tensor, packed: PackedWeights, stride: int, residual: bool, plan=(), *options):
     check_input(x, x.shape[1] if x.dim() == 4 else -1)
-    slope = (o for o in options[6:] if not isinstance(o, bool))  # before it the CUDA op has whether TF32 may be
-    spec = BlockSpec.of_op(packed, x.shape[1], stride, residual, *options[:6], *slope)
+    last = options[6:]
+    if last and isinstance(last[0], bool):  # before them the CUDA op has whether TF32 may be
+        last = last[1:]
+    spec = BlockSpec.of_op(packed, x.shape[1], stride, residual, *options[:6], *last)
     check_input(x, spec.in_channels, spec)
     return spec
 
@@ -202,13 +209,19 @@ def autocast_rule(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
     return run
 
 
+def _activates_sum(arguments: dict[str, Any]) -> bool:
+    """Whether these arguments of one of the ops, by name, say that an activation follows the sum with x."""
+    return arguments.get("activates_sum", False) or rest_activates_sum(arguments.get("rest", ()))
+
+
 def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequence[int] = ()) -> Callable[..., Tensor]:
     """Under autocast the kernel computes in autocast's dtype, as a GPU's convolutions do.
 
     ``products``: which of the arguments after x are weights of 1x1 products, to be cast with it.
     """
 
-    place = next(i for i, a in enumerate(op._schema.arguments) if a.name == "residual") - 1
+    names = [a.name for a in op._schema.arguments][1:]
+    place = names.index("residual")
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
     def run(x: Tensor, *rest):
@@ -217,8 +230,11 @@ def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequenc
             if x.dtype == torch.float64:  # autocast leaves double alone
                 return op(x, *rest)
             cast = [cast_product(t, dtype) if i in products and t is not None else t for i, t in enumerate(rest)]
-            if not rest[place] or torch.promote_types(x.dtype, dtype) == dtype:
+            wider = torch.promote_types(x.dtype, dtype)
+            if not rest[place] or wider == dtype:
                 return op(x.to(dtype), *cast)
+            if _activates_sum(dict(zip(names, rest, strict=False))):  # the sum is the kernel's own
+                return op(x.to(dtype), *cast).to(wider)
             cast[place] = False  # a convolution's result plus x, which autocast leaves as it is
             return op(x.to(dtype), *cast) + x
 

@@ -23,8 +23,9 @@ def inverted_residual_reference(
 
     ``act(conv1x1(x))``, then ``act(depthwise)`` with zero padding of the *expanded* tensor, then, with squeeze weights,
     ``d * gate(conv1x1(act(conv1x1(mean(d)))))``, then a linear 1x1 projection (or ``out_activation`` of it), then
-    ``+ x`` when ``residual``. ``geometry``: see :class:`Geometry`. Weights are cast to ``x.dtype``. Raises as
-    :func:`inverted_residual` does. Papers: MobileNetV2, section 3.3, table 1; MobileNetV3, section 5.
+    ``+ x`` when ``residual`` (and ``out_activation`` of that when ``activates_sum``). ``geometry``: see
+    :class:`Geometry`. Weights are cast to ``x.dtype``. Raises as :func:`inverted_residual` does. Papers: MobileNetV2,
+    section 3.3, table 1; MobileNetV3, section 5.
     """
     spec = BlockSpec.of(weights, channels_of(x), **geometry)
     check_input(x, spec.in_channels, spec)
@@ -37,7 +38,9 @@ def inverted_residual_reference(
 def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """The reference on weights of ``x``'s dtype that are known to be of ``spec``."""
     act = function_of(spec.activation, spec.negative_slope)
-    expanded = x if w.w_expand is None else act(F.conv2d(x, w.w_expand, w.b_expand))
+    expanded = x
+    if w.w_expand is not None:
+        expanded = function_of(spec.expanded_by, spec.negative_slope)(F.conv2d(x, w.w_expand, w.b_expand))
     left, right, top, bottom = spec.padding_of(*x.shape[2:])
     if left == right and top == bottom:
         around = (top, left)
@@ -52,5 +55,8 @@ def in_torch(x: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
         squeezed = F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze)
         squeezed = function_of(spec.squeeze_activation, spec.negative_slope)(squeezed)
         d = d * function_of(spec.gate)(F.conv2d(squeezed, w.w_excite, w.b_excite))
-    y = function_of(spec.out_activation, spec.negative_slope)(F.conv2d(d, w.w_project, w.b_project))
-    return y + x if spec.residual else y
+    y = F.conv2d(d, w.w_project, w.b_project)
+    out = function_of(spec.out_activation, spec.negative_slope)
+    if spec.activates_sum:
+        return out(y + x)
+    return out(y) + x if spec.residual else out(y)

@@ -35,17 +35,24 @@ def integer(name: str, value: Any) -> Any:
 class Geometry(TypedDict, total=False):
     """What a block's weights do not tell: the keyword arguments of :func:`inverted_residual` and its reference."""
 
-    stride: int  # of the depthwise convolution, 1 or 2; default 1
+    stride: int | tuple[int, int]  # of the depthwise convolution, 1 or 2, or of rows and of columns; default 1
     residual: bool  # whether x is added to the result; default False
     dilation: int  # of the depthwise convolution; default 1
     # Rows and columns of zeros around the expanded tensor: None for dilation * (kernel - 1) / 2 on every side, "same"
     # for TensorFlow's, which rests on the image's size and puts the odd one behind, or (left, right, top, bottom).
     padding: str | tuple[int, int, int, int] | None
-    activation: str  # after the expansion and the depthwise convolution, one of ACTIVATIONS; default "relu6"
-    out_activation: str  # of the result, before x is added; default "identity"
+    activation: str  # after the depthwise convolution and the expansion, one of ACTIVATIONS; default "relu6"
+    out_activation: str  # of the projection's result, before x is added; default "identity"
     squeeze_activation: str  # between the two products of a squeeze-and-excite; default "relu"
     gate: str  # behind them, one of GATES; default "hardsigmoid"
     negative_slope: float  # of every "leaky_relu" among the activations; default 0.01
+    expand_activation: str | None  # after the expansion, where that has another one; default None
+    activates_sum: bool  # whether out_activation comes after x is added, not before; default False
+
+
+KERNELS = (3, 5, 7)  # sizes of a depthwise kernel
+KERNELS_IN_WORDS = "3, 5 or 7"
+_PLAIN = (1, "relu6", "identity", "relu", "hardsigmoid")  # dilation, activations and gate of MobileNetV2's block
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class BlockSpec:
     in_channels: int
     hidden_channels: int
     out_channels: int
-    stride: int = 1
+    stride: int | tuple[int, int] = 1
     expand: bool = True
     residual: bool = False
     kernel: int = 3
@@ -71,29 +78,29 @@ class BlockSpec:
     squeeze_activation: str = "relu"
     gate: str = "hardsigmoid"
     negative_slope: float = NEGATIVE_SLOPE
+    expand_activation: str | None = None
+    activates_sum: bool = False
 
     def __post_init__(self) -> None:
         for name in (
             "in_channels",
             "hidden_channels",
             "out_channels",
-            "stride",
             "kernel",
             "dilation",
             "squeeze_channels",
         ):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
-        for name in ("expand", "residual"):
+        for name in ("expand", "residual", "activates_sum"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("in_channels", "hidden_channels", "out_channels", "dilation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.stride not in (1, 2):
-            raise ValueError(f"stride must be 1 or 2, got {self.stride}; use backend='eager'")
-        if self.kernel not in (3, 5):
-            raise ValueError(f"kernel must be 3 or 5, got {self.kernel}; use backend='eager'")
-        if self.dilation > 1 and self.stride > 1:
+        self._check_stride()
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be {KERNELS_IN_WORDS}, got {self.kernel}; use backend='eager'")
+        if self.dilation > 1 and self.stride != 1:
             raise ValueError(f"dilation must be 1 where stride is 2, got {self.dilation}; use backend='eager'")
         if self.squeeze_channels < 0:
             raise ValueError(f"squeeze_channels must be at least 0, got {self.squeeze_channels}")
@@ -102,9 +109,15 @@ class BlockSpec:
             ("out_activation", ACTIVATIONS),
             ("squeeze_activation", ACTIVATIONS),
             ("gate", GATES),
+            ("expand_activation", (None, *ACTIVATIONS)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        # One value where nothing rests on it: such blocks are equal.
+        if not self.expand or self.expand_activation == self.activation:
+            object.__setattr__(self, "expand_activation", None)
+        if not self.residual or self.out_activation == "identity":
+            object.__setattr__(self, "activates_sum", False)
         self._check_slope()
         self._check_padding()
         if not self.expand and self.hidden_channels != self.in_channels:
@@ -122,12 +135,34 @@ class BlockSpec:
     def has_slope(self) -> bool:
         """Whether one of its activations is a "leaky_relu"."""
         squeeze = self.squeeze_activation if self.squeeze_channels else ""
-        return LEAKY_RELU in (self.activation, self.out_activation, squeeze)
+        return LEAKY_RELU in (self.activation, self.out_activation, self.expand_activation, squeeze)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From row to row, and from column to column."""
+        return self.stride if isinstance(self.stride, tuple) else (self.stride, self.stride)
+
+    @property
+    def expanded_by(self) -> str:
+        """The expansion's activation, whether it is the depthwise convolution's or not."""
+        return self.expand_activation or self.activation
+
+    def _check_stride(self) -> None:
+        stride = self.stride
+        if isinstance(stride, (tuple, list)):
+            if len(stride) != 2:
+                raise ValueError(f"stride must be 1, 2 or two of these, of rows and of columns, got {stride!r}")
+            rows, cols = (integer("stride", s) for s in stride)
+            stride = rows if rows == cols else (rows, cols)
+        else:
+            stride = integer("stride", stride)
+        object.__setattr__(self, "stride", stride)
+        if not set(self.strides) <= {1, 2}:
+            raise ValueError(f"stride must be 1 or 2, got {stride}; use backend='eager'")
 
     def _check_slope(self) -> None:
         if not isinstance(self.negative_slope, (int, float)) or not abs(self.negative_slope) < math.inf:
             raise ValueError(f"negative_slope must be a finite number, got {self.negative_slope!r}")
-        # One value where nothing rests on it: such blocks are equal.
         object.__setattr__(self, "negative_slope", float(self.negative_slope) if self.has_slope else NEGATIVE_SLOPE)
 
     def _check_padding(self) -> None:
@@ -162,30 +197,46 @@ class BlockSpec:
         if self.padding is None:
             return around, around, around, around
 
-        def same(size: int) -> tuple[int, int]:
-            total = max((-(-size // self.stride) - 1) * self.stride + self.extent - size, 0)
+        def same(size: int, stride: int) -> tuple[int, int]:
+            total = max((-(-size // stride) - 1) * stride + self.extent - size, 0)
             return total // 2, total - total // 2
 
-        return *same(width), *same(height)
+        rows, cols = self.strides
+        return *same(width, cols), *same(height, rows)
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """(H', W') for an image of this size."""
         left, right, top, bottom = self.padding_of(height, width)
+        rows, cols = self.strides
         return (
-            (height + top + bottom - self.extent) // self.stride + 1,
-            (width + left + right - self.extent) // self.stride + 1,
+            (height + top + bottom - self.extent) // rows + 1,
+            (width + left + right - self.extent) // cols + 1,
         )
 
     def options(self, height: int, width: int, *, written_out: bool = False) -> tuple[Any, ...]:
         """What the op takes behind its plan: nothing for MobileNetV2's block, unless all is to be ``written_out``."""
-        padding = self.padding if self.padding != "same" or self.stride > 1 else None
+        padding = self.padding if self.padding != "same" or self.stride != 1 else None
         rest = (self.dilation, self.activation, self.out_activation, self.squeeze_activation, self.gate)
-        if not written_out and padding is None and rest == (1, "relu6", "identity", "relu", "hardsigmoid"):
+        last = self.last_values
+        if not written_out and padding is None and not last and rest == _PLAIN:
             return ()
         explicit = [] if padding is None and not written_out else list(self.padding_of(height, width))
         activations = (ACTIVATIONS.index(a) for a in rest[1:4])
-        slope = (self.negative_slope,) if self.has_slope else ()
-        return (self.dilation, explicit, *activations, GATES.index(self.gate), *slope)
+        slope = (self.negative_slope,) if self.has_slope or last else ()
+        return (self.dilation, explicit, *activations, GATES.index(self.gate), *slope, *last)
+
+    @property
+    def last_values(self) -> tuple[int, ...]:
+        """What ops take behind the slope: nothing where the expansion has the depthwise convolution's activation, rows
+        and columns one stride, and no activation follows the sum with x.
+
+        Else the expansion's activation (-1: the depthwise convolution's), the columns' stride (0: the rows'), and 1
+        where the output's activation follows the sum.
+        """
+        if self.expand_activation is None and not isinstance(self.stride, tuple) and not self.activates_sum:
+            return ()
+        expand = -1 if self.expand_activation is None else ACTIVATIONS.index(self.expand_activation)
+        return expand, self.stride[1] if isinstance(self.stride, tuple) else 0, int(self.activates_sum)
 
     @property
     def beyond_mobilenet_v2(self) -> bool:
@@ -206,13 +257,16 @@ class BlockSpec:
         squeeze_activation: int = 1,
         gate: int = 0,
         negative_slope: float = NEGATIVE_SLOPE,
+        expand_activation: int = -1,
+        column_stride: int = 0,
+        activates_sum: bool = False,
     ) -> BlockSpec:
         """The block that the op's arguments describe, its plan left out: what :meth:`options` makes, read back."""
         sides: Any = tuple(padding) or None
         return BlockSpec.of(
             packed,
             in_channels,
-            stride=stride,
+            stride=(stride, column_stride) if column_stride else stride,
             residual=residual,
             dilation=dilation,
             padding=sides,
@@ -221,6 +275,10 @@ class BlockSpec:
             squeeze_activation=_named("squeeze_activation", squeeze_activation, ACTIVATIONS),
             gate=_named("gate", gate, GATES),
             negative_slope=negative_slope,
+            expand_activation=(
+                None if expand_activation == -1 else _named("expand_activation", expand_activation, ACTIVATIONS)
+            ),
+            activates_sum=bool(activates_sum),
         )
 
     def _named(self, activation: str) -> str:
@@ -231,19 +289,23 @@ class BlockSpec:
         parts = [f"{self.in_channels}{hidden} -> {self.out_channels}"]
         if self.kernel != 3:
             parts.append(f"kernel {self.kernel}")
-        parts.append(f"stride {self.stride}")
+        parts.append(f"stride {self.stride}" if self.stride in (1, 2) else "stride {}x{}".format(*self.strides))
         if self.dilation != 1:
             parts.append(f"dilation {self.dilation}")
         if self.padding is not None:
             parts.append(f"padding {self.padding}")
-        if self.activation != "relu6":
+        if self.expand_activation is not None:
+            parts.append(f"{self._named(self.expand_activation)}, then {self._named(self.activation)}")
+        elif self.activation != "relu6":
             parts.append(self._named(self.activation))
         if self.squeeze_channels:
             parts.append(f"squeeze {self.squeeze_channels} ({self._named(self.squeeze_activation)}, {self.gate})")
-        if self.out_activation != "identity":
+        if self.out_activation != "identity" and not self.activates_sum:
             parts.append(f"output {self._named(self.out_activation)}")
         if self.residual:
             parts.append("residual")
+        if self.activates_sum:
+            parts.append(f"{self._named(self.out_activation)} of the sum")
         return ", ".join(parts)
 
     @staticmethod
@@ -282,8 +344,9 @@ class BlockSpec:
         if fragments and isinstance(weights, PackedWeights):
             channels = fragment_channels(weights)
         panels, out_panels = -(-hidden // PANEL), -(-out_channels // PANEL)
-        taps = 25 if packed and weights.w_depthwise.shape[1] == 25 else 9
-        kernel = 5 if not packed and weights.w_depthwise.shape[2:] == (5, 5) else math.isqrt(taps)
+        taps = weights.w_depthwise.shape[1] if packed else math.prod(weights.w_depthwise.shape[2:])
+        kernel = next((k for k in KERNELS if k * k == taps), KERNELS[0])  # else shapes disagree below
+        taps = kernel * kernel
         squeezed = 0 if weights.w_excite is None else weights.w_excite.shape[1]
         squeezed_panels = -(-squeezed // PANEL)
 

@@ -76,7 +76,8 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                              int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
                              int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
                              int64_t out_activation, int64_t squeeze_activation, int64_t gate,
-                             double negative_slope) {
+                             double negative_slope, int64_t expand_activation,
+                             int64_t column_stride, bool activates_sum) {
   check_given({{"x", &x},
                {"w_depthwise", &w_depthwise},
                {"b_depthwise", &b_depthwise},
@@ -93,8 +94,9 @@ Tensor inverted_residual_cpu(const Tensor& x,                         // [N, C_i
                          &b_depthwise,       &w_project,         &b_project,
                          pointer(w_squeeze), pointer(b_squeeze), pointer(w_excite),
                          pointer(b_excite)};
-    const Options options{dilation,           padding, activation,    out_activation,
-                          squeeze_activation, gate,    negative_slope};
+    const Options options{dilation,           padding,      activation,     out_activation,
+                          squeeze_activation, gate,         negative_slope, expand_activation,
+                          column_stride,      activates_sum};
     const BlockShape shape = block_shape<S>(sizes_of(x), w, stride, residual, options);
     const Sizes y_sizes{shape.batch, shape.out_channels, shape.out_height(), shape.out_width()};
     const bool channels_last = is_channels_last(x);

@@ -96,15 +96,16 @@ void count_memory(Plan& p, const BlockShape& s, const Machine& m) {
 
 // Rows (or columns) the expansion computes: every tile's window, clipped to the image. Windows between
 // the first and the last count as inside it.
-int64_t window_sum(const BlockShape& s, int64_t out, int64_t tile, int64_t size, int64_t pad) {
+int64_t window_sum(const BlockShape& s, int64_t stride, int64_t out, int64_t tile, int64_t size,
+                   int64_t pad) {
   const auto window = [&](int64_t begin, int64_t outs) {
-    const int64_t first = begin * s.stride - pad;
-    const int64_t end = first + (outs - 1) * s.stride + s.extent();
+    const int64_t first = begin * stride - pad;
+    const int64_t end = first + (outs - 1) * stride + s.extent();
     return std::max<int64_t>(std::min(end, size) - std::max<int64_t>(first, 0), 0);
   };
   const int64_t last = ceil_div(out, tile) - 1;
   if (last == 0) return window(0, out);
-  const int64_t between = std::min((tile - 1) * s.stride + s.extent(), size);
+  const int64_t between = std::min((tile - 1) * stride + s.extent(), size);
   return window(0, tile) + (last - 1) * between + window(last * tile, out - last * tile);
 }
 
@@ -117,8 +118,10 @@ struct Counts {
   double stored;  // size of a stored element over that of a sum
 
   Counts(const BlockShape& s, const Machine& m, const Plan& p)
-      : in_pixels(double(window_sum(s, s.out_height(), p.tile_rows, s.height, s.pad_top)) *
-                  double(window_sum(s, s.out_width(), p.tile_cols, s.width, s.pad_left))),
+      : in_pixels(
+            double(window_sum(s, s.stride, s.out_height(), p.tile_rows, s.height, s.pad_top)) *
+            double(
+                window_sum(s, s.stride_across(), s.out_width(), p.tile_cols, s.width, s.pad_left))),
         out_pixels(double(s.out_height()) * double(s.out_width())),
         vectors(double(round_up(s.hidden_channels, kPanel)) / double(m.lanes)),
         out_vectors(double(ceil_div(s.out_channels, std::min<int64_t>(m.lanes, 8))) *
@@ -150,7 +153,8 @@ double read_again(const BlockShape& s, const Machine& m, const Plan& p, const Co
 double cost_of_depthwise(const BlockShape& s, const Machine& m, const Plan& p, const Counts& c) {
   const double wide = tile_cost(p.group / m.lanes, m.lanes * m.element_size == 64 ? 4 : 2);
   const double act = row_of(s.activation).cpu_operations;
-  const double expand_act = s.expand == Expand::kNone ? 0.0 : act;
+  const double expand_act =
+      s.expand == Expand::kNone ? 0.0 : row_of(s.expand_activation).cpu_operations;
   return c.in_pixels * c.vectors *
              (double(s.expand_terms()) / double(m.depth) * wide + kExpandEpilogue + expand_act) +
          c.out_pixels * c.vectors * (double(s.taps()) + kDepthwiseEpilogue + act) +

@@ -45,7 +45,7 @@ struct Plan {
     return s.dilation > 1 && rows > s.height ? s.height : rows;
   }
   int64_t in_cols(const BlockShape& s) const {
-    const int64_t cols = (tile_cols - 1) * s.stride + s.extent();
+    const int64_t cols = (tile_cols - 1) * s.stride_across() + s.extent();
     return s.dilation > 1 && cols > s.width ? s.width : cols;
   }
   // Elements of one worker's scratch buffers.

@@ -45,9 +45,10 @@ struct Args {
   // Blocks beyond MobileNetV2's:
   int32_t pad_top, pad_left, dilation;
   ActivationArgs activation, expand_activation, out_activation;
-  const float* gate;  // [N, E/16 * 16], factors of d; or null
-  float* pooled;      // [tiles of all images, warps, E/16 * 16], sums of d from the first pass
-  bool stem;          // whether x is the image that a stem makes e of
+  const float* gate;   // [N, E/16 * 16], factors of d; or null
+  float* pooled;       // [tiles of all images, warps, E/16 * 16], sums of d from the first pass
+  bool activates_sum;  // whether x is added before the output's activation, not behind it
+  bool stem;           // whether x is the image that a stem makes e of
   int32_t image_height, image_width;
   int32_t image_rows;  // under a tile's windows
 };

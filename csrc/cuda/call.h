@@ -42,12 +42,13 @@ inline Args make_args(const BlockShape& s, const Plan& p, Precision precision) {
   a.dilation = int32_t(s.dilation);
   a.activation = activation_args(s.function(s.activation));
   a.stem = s.expand == Expand::kStem;
-  a.expand_activation = a.stem ? activation_args(s.function(s.stem_activation)) : a.activation;
+  a.expand_activation = activation_args(s.function(s.expand_activation));
   a.image_height = int32_t(s.image_height);
   a.image_width = int32_t(s.image_width);
   a.image_rows =
       int32_t(stem_rows(std::min<int64_t>(in_rows(p.tile_rows, s.stride, s.kernel), s.height)));
   a.out_activation = activation_args(s.function(s.out_activation));
+  a.activates_sum = s.residual && s.activates_sum;
   return a;
 }
 

@@ -104,9 +104,8 @@ class WorkCount {
     const auto [instructions, bytes] = product(double(v_.expand_tiles));
     const double loads = 3.0 / double(v_.expand_panels);
     // A lane's share of 16 pixels and channels is 8 elements.
-    const Activation f = s_.expand == Expand::kStem ? s_.stem_activation : s_.activation;
     const double each = in_ * (instructions + loads) + 30 + 14 / double(v_.expand_panels) +
-                        8 * row_of(f).gpu_instructions;
+                        8 * row_of(s_.expand_activation).gpu_instructions;
     w_.instructions += rounds * panels_ * each;
     w_.issued += tiles * panels_ * each;
     w_.shared +=

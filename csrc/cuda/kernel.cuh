@@ -165,9 +165,10 @@ MNV2_DEVICE void store_tile(const Args& a, int first_out, int out_panels,
       for (int p = 0; p < 2; ++p) {
         const int from = channel + p * int(kPanel), left = biased ? a.out_channels - from : 0;
         v[p] = added(v[p], load_floats(a.b_project + from, left));
-        if (C::kGeneral && biased) v[p] = activated(v[p], a.out_activation);
+        if (C::kGeneral && biased && !a.activates_sum) v[p] = activated(v[p], a.out_activation);
         const int kept = inside && a.residual ? left : 0;
         v[p] = added(v[p], load_quad<C::kPrecision>(x + from, kept, a.x_vectors));
+        if (C::kGeneral && biased && a.activates_sum) v[p] = activated(v[p], a.out_activation);
       }
       if (r < out_panels) store_panels<C>(a, v[0], v[1], {pixel, channel, inside});
     }

@@ -123,7 +123,8 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
                               int64_t stride, bool residual, IntHeaderOnlyArrayRef forced,
                               int64_t dilation, IntHeaderOnlyArrayRef padding, int64_t activation,
                               int64_t out_activation, int64_t squeeze_activation, int64_t gate,
-                              bool tf32, double negative_slope) try {
+                              bool tf32, double negative_slope, int64_t expand_activation,
+                              int64_t column_stride, bool activates_sum) try {
   check_given({{"x", &x},
                {"w_depthwise", &w_depthwise},
                {"b_depthwise", &b_depthwise},
@@ -138,8 +139,9 @@ Tensor inverted_residual_cuda(const Tensor& x,                         // [N, C_
   const Weights w{given(w_expand), given(b_expand), &w_depthwise,     &b_depthwise,
                   &w_project,      &b_project,      given(w_squeeze), given(b_squeeze),
                   given(w_excite), given(b_excite)};
-  const Options options{dilation,           padding, activation,    out_activation,
-                        squeeze_activation, gate,    negative_slope};
+  const Options options{dilation,           padding,      activation,     out_activation,
+                        squeeze_activation, gate,         negative_slope, expand_activation,
+                        column_stride,      activates_sum};
 
   const Sizes sizes = sizes_of(x);
   const ScalarType type = x.scalar_type();

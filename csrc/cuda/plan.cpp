@@ -330,7 +330,7 @@ std::string unknown_kind(const BlockShape& s, Precision precision) {
   for (const auto& [name, value, count] : {
            Kind{"precision", int64_t(precision), kPrecisions},
            Kind{"activation", int64_t(s.activation), kActivations},
-           Kind{"stem_activation", int64_t(s.stem_activation), kActivations},
+           Kind{"expand_activation", int64_t(s.expand_activation), kActivations},
            Kind{"out_activation", int64_t(s.out_activation), kActivations},
            Kind{"squeeze_activation", int64_t(s.squeeze_activation), kActivations},
            Kind{"gate", int64_t(s.gate), kGates},
@@ -373,6 +373,12 @@ std::string unsupported(const BlockShape& s, Precision precision, int64_t capabi
     out << "the CUDA kernel takes at most 2^30 output pixels, rows and columns, got " << s.batch
         << " images of " << s.height << "x" << s.width
         << "; split the batch, or use backend='eager'";
+  else if (s.kernel > 5)
+    out << "the CUDA kernel takes kernel 3 or 5, got " << s.kernel
+        << "; use backend='triton' or 'eager'";
+  else if (s.stride_across() != s.stride)
+    out << "the CUDA kernel takes one stride for rows and columns, got " << s.stride << " and "
+        << s.stride_across() << "; use backend='triton' or 'eager'";
   else if (channels > int64_t{1} << 15)
     out << "the CUDA kernel takes at most 2^15 channels, got " << channels
         << "; use backend='eager'";

@@ -34,9 +34,10 @@ constexpr int64_t kernel_of(Form form) {
 
 inline Form form_of(const BlockShape& s) {
   if (s.kernel == 5) return Form::kGeneral5x5;
-  if (s.kernel != 3) throw std::invalid_argument("kernel must be 3 or 5");
+  if (s.kernel != 3) throw std::invalid_argument("the CUDA kernel takes kernel 3 or 5");
   bool plain = s.dilation == 1 && s.squeeze_channels == 0 && s.activation == Activation::kRelu6 &&
-               s.stem_activation == Activation::kRelu6 && s.out_activation == Activation::kIdentity;
+               s.expand_activation == Activation::kRelu6 &&
+               s.out_activation == Activation::kIdentity;
   for (const int64_t pad : {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom})
     plain = plain && pad == 1;
   if (!plain) return Form::kGeneral3x3;

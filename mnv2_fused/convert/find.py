@@ -22,7 +22,7 @@ class Match(NamedTuple):
 
 def check_model(model: Any) -> None:
     """Raises TypeError for what is no module."""
-    if isinstance(model, nn.Module):
+    if issubclass(type(model), nn.Module):  # a wrapper may only say that it is one
         return
     found = f"the class {model.__name__}: call it first" if isinstance(model, type) else f"a {type(model).__name__}"
     raise TypeError(f"model must be an nn.Module, got {found}")

@@ -171,7 +171,7 @@ def _replaced(block: nn.Module, match: Match, backend: str, recompute: bool) -> 
     conv: Any = block.conv
     fused = FusedInvertedResidual.adopt(
         conv,
-        stride=match.spec.stride,
+        stride=max(match.spec.strides),
         residual=match.spec.residual,
         backend=backend,
         recompute=recompute,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATION_TABLE, GATE_TABLE, LEAKY_RELU, Function
-from ..spec import BlockSpec
-from .reading import Unfusable, full_name
-from .recording import Value
+from ..spec import KERNELS, KERNELS_IN_WORDS, BlockSpec
+from .reading import Around, Unfusable, full_name
+from .recording import ChildCall, Value
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom
 
@@ -23,26 +23,29 @@ class Recipe(NamedTuple):
     stages: tuple[tuple[str, str | None], ...]  # (convolution, norm) of [expand,] depthwise, project
     squeeze: tuple[str, str] | None
     spec: BlockSpec
+    around: Around | None = None
 
 
 class Chain:
     """Reads a recorded result backwards: [input,] project, [gate,] depthwise, [expand,] input."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, calls: list[ChildCall]) -> None:
         self._modules: dict[str, Any] = dict(model.named_modules())
+        self._calls = calls  # of the module's children, in their order
         self._used: list[str] = []
 
-    def read(self, result: Value) -> tuple[Recipe, Pads]:
-        """The block with padding None, and how it padded: left, right, top, bottom."""
+    def read(self, result: Value) -> tuple[Recipe, Pads, tuple[int, ...]]:
+        """The block with padding None, how it padded: left, right, top, bottom, and the size of what it takes."""
         result = result.unshaped()
-        residual, chain = False, result
-        if result.op in ("add", "add_") and len(result.inputs) == 2:
-            a, b = (v.unshaped() for v in result.inputs)
-            if "input" in (a.kind, b.kind):
-                residual, chain = True, a if b.kind == "input" else b
-                require(_adds(result), "its sum with the input is weighted")
-                require(a.shape == b.shape, "its sum with the input broadcasts")
-        out_activation, out_slope, end = _function(chain, ACTIVATION_TABLE)
+        residual, summed = _residual(result)
+        chain = self._without_tail(summed)
+        out_activation, out_slope, end = _function(chain, ACTIVATION_TABLE, of_sum=not residual)
+        activates_sum = False
+        if not residual and end.kind == "pointwise":  # of a sum
+            activates_sum, end = _residual(end)
+            require(activates_sum, f"there is aten::{end.op} of two tensors where an activation belongs")
+            residual = True
+            end = end.unshaped()
         project, source = self._stage(end, "project")
         gate = None
         if source.op in ("mul", "mul_") and len(_sources(source)) == 2:
@@ -50,16 +53,23 @@ class Chain:
         activation, slope, middle = _function(source, ACTIVATION_TABLE)
         depthwise, source, depthwise_options, pads = self._depthwise(middle)
         slopes = {s for s in (out_slope, slope) if s is not None}
-        expand = None
+        expand = before = None
         if source.kind != "input":
-            before, slope, start = _function(source, ACTIVATION_TABLE)
-            expand, source = self._stage(start, "expand")
-            require(source.kind == "input", "what its expansion takes is not its input as it is")
-            require(
-                before == activation and slope in (None, *slopes),
-                f"its activation is {before} after the expansion and {activation} after the depthwise convolution, the "
-                "fused op computes one kind",
-            )
+            used = list(self._used)
+            try:
+                before, slope, start = _function(source, ACTIVATION_TABLE)
+                expand, source = self._stage(start, "expand")
+                slopes |= set() if slope is None else {slope}
+            except Unfusable:
+                if not self._gives(source):
+                    raise
+                before, self._used = None, used  # the block has no expansion, and something runs in front
+        around = None
+        if source.kind != "input" or chain is not summed:
+            require(self._gives(source), "what its expansion takes is not its input as it is")
+            require(not activates_sum, "an activation follows the sum of its input and more than a block")
+            around = self._around(source, chain, summed, residual)
+            residual = False
         require(len(set(self._used)) == len(self._used), "one of its modules is used twice")
         options: dict[str, Any] = {}
         squeeze = None
@@ -81,13 +91,44 @@ class Chain:
                 dilation=dilation,
                 activation=activation,
                 out_activation=out_activation,
+                expand_activation=before,
+                activates_sum=activates_sum,
                 **({"negative_slope": slopes.pop()} if slopes else {}),
                 **options,
             )
         except ValueError as error:
             raise Unfusable(str(error)) from None
         stages = (depthwise, project) if expand is None else (expand, depthwise, project)
-        return Recipe(stages, squeeze, spec), pads
+        return Recipe(stages, squeeze, spec, around), pads, source.shape[2:]
+
+    def _gives(self, v: Value) -> bool:
+        """Whether ``v`` is the result of the first child that computes something, which takes the module's input."""
+        first = next((call for call in self._calls if call.taken.unshaped() is not call.given.unshaped()), None)
+        return first is not None and first.taken.kind == "input" and first.given.unshaped() is v
+
+    def _without_tail(self, end: Value) -> Value:
+        """What the last children take that scale channels by weights of their own; ``end`` where there are none."""
+        for call in reversed(self._calls):
+            scales = call.given.unshaped() is end and end.op in ("mul", "mul_")
+            if scales and any(v.kind == "constant" and not _is_number(v) for v in end.inputs):
+                end = call.taken.unshaped()
+        return end
+
+    def _around(self, source: Value, end: Value, summed: Value, shortcut: bool) -> Around:
+        """The children that run in a row up to ``source``, to ``end``, and to ``summed``."""
+        parts: tuple[list[str], list[str], list[str]] = [], [], []
+        ends, at = [source, end, summed], None
+        for call in self._calls:
+            taken, given = call.taken.unshaped(), call.given.unshaped()
+            require(taken.kind == "input" if at is None else taken is at, "its children do not run in a row")
+            while len(ends) > 1 and at is ends[0]:
+                ends.pop(0)
+            parts[3 - len(ends)].append(call.name)
+            at = given
+        require(at is summed, "what is added to its input is no child's result")
+        lead, core, tail = ([n for n in part if type(self._modules[n]) is not nn.Identity] for part in parts)
+        require(len(lead) == 1 and bool(core), "more than one child runs before the block")
+        return Around(lead[0], tuple(core), tuple(tail), shortcut)
 
     def _module_of(self, names: tuple[str | None, ...], holds: tuple[str, ...]) -> str:
         """The one module whose tensors these are, by the names in ``holds``."""
@@ -116,7 +157,7 @@ class Chain:
         )
         return (name, norm), conv.inputs[0].unshaped()
 
-    def _depthwise(self, end: Value) -> tuple[tuple[str, str | None], Value, tuple[int, int, int], Pads]:
+    def _depthwise(self, end: Value) -> tuple[tuple[str, str | None], Value, tuple[tuple[int, int], int, int], Pads]:
         conv, norm = self._convolution(end, "depthwise")
         stride, padding, dilation, groups = conv.options
         name = self._module_of(conv.tensors, ("weight", "bias"))
@@ -127,9 +168,9 @@ class Chain:
             f"a convolution of {groups} groups is where a depthwise one belongs",
         )
         require(
-            shape[2] == shape[3] and shape[2] in (3, 5) and stride in ((1, 1), (2, 2)) and dilation[0] == dilation[1],
+            shape[2] == shape[3] and shape[2] in KERNELS and set(stride) <= {1, 2} and dilation[0] == dilation[1],
             f"the depthwise convolution has kernel {shape[2:]}, stride {stride} and dilation {dilation}, the fused op "
-            "takes kernel 3 or 5, stride 1 or 2 and one dilation",
+            f"takes kernel {KERNELS_IN_WORDS}, stride 1 or 2 and one dilation",
         )
         pads = [padding[1], padding[1], padding[0], padding[0]]
         while source.kind == "pad":
@@ -139,7 +180,7 @@ class Chain:
             source = source.inputs[0].unshaped()
         require(min(pads) >= 0, "it crops what its depthwise convolution takes")
         left, right, top, bottom = pads
-        return (name, norm), source, (stride[0], dilation[0], shape[2]), (left, right, top, bottom)
+        return (name, norm), source, (stride, dilation[0], shape[2]), (left, right, top, bottom)
 
     def _convolution(self, end: Value, role: str) -> tuple[Value, str | None]:
         norm = None
@@ -199,6 +240,18 @@ def _described(v: Value) -> str:
     return {"input": "its input", "norm": "a norm", "pad": "padding"}.get(v.kind, f"aten::{v.op or v.kind}")
 
 
+def _residual(v: Value) -> tuple[bool, Value]:
+    """Whether ``v`` is a sum with the block's input, and what else it is the sum of; or ``v`` itself."""
+    if v.op not in ("add", "add_") or len(v.inputs) != 2:
+        return False, v
+    a, b = (value.unshaped() for value in v.inputs)
+    if "input" not in (a.kind, b.kind):
+        return False, v
+    require(_adds(v), "its sum with the input is weighted")
+    require(a.shape == b.shape, "its sum with the input broadcasts")
+    return True, a if b.kind == "input" else b
+
+
 def _sources(v: Value) -> list[Value]:
     """What the elements of ``v`` are computed from, element by element."""
     v = v.unshaped()
@@ -232,10 +285,25 @@ def _evaluate(v: Value, source: Value, t: Tensor) -> Tensor:
 _GRID = torch.cat([torch.linspace(-12, 12, 481, dtype=torch.float64), torch.tensor([-1e3, -1.0, 1e3]).double()])
 
 
-def _function(v: Value, table: dict[str, Function]) -> tuple[str, float | None, Value]:
-    """Which of ``table`` makes ``v`` of its source, with a slope; and the source."""
+def _sum_with_input(v: Value) -> Value | None:
+    """The sum of the block's input and something else that ``v`` is computed from alone, element by element."""
+    v = v.unshaped()
+    if v.kind != "pointwise":
+        return None
+    if v.op in ("add", "add_") and any(value.unshaped().kind == "input" for value in v.inputs):
+        return v
+    found = {s for value in v.inputs if not _is_number(value) for s in [_sum_with_input(value)]}
+    return found.pop() if len(found) == 1 else None
+
+
+def _function(v: Value, table: dict[str, Function], *, of_sum: bool = False) -> tuple[str, float | None, Value]:
+    """Which of ``table`` makes ``v`` of its source, with a slope; and the source. ``of_sum``: that may be a sum with
+    the block's input.
+    """
     v = v.unshaped()
     sources = _sources(v)
+    if of_sum and len(sources) == 2 and (whole := _sum_with_input(v)) is not None:
+        sources = [whole]
     require(len(sources) == 1, f"there is aten::{v.op} of two tensors where an activation belongs")
     source = sources[0]
     if v is source:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import backends, ops
+from ..activations import function_of
 from ..encoding import op_rest
 from ..fold import PackedWeights, conv_norms, eps_of, packed_dtypes
 from ..spec import BlockSpec
@@ -69,13 +70,20 @@ class PreparedCall:
         self.dtype, self.is_cpu = self.tensors[0].dtype, self.tensors[0].is_cpu
         # Stochastic depth that drops now comes before the sum with x: the kernel leaves both to the modules.
         self.drop_path = block._drop_path if reading.drops_now(block._drop_path) else ()
-        self.spec = dataclasses.replace(spec, residual=False) if self.drop_path else spec
-        self.stride, self.residual = self.spec.stride, self.spec.residual
+        self.whole = spec
+        self.spec = _without_sum(spec) if self.drop_path else spec
+        self.stride, self.residual = self.spec.strides[0], self.spec.residual
         # None: TensorFlow's padding at stride 2 depends on the size of the image.
-        self.op_options = None if spec.padding == "same" and spec.stride > 1 else self.spec.options(8, 8)
+        self.op_options = None if spec.padding == "same" and spec.stride != 1 else self.spec.options(8, 8)
         self.guard = guard
         self.is_valid = _never if guard is None else guard.is_valid
         self.packed = packed
+
+
+def _without_sum(spec: BlockSpec) -> BlockSpec:
+    """What comes before the sum with the block's input, and before what drops it."""
+    before = "identity" if spec.activates_sum else spec.out_activation
+    return dataclasses.replace(spec, residual=False, out_activation=before)
 
 
 def _never() -> bool:
@@ -108,6 +116,7 @@ class FusedBlock(nn.Module):
     _ordinary: Callable[[], nn.Module]
     _name = ""  # in the model that was given to fuse
     _channels_last = False  # whether its fused results are, whatever x is
+    _around: reading.Around | None = None  # what runs beside the block itself
 
     def _start(self, backend: str, recompute: bool) -> None:
         if backend not in backends.BACKENDS:
@@ -152,6 +161,7 @@ class FusedBlock(nn.Module):
         self._drop_path: tuple[nn.Module, ...] = parts.drop_path if parts else ()
         self._spec: BlockSpec | None = parts.spec if parts else None
         self._op_options = op_rest(parts.spec) if parts else []
+        self._around: reading.Around | None = parts.around if parts else None
 
     def fallback_reason(self) -> str | None:
         """Why the inner modules run one by one even in eval, because of how they were changed; None if they don't."""
@@ -174,7 +184,7 @@ class FusedBlock(nn.Module):
     # What it knows of its modules, and all that a fused block has beside what its original had.
     _FOUND = (
         *("_ready", "_cache", "_token", "_objection", "_pairs"),
-        *("_squeeze", "_dropouts", "_drop_path", "_spec", "_op_options"),
+        *("_squeeze", "_dropouts", "_drop_path", "_spec", "_op_options", "_around"),
     )
     OWN = (
         *(*_FOUND, "backend", "recompute", "_said", "_name", "_forgotten", "_original", "_channels_last"),
@@ -269,13 +279,13 @@ class FusedBlock(nn.Module):
         except (RuntimeError, TypeError):
             check_input(x, ready.spec.in_channels, ready.spec)  # says it better, if x is what is wrong
             raise
-        return self._sum(x, y, ready.drop_path) if ready.drop_path else y
+        return self._sum(x, y, ready.drop_path, ready.whole) if ready.drop_path else y
 
     @staticmethod
-    def _sum(x: Tensor, y: Tensor, drop_path: tuple[nn.Module, ...]) -> Tensor:
+    def _sum(x: Tensor, y: Tensor, drop_path: tuple[nn.Module, ...], spec: BlockSpec) -> Tensor:
         for module in drop_path:
             y = module(y)
-        return y + x
+        return function_of(spec.out_activation, spec.negative_slope)(y + x) if spec.activates_sum else y + x
 
     def _forward_training(self, x: Tensor) -> Tensor:
         """With statistics of the batch, or dropouts: by the modules, or, with ``recompute``, keeping x alone."""
@@ -299,11 +309,11 @@ class FusedBlock(nn.Module):
         stages = [s._replace(mean=None, variance=None) if b else s for s, b in zip(stages, batch, strict=True)]
         parameters = [t for stage in stages for t in stage] + [t for conv in squeeze for t in conv[:2]]
         drop_path = self._drop_path if reading.drops_now(self._drop_path) else ()
-        spec = dataclasses.replace(self._read_spec, residual=False) if drop_path else self._read_spec
+        spec = _without_sum(self._read_spec) if drop_path else self._read_spec
         check_input(x, spec.in_channels, spec)
         run = functools.partial(unfolded, parameters=parameters, eps=eps, spec=spec, batch=batch, norms=norms)
         y = Recomputed.apply(x, run, eps, spec, batch, *parameters)
-        return self._sum(x, y, drop_path) if drop_path else y
+        return self._sum(x, y, drop_path, self._read_spec) if drop_path else y
 
     def _warn(self, what: str) -> None:
         """Once for a model and a reason: the blocks that one call of fuse made remember together what was said."""
@@ -329,9 +339,9 @@ class FusedBlock(nn.Module):
         reason = _fallback_reason(self._token) if torch.compiler.is_compiling() else self.fallback_reason()
         if reason is None and self._trains():  # asked again: inspection may have found other layers
             return "eager", None
-        if reason is None:
-            reason = ops.kernel_refusal(backend, self._read_spec, self.backend)
-        return (backend, None) if reason is None else ("eager", reason)
+        return (
+            ops.kernel_instead(backend, self._read_spec, self.backend, device) if reason is None else ("eager", reason)
+        )
 
     def _prepare(self, x: Tensor) -> PreparedCall | None:
         """Looks at everything and folds what changed; None when the inner modules must run."""
@@ -418,8 +428,8 @@ class FusedBlock(nn.Module):
             if tracing_export():
                 note_export()
             plan, op_options = op_choices(spec, x)
-            return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, plan, backend, op_options)
+            return ops.packed_inverted_residual(x, packed, spec.strides[0], spec.residual, plan, backend, op_options)
         site = fold_ahead(self._token, dtype, backend)
         return torch.ops.mnv2_fused.cached_inverted_residual(
-            x, parameters, eps, spec.stride, spec.residual, self._token, backend, self._op_options, site
+            x, parameters, eps, spec.strides[0], spec.residual, self._token, backend, self._op_options, site
         )

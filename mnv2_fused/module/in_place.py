@@ -33,10 +33,10 @@ def around_the_same(module: nn.Module, cls: type[_M], without: Iterable[str] = (
 def name_clash(module: nn.Module, cls: type[nn.Module]) -> str | None:
     """A name of ``cls`` that ``module`` uses for something of its own; None where it could become one of those."""
     ordinary = set(dir(nn.Module)) | set(vars(nn.Module()))
-    ours = {name for c in cls.__mro__ if not issubclass(nn.Module, c) for name in (*vars(c), *getattr(c, "OWN", ()))}
+    ours = {name for c in cls.__mro__ if c not in nn.Module.__mro__ for name in (*vars(c), *getattr(c, "OWN", ()))}
     ours |= {name for c in cls.__mro__ for name in vars(c).get("__annotations__", ())}
     theirs = set(vars(module)) | set(module._modules) | set(module._parameters) | set(module._buffers)
-    theirs |= {name for c in type(module).__mro__ if not issubclass(nn.Module, c) for name in vars(c)}
+    theirs |= {name for c in type(module).__mro__ if c not in nn.Module.__mro__ for name in vars(c)}
     # Of how it is copied there is one way.
     copies = {"__getstate__", "__reduce__", "__reduce_ex__", "__deepcopy__"}
     return next(iter(sorted((ours - ordinary) & theirs | copies & theirs)), None)

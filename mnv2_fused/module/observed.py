@@ -7,12 +7,13 @@ says where to find them in the block itself.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,8 @@ _COMPARED = 2
 _IMAGES = 2
 
 
-_MOST_CONVOLUTIONS = 5  # of a block: expand, depthwise, squeeze, excite, project
+# Of a block: expand, depthwise, squeeze, excite, project; and another depthwise one in front.
+_MOST_CONVOLUTIONS, _MOST_DEPTHWISE = 6, 2
 
 
 def why_no_candidate(module: nn.Module) -> str | None:
@@ -44,7 +46,7 @@ def why_no_candidate(module: nn.Module) -> str | None:
     others = [c for c in convs if not is_depthwise(c)]
     if not depthwise or not others or type(module) is nn.Conv2d:
         return "it has no depthwise and 1x1 convolution"
-    if len(depthwise) > 1:
+    if len(depthwise) > _MOST_DEPTHWISE:
         return f"it has {len(depthwise)} depthwise convolutions"
     for conv in others:
         if not is_pointwise(conv):
@@ -84,7 +86,7 @@ def recipe_of(block: nn.Module, *args: Any, **kwargs: Any) -> Recipe:
     if found is None:
         try:
             # As ordinary calls do: inference mode keeps operations whole, autocast adds some.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), _one_thread():
                 found = _observed(block, args, kwargs)
         except Unfusable as why:
             found = str(why)
@@ -92,6 +94,20 @@ def recipe_of(block: nn.Module, *args: Any, **kwargs: Any) -> Recipe:
     if isinstance(found, str):
         raise Unfusable(found)
     return found
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of torch: on small images, beside a busy process, threads were seen to wait a hundred times what they save."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 _recipes: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Recipe | str]]] = weakref.WeakKeyDictionary()
@@ -150,17 +166,18 @@ def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any])
     seen: list[tuple[Recipe, tuple[int, int, int, int], tuple[int, int]]] = []
     results: list[tuple[Tensor, Tensor]] = []
     generator = torch.Generator().manual_seed(0)
-    for size in _SIZES:
-        x = torch.randn(_IMAGES, channels, *size, generator=generator, dtype=torch.float64)
+    for i, size in enumerate(_SIZES):
+        x = torch.randn(_IMAGES if i < _COMPARED else 1, channels, *size, generator=generator, dtype=torch.float64)
         try:
-            y, result = record(call, x, tensors)
+            y, result, calls = record(call, x, tensors, dict(model.named_children()))
         except Unfusable:
             raise
         except Exception as error:  # of a forward that anybody wrote
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise _DoesNotRun(f"it does not run on {list(x.shape)}: {first}") from None
         results.append((x, result))
-        seen.append((*Chain(model).read(y), size))
+        recipe, pads, inner = Chain(model, calls).read(y)
+        seen.append((recipe, pads, (inner[0], inner[1])))
     again = call(results[0][0].clone())
     require(torch.equal(again, results[0][1]), "its result is another at the second call")
     changed = [full_name(m) for m, was in zip(model.modules(), before, strict=True) if not _attributes_same(m, was)]
@@ -198,6 +215,9 @@ def _random_copy(block: nn.Module) -> nn.Module:
     return model.eval()
 
 
+_DRAWN = 65521  # values of a weight at most, then the same again: a prime, so that rows differ
+
+
 def _drawn(t: Tensor, name: str, in_norm: bool, generator: torch.Generator) -> Tensor:
     """What stands for ``t``, as large as training leaves weights and statistics."""
     if not t.is_floating_point():
@@ -206,7 +226,8 @@ def _drawn(t: Tensor, name: str, in_norm: bool, generator: torch.Generator) -> T
         return torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
     scale = (2 / t[0].numel()) ** 0.5 if t.dim() > 1 and t.numel() else 0.5
     around = 1.0 if in_norm and name == "weight" else 0.0
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale + around
+    few = torch.randn(min(t.numel(), _DRAWN), generator=generator, dtype=torch.float64) * scale + around
+    return few.repeat(-(-t.numel() // _DRAWN))[: t.numel()].view(t.shape) if t.numel() else few.view(t.shape)
 
 
 def _with_padding(seen: Iterable[tuple[Recipe, tuple[int, int, int, int], tuple[int, int]]]) -> Recipe:
@@ -233,7 +254,14 @@ def _verify(model: nn.Module, recipe: Recipe, results: list[tuple[Tensor, Tensor
         *expand, depthwise, project = stages
         weights = BlockWeights(*(expand[0] if expand else (None, None)), *depthwise, *project, *squeeze)
         for x, y in results:
-            expected = in_torch(x, weights, recipe.spec)
+            around = parts.around
+            if around is None:
+                expected = in_torch(x, weights, recipe.spec)
+            else:
+                expected = in_torch(model.get_submodule(around.lead)(x), weights, recipe.spec)
+                for name in around.tail:
+                    expected = model.get_submodule(name)(expected)
+                expected = expected + x if around.shortcut else expected
             atol = 1e-9 * float(y.abs().max())
             if y.shape != expected.shape or not torch.allclose(y, expected, rtol=1e-9, atol=atol):
                 raise Unfusable("it computes something else than the operations that it runs say")
@@ -251,7 +279,7 @@ def _parts(block: nn.Module, recipe: Recipe) -> Parts:
     module: Any = block.get_submodule
     stages = tuple((module(conv), None if norm is None else module(norm)) for conv, norm in recipe.stages)
     squeeze: Any = None if recipe.squeeze is None else tuple(map(module, recipe.squeeze))
-    return Parts(stages, squeeze, recipe.spec, (), ())
+    return Parts(stages, squeeze, recipe.spec, (), (), recipe.around)
 
 
 @torch.compiler.assume_constant_result
@@ -275,6 +303,27 @@ class FusedObserved(FusedInPlace):
         super()._inspect()
         self._allowed: dict[Any, bool] = {}
 
+    @property
+    def leading_child(self) -> nn.Module | None:
+        return None if self._around is None else self.get_submodule(self._around.lead)
+
+    def _forward_modules(self, x: Tensor) -> Tensor:
+        if self._around is None:
+            return super()._forward_modules(x)
+        for name in self._around.core:
+            x = self.get_submodule(name)(x)
+        return x
+
+    def _forward_whole(self, x: Tensor) -> Tensor:
+        """The block, and what runs around it."""
+        around = self._around
+        if around is None:
+            return super().forward(x)
+        y = super().forward(self.get_submodule(around.lead)(x))
+        for name in around.tail:
+            y = self.get_submodule(name)(y)
+        return y + x if around.shortcut else y
+
     def _trains(self) -> bool:
         return any(m.training and _may_mind_mode(m) for m in self.modules())
 
@@ -297,13 +346,13 @@ class FusedObserved(FusedInPlace):
         return self._allowed[call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            return super().forward(args[0])
+        if len(args) == 1 and not kwargs and (self._around is None or not self._trains()):
+            return self._forward_whole(args[0])
         rest = dict(kwargs)
         x = args[0] if args else rest.pop(_first_parameter(type(self).original), None)
         fits = isinstance(x, Tensor) and not self._trains()
         if fits and (not (args[1:] or rest) or _allows(self._token, args[1:], tuple(rest.items()))):
-            return super().forward(x)
+            return self._forward_whole(x)
         return super(FusedBlock, self).forward(*args, **kwargs)
 
 

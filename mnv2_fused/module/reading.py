@@ -11,12 +11,21 @@ from torch import nn
 
 from ..activations import ACTIVATION_TABLE, GATE_TABLE, LEAKY_RELU, Function
 from ..fold import unfoldable
-from ..spec import BlockSpec
+from ..spec import KERNELS, BlockSpec
 from .guard import has_hooks, is_compiled
 
 
 class Unfusable(Exception):
     """Why a block cannot run as one kernel."""
+
+
+class Around(NamedTuple):
+    """What a module runs around its block, by the names of children that run in a row."""
+
+    lead: str  # runs first, as it is
+    core: tuple[str, ...]  # compute the block
+    tail: tuple[str, ...]  # run behind it, as they are
+    shortcut: bool  # whether the module's input is added to the result of all
 
 
 class Parts(NamedTuple):
@@ -27,6 +36,7 @@ class Parts(NamedTuple):
     spec: BlockSpec
     dropouts: tuple[nn.Module, ...]  # between them, which change a result in train() alone
     drop_path: tuple[nn.Module, ...]  # between them and the sum with the block's input, the same: stochastic depth
+    around: Around | None = None  # where the block is a part of the module
 
 
 def full_name(module: nn.Module) -> str:
@@ -115,11 +125,6 @@ def read_chain(
     if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(convs)):
         raise Unfusable("one convolution's channels do not match the next one's")
     *before, activation, out_activation = (a or "identity" for a in activations)
-    if before not in ([], [activation]):
-        raise Unfusable(
-            f"its activation is {before[0]} after the expansion and {activation} after the depthwise convolution, the "
-            "fused op computes one kind"
-        )
     *_, depthwise, project = convs
     if squeeze is not None and squeeze[0] != len(stages) - 1:
         raise Unfusable("its squeeze-and-excite does not follow the depthwise convolution")
@@ -132,7 +137,7 @@ def read_chain(
             convs[0].in_channels,
             project.in_channels,
             project.out_channels,
-            _both(depthwise.stride)[0],
+            _both(depthwise.stride),
             expand=len(convs) == 3,
             residual=residual,
             kernel=depthwise.weight.shape[-1],
@@ -140,6 +145,7 @@ def read_chain(
             padding=_padding(depthwise, same),
             activation=activation,
             out_activation=out_activation,
+            expand_activation=before[0] if before else None,
             **({"negative_slope": slopes.pop()} if slopes else {}),
             **options,
         )
@@ -279,7 +285,7 @@ def _conv_objections(conv: nn.Module, role: str) -> Iterator[str]:
 # (kernels, strides) by what a convolution is for
 _GEOMETRY = {
     "expand": ((1,), (1,)),
-    "depthwise": ((3, 5), (1, 2)),
+    "depthwise": (KERNELS, (1, 2)),
     "project": ((1,), (1,)),
     "squeeze-and-excite": ((1,), (1,)),
     "stem": ((3,), (2,)),
@@ -303,7 +309,7 @@ def _geometry_objections(name: str, conv: nn.Conv2d) -> Iterator[str]:
             taken["dilation"] = (1,)
     for attribute, values in taken.items():
         value = getattr(conv, attribute)
-        if value not in values and (_both(value) if isinstance(value, list) else value) not in [(v, v) for v in values]:
+        if not all(v in values for v in _both(value)):
             allowed = " or ".join(map(str, values))
             yield f"the {name} convolution has {attribute} {value!r}, the fused op takes {allowed}"
     expected = [[conv.out_channels, conv.in_channels // groups, k, k] for k in kernels]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -173,10 +174,44 @@ def _again(func: Any, args: Any, kwargs: Any) -> Callable[..., Tensor]:
     return call
 
 
-def record(call: Callable[[Tensor], Any], x: Tensor, tensors: dict[str, Tensor]) -> tuple[Value, Tensor]:
-    """Where the result of ``call(x)`` comes from, and the result. Raises :class:`Unfusable` where it is no tensor."""
+class ChildCall(NamedTuple):
+    """A call of a child with one tensor that gives one."""
+
+    name: str
+    taken: Value
+    given: Value
+
+
+def record(
+    call: Callable[[Tensor], Any], x: Tensor, tensors: dict[str, Tensor], children: dict[str, nn.Module]
+) -> tuple[Value, Tensor, list[ChildCall]]:
+    """Where the result of ``call(x)`` comes from, the result, and what calls of ``children`` take and give.
+
+    Raises :class:`Unfusable` where the result is no tensor.
+    """
+    calls: list[ChildCall] = []
+    taken: list[Value | None] = []
+    handles = []
     with torch.no_grad(), Recording(x, tensors) as recording:
-        y = call(x)
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            taken.append(recording.value_of(args[0]) if len(args) == 1 and type(args[0]) is Tensor else None)
+
+        def leave(name: str, _: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+            before = taken.pop()
+            if before is not None and type(y) is Tensor:
+                calls.append(ChildCall(name, before, recording.value_of(y)))
+
+        for name, child in children.items():
+            handles += [
+                child.register_forward_pre_hook(enter),
+                child.register_forward_hook(functools.partial(leave, name)),
+            ]
+        try:
+            y = call(x)
+        finally:
+            for handle in handles:
+                handle.remove()
     if type(y) is not Tensor:
         raise Unfusable(f"its forward returns a {type(y).__name__}, not a tensor")
-    return recording.value_of(y), y
+    return recording.value_of(y), y, calls

@@ -46,13 +46,16 @@ def unfolded(
             y = _of_batch(y, conv.norm_weight, conv.norm_bias, e, None if norms is None else norms[i])
         elif conv.mean is not None:
             y = F.batch_norm(y, conv.mean, conv.variance, conv.norm_weight, conv.norm_bias, training=False, eps=e)
-        y = function_of(spec.activation if i < len(eps) - 1 else spec.out_activation, spec.negative_slope)(y)
+        act = (spec.expanded_by, spec.activation, spec.out_activation)[i - len(eps)]
+        if i == len(eps) - 1 and spec.activates_sum:
+            y = y + x
+        y = function_of(act, spec.negative_slope)(y)
         if squeeze and i == len(eps) - 2:
             reduce, excite = squeeze
             s = F.conv2d(y.mean((2, 3), keepdim=True), reduce.weight, reduce.bias)
             s = function_of(spec.squeeze_activation, spec.negative_slope)(s)
             y = y * function_of(spec.gate)(F.conv2d(s, excite.weight, excite.bias))
-    return y + x if spec.residual else y
+    return y + x if spec.residual and not spec.activates_sum else y
 
 
 def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: BatchNorm | None) -> Tensor:

@@ -59,6 +59,15 @@ class CudaPlan:
         return [getattr(self, name) for name in _FORCED]
 
 
+def missing_kernel(spec: BlockSpec) -> str | None:
+    """What of such a block the CUDA kernel is not compiled for, in words; None where it takes the block."""
+    if spec.kernel > 5:
+        return f"the CUDA kernel takes kernel 3 or 5, got {spec.kernel}"
+    if spec.strides[0] != spec.strides[1]:
+        return f"the CUDA kernel takes one stride for rows and columns, got {spec.stride}"
+    return None
+
+
 def cuda_plan(
     spec: BlockSpec,
     input_shape: Sequence[int],  # [N, C_in, H, W]

@@ -128,7 +128,7 @@ def _estimate(
     ``out``: output channels of the program, with padding. ``matrix``: whether products run on tensor cores.
     """
     warps, m, outputs = tile.num_warps, tile.patches, tile.tile_rows * tile.tile_cols
-    positions = _rim(tile.tile_rows, spec) * _rim(tile.tile_cols, spec)
+    positions = _positions(tile, spec)
     k = _ceil_div(spec.in_channels, chunk) * chunk if spec.expand else 0
     threads = 32 * warps
     columns = max(tile.group / (8 * warps), 1)  # tiles of 8 that a warp has of the group
@@ -157,9 +157,10 @@ def _estimate(
     expand_flops, project_flops = 2 * m * positions * k * tile.group, 2 * m * outputs * tile.group * out
     flops = expand_flops + project_flops
     loads = tile.group * (k + out) * itemsize / 16 / threads  # of 16 bytes
+    expanded = 1 + ACTIVATION_TABLE[spec.expanded_by].triton_slots
     activation = 1 + ACTIVATION_TABLE[spec.activation].triton_slots
     taps = spec.kernel**2
-    slots = positions * activation * e + taps * outputs * e + outputs * activation * e
+    slots = positions * expanded * e + taps * outputs * e + outputs * activation * e
     slots += 5 * loads + 2 * taps * columns + 100
     if matrix:
         products = 16 * 8 * (32 // itemsize)  # multiply-adds of one instruction
@@ -174,9 +175,10 @@ def _others(spec: BlockSpec) -> int:
     return 4 * (spec.kernel**2 + 2)
 
 
-def _rim(size: int, spec: BlockSpec) -> int:
-    """Expanded rows (or columns) under ``size`` outputs, which lie a dilation apart."""
-    return (size - 1) * spec.stride + spec.kernel
+def _positions(tile: Tile, spec: BlockSpec) -> int:
+    """Expanded pixels under a patch's outputs, which lie a dilation apart."""
+    rows, cols = spec.strides
+    return ((tile.tile_rows - 1) * rows + spec.kernel) * ((tile.tile_cols - 1) * cols + spec.kernel)
 
 
 def patches_of_image(spec: BlockSpec, out_size: tuple[int, int], tile: Tile) -> int:
@@ -224,7 +226,7 @@ def _plan_of(
         break
 
     outputs = tile.tile_rows * tile.tile_cols
-    positions = _rim(tile.tile_rows, spec) * _rim(tile.tile_cols, spec)
+    positions = _positions(tile, spec)
     patches = n * patches_of_image(spec, (out_height, out_width), tile)
     out_blocks = _ceil_div(_ceil_div(spec.out_channels, out_tile), out_tiles)
     groups = _ceil_div(spec.hidden_channels, tile.group)

@@ -18,6 +18,7 @@ from ..module import reading
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks, is_compiled
 from ..module.parameters import conv_norm_activation, parameters_of, trackable
+from ..ops import missing_kernel
 from ..spec import BlockSpec
 
 
@@ -40,7 +41,7 @@ class Layer:
         if isinstance(last, FusedBlock):
             spec = last.spec
             assert spec is not None  # else it were no layer
-            values = spec.hidden_channels, spec.out_channels, spec.stride, int(spec.residual)
+            values = spec.hidden_channels, spec.out_channels, spec.strides[0], int(spec.residual)
             if first is last:
                 in_channels, op_options = spec.in_channels, block_values(spec)
             else:
@@ -238,7 +239,8 @@ def _spec_of_block(block: FusedBlock, backend: str) -> BlockSpec | None:
     """The block's spec where ``backend`` can run it in a row of layers."""
     if block.backend not in ("auto", backend) or "forward" in vars(block) or has_hooks(block):
         return None
-    return block.spec if block.fits_sequence() else None
+    spec = block.spec if block.fits_sequence() else None
+    return None if spec is None or missing_kernel(backend, spec) is not None else spec
 
 
 def grouped(found: Iterable[Layer | nn.Module | None]) -> Iterator[tuple[bool, list[Any]]]:

@@ -118,16 +118,22 @@ class FrozenBlock(_Frozen):
         for name, t in zip(PackedWeights._fields, packed, strict=True):
             self.register_buffer(name, t)
         self.leading = block.leading_child
+        around = block._around
+        self.tail = nn.Sequential(*(block.get_submodule(name) for name in around.tail)) if around else None
+        self.shortcut = around is not None and around.shortcut
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+        outer = x
         x = x if self.leading is None else self.leading(x)
         self._check(x)
         spec, packed = self.spec, PackedWeights._make(self._buffers[name] for name in PackedWeights._fields)
         check_input(x, spec.in_channels, spec)
         plan, op_options = op_choices(spec, x)
         x = x.contiguous(memory_format=torch.channels_last)
-        return ops.packed_inverted_residual(x, packed, spec.stride, spec.residual, plan, self.backend, op_options)
+        y = ops.packed_inverted_residual(x, packed, spec.strides[0], spec.residual, plan, self.backend, op_options)
+        y = y if self.tail is None else self.tail(y)
+        return y + outer if self.shortcut else y
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {self.dtype}, backend={self.backend}"

@@ -74,12 +74,15 @@ def inverted_residual_kernel(
     C_OUT: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
     EXPAND: tl.constexpr,
+    EXPAND_ACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUT_ACTIVATION: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ACTIVATES_SUM: tl.constexpr,
     GATED: tl.constexpr,
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,7 +105,7 @@ def inverted_residual_kernel(
     image, row, col = corner(patch, out_height, out_width, ROWS, COLS, DILATION)
     pixels, caps = rim(
         *(x, image, row, col, height, width, top, left, x_image, x_row, x_col),
-        *(KERNEL, STRIDE, DILATION, ROWS, COLS),
+        *(KERNEL, STRIDE, COLUMN_STRIDE, DILATION, ROWS, COLS),
     )
     sums = ()
     for _ in tl.static_range(OUTPUTS * OUT_TILES):
@@ -114,7 +117,8 @@ def inverted_residual_kernel(
         exists = hidden < HIDDEN
         d = depthwise_of_group(
             *(pixels, caps, w_expand, b_expand, w_depthwise, b_depthwise, hidden, exists),
-            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, NEGATIVE_SLOPE, PRECISION),
+            *(C_IN, HIDDEN, KERNEL, STRIDE, COLUMN_STRIDE, DILATION, EXPAND, EXPAND_ACTIVATION, ACTIVATION),
+            *(NEGATIVE_SLOPE, PRECISION),
             *(ROWS, COLS, M, GROUP, RAGGED, CHUNK, KEEP_X),
         )
         stored = ()
@@ -142,10 +146,13 @@ def inverted_residual_kernel(
             result = sums[t * OUTPUTS + o]
             if not PARTIAL:
                 result += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]
-                result = activate(result, OUT_ACTIVATION, NEGATIVE_SLOPE)
+                if not ACTIVATES_SUM:
+                    result = activate(result, OUT_ACTIVATION, NEGATIVE_SLOPE)
                 if RESIDUAL:
                     x_at = x + image[:, None] * x_image + r * x_row + c * x_col + out[None, :]
                     result += tl.load(x_at, mask=stored_at, other=0.0).to(tl.float32)
+                if ACTIVATES_SUM:
+                    result = activate(result, OUT_ACTIVATION, NEGATIVE_SLOPE)
             y_at = y + r * y_row + c * y_col + out.to(tl.int64)[None, :] * y_channel
             tl.store(y_at, result.to(y.dtype.element_ty), mask=stored_at)
 
@@ -171,8 +178,10 @@ def pool_kernel(
     HIDDEN: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
     EXPAND: tl.constexpr,
+    EXPAND_ACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -194,7 +203,7 @@ def pool_kernel(
     image, row, col = corner(patch, out_height, out_width, ROWS, COLS, DILATION)
     pixels, caps = rim(
         *(x, image, row, col, height, width, top, left, x_image, x_row, x_col),
-        *(KERNEL, STRIDE, DILATION, ROWS, COLS),
+        *(KERNEL, STRIDE, COLUMN_STRIDE, DILATION, ROWS, COLS),
     )
     sums += tl.program_id(0).to(tl.int64) * HIDDEN
     for group in range(GROUPS):
@@ -202,7 +211,8 @@ def pool_kernel(
         exists = hidden < HIDDEN
         d = depthwise_of_group(
             *(pixels, caps, w_expand, b_expand, w_depthwise, b_depthwise, hidden, exists),
-            *(C_IN, HIDDEN, KERNEL, STRIDE, DILATION, EXPAND, ACTIVATION, NEGATIVE_SLOPE, PRECISION),
+            *(C_IN, HIDDEN, KERNEL, STRIDE, COLUMN_STRIDE, DILATION, EXPAND, EXPAND_ACTIVATION, ACTIVATION),
+            *(NEGATIVE_SLOPE, PRECISION),
             *(ROWS, COLS, M, GROUP, RAGGED, CHUNK, KEEP_X),
         )
         total = tl.full((M, GROUP), 0.0, tl.float32)
@@ -235,6 +245,7 @@ def add_splits_kernel(
     OUT_ACTIVATION: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ACTIVATES_SUM: tl.constexpr,
     M: tl.constexpr,
     OUT_TILE: tl.constexpr,
 ):
@@ -251,9 +262,12 @@ def add_splits_kernel(
         total += tl.load(at, mask=inside, other=0.0)
         at += tl.cast(pixels, tl.int64) * C_OUT
     total += tl.load(b_project + out, mask=out < C_OUT, other=0.0)[None, :]
-    total = activate(total, OUT_ACTIVATION, NEGATIVE_SLOPE)
+    if not ACTIVATES_SUM:
+        total = activate(total, OUT_ACTIVATION, NEGATIVE_SLOPE)
     if RESIDUAL:
         x_at = x + image * x_image + row * x_row + col * x_col + out[None, :]
         total += tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATES_SUM:
+        total = activate(total, OUT_ACTIVATION, NEGATIVE_SLOPE)
     y_at = y + image * y_image + row * y_row + col * y_col + out.to(tl.int64)[None, :] * y_channel
     tl.store(y_at, total.to(y.dtype.element_ty), mask=inside)

@@ -75,6 +75,9 @@ def inverted_residual_triton(
     squeeze_activation: int = 1,
     gate: int = 0,
     negative_slope: float = NEGATIVE_SLOPE,
+    expand_activation: int = -1,
+    column_stride: int = 0,
+    activates_sum: bool = False,
 ) -> Tensor:  # [N, C_out, H', W'], in x's memory format
     """The op. Raises ValueError or RuntimeError, naming value, limit and way out, for what the kernel cannot take."""
     products = w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project
@@ -87,7 +90,8 @@ def inverted_residual_triton(
         raise RuntimeError("w_expand and b_expand must both be given or both be None")
     _check_weights(x.dtype, x.device, packed)
     options = dilation, tuple(padding), activation, out_activation, squeeze_activation, gate, negative_slope
-    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual, *options)
+    last = expand_activation, column_stride, activates_sum
+    spec = _spec_of(tuple(None if t is None else t.shape for t in packed), x.shape, stride, residual, *options, *last)
     y = empty_output(x, spec.out_channels, spec.out_size(*x.shape[2:]))
     if x.stride(1) != 1 and spec.in_channels > 1:  # a pixel's channels have to lie together
         x = x.contiguous(memory_format=torch.channels_last)
@@ -116,13 +120,16 @@ def constants(plan: TritonPlan, spec: BlockSpec, tf32: bool) -> dict[str, object
         "HIDDEN": spec.hidden_channels,
         "C_OUT": spec.out_channels,
         "KERNEL": spec.kernel,
-        "STRIDE": spec.stride,
+        "STRIDE": spec.strides[0],
+        "COLUMN_STRIDE": spec.strides[1],
         "DILATION": spec.dilation,
         "EXPAND": spec.expand,
+        "EXPAND_ACTIVATION": spec.expanded_by,
         "ACTIVATION": spec.activation,
         "OUT_ACTIVATION": spec.out_activation,
         "NEGATIVE_SLOPE": spec.negative_slope,
         "RESIDUAL": spec.residual,
+        "ACTIVATES_SUM": spec.activates_sum,
         "GATED": spec.squeeze_channels > 0,
         "PARTIAL": plan.splits > 1,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -150,6 +157,7 @@ def constants_of_adding(splits: int, spec: BlockSpec) -> dict[str, object]:
         "OUT_ACTIVATION": spec.out_activation,
         "NEGATIVE_SLOPE": spec.negative_slope,
         "RESIDUAL": spec.residual,
+        "ACTIVATES_SUM": spec.activates_sum,
         "M": _ADDED_PIXELS,
         "OUT_TILE": _ADDED_CHANNELS,
     }

@@ -113,10 +113,10 @@ def _expand(
 
 
 @triton.constexpr_function
-def _tap(position: int, output: int, rim_cols: int, cols: int, stride: int, kernel: int) -> int:
+def _tap(position: int, output: int, rim_cols: int, cols: int, stride: int, across: int, kernel: int) -> int:
     """Which tap joins a position of the rim to an output of the patch; -1 for none."""
     row = position // rim_cols - output // cols * stride
-    col = position % rim_cols - output % cols * stride
+    col = position % rim_cols - output % cols * across
     return kernel * row + col if 0 <= row < kernel and 0 <= col < kernel else -1
 
 
@@ -129,14 +129,17 @@ def _depthwise(
     RIM_COLS: tl.constexpr,
     COLS: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
     """What the expansion at one position adds to every output of the patch."""
     added = ()
     for o in tl.static_range(OUTPUTS):
-        if _tap(position, o, RIM_COLS, COLS, STRIDE, KERNEL) >= 0:
-            added = added + (d[o] + e * taps[_tap(position, o, RIM_COLS, COLS, STRIDE, KERNEL)][None, :],)
+        if _tap(position, o, RIM_COLS, COLS, STRIDE, COLUMN_STRIDE, KERNEL) >= 0:
+            added = added + (
+                d[o] + e * taps[_tap(position, o, RIM_COLS, COLS, STRIDE, COLUMN_STRIDE, KERNEL)][None, :],
+            )
         else:
             added = added + (d[o],)
     return added
@@ -156,8 +159,10 @@ def depthwise_of_group(
     HIDDEN: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
     EXPAND: tl.constexpr,
+    EXPAND_ACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -172,7 +177,7 @@ def depthwise_of_group(
     """``d`` of one group of channels: of each output of the patch [M, G], in float32."""
     OUTPUTS: tl.constexpr = ROWS * COLS
     RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
-    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + KERNEL
+    RIM_COLS: tl.constexpr = (COLS - 1) * COLUMN_STRIDE + KERNEL
     panel = hidden // _PANEL * (KERNEL * KERNEL * _PANEL) + hidden % _PANEL
     taps = ()
     for t in tl.static_range(KERNEL * KERNEL):
@@ -186,12 +191,12 @@ def depthwise_of_group(
             b = load(b_expand + hidden, exists, RAGGED)
             e = _expand(
                 *(pixels[position], caps[position], w_expand, b, hidden),
-                *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, ACTIVATION, NEGATIVE_SLOPE, DILATION),
+                *(M, C_IN, CHUNK, KEEP_X, PRECISION, HIDDEN, RAGGED, EXPAND_ACTIVATION, NEGATIVE_SLOPE, DILATION),
             )
         else:
             there = (caps[position] > 0.0)[:, None] & exists[None, :]
             e = tl.load(pixels[position][:, None] + hidden[None, :], mask=there, other=0.0).to(tl.float32)
-        sums = _depthwise(sums, e, taps, position, RIM_COLS, COLS, STRIDE, KERNEL, OUTPUTS)
+        sums = _depthwise(sums, e, taps, position, RIM_COLS, COLS, STRIDE, COLUMN_STRIDE, KERNEL, OUTPUTS)
     d = ()
     for o in tl.static_range(OUTPUTS):
         result = activate(sums[o], ACTIVATION, NEGATIVE_SLOPE)
@@ -273,17 +278,18 @@ def rim(
     x_col,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Of each position of the patches' rim: pointers to the pixels it reads, and 6, or 0 outside the image."""
     RIM_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
-    RIM_COLS: tl.constexpr = (COLS - 1) * STRIDE + KERNEL
+    RIM_COLS: tl.constexpr = (COLS - 1) * COLUMN_STRIDE + KERNEL
     pixels, caps = (), ()
     for position in tl.static_range(RIM_ROWS * RIM_COLS):
         h = row * STRIDE + position // RIM_COLS * DILATION - top
-        w = col * STRIDE + position % RIM_COLS * DILATION - left
+        w = col * COLUMN_STRIDE + position % RIM_COLS * DILATION - left
         inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
         h = tl.minimum(tl.maximum(h, 0), height - 1).to(tl.int64)
         w = tl.minimum(tl.maximum(w, 0), width - 1).to(tl.int64)

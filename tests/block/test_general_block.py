@@ -1,4 +1,4 @@
-"""What MobileNetV2's block does not have: kernel 5, dilation, padding, other activations, squeeze-and-excite."""
+"""What MobileNetV2's block does not have: other kernels, strides, padding, activations, a squeeze-and-excite."""
 
 import itertools
 
@@ -51,6 +51,13 @@ SPECS = [
     BlockSpec(24, 72, 40, stride=2, kernel=5, activation="gelu", squeeze_channels=9, squeeze_activation="gelu_tanh"),
     BlockSpec(24, 72, 24, residual=True, activation="gelu_tanh", out_activation="gelu"),
     BlockSpec(32, 32, 24, expand=False, activation="leaky_relu", squeeze_channels=8, squeeze_activation="leaky_relu"),
+    BlockSpec(16, 64, 16, residual=True, kernel=7, activation="hardswish", squeeze_channels=8),
+    BlockSpec(24, 72, 40, stride=2, kernel=7, padding="same", activation="relu"),
+    BlockSpec(24, 72, 40, stride=(2, 1), activation="hardswish", squeeze_channels=9, gate="hardsigmoid_fifth"),
+    BlockSpec(24, 72, 40, stride=(1, 2), kernel=5, padding="same"),
+    BlockSpec(24, 48, 24, activation="identity", expand_activation="relu", out_activation="relu"),
+    BlockSpec(16, 64, 16, residual=True, activation="gelu", out_activation="gelu", activates_sum=True),
+    BlockSpec(16, 300, 16, residual=True, expand_activation="silu", out_activation="relu", activates_sum=True),
 ]
 
 
@@ -107,8 +114,8 @@ def cases(draw):
         return draw(st.sampled_from(values))
 
     expand, residual = draw(st.booleans()), draw(st.booleans())
-    c_in, kernel = draw(st.integers(1, 40)), one_of(3, 5)
-    stride = 1 if residual else one_of(1, 2)
+    c_in, kernel = draw(st.integers(1, 40)), one_of(3, 5, 7)
+    stride = 1 if residual else one_of(1, 2, (1, 2), (2, 1))
     dilation = one_of(1, 1, 2, 3) if stride == 1 else 1
     extent = dilation * (kernel - 1) + 1
     padding = (
@@ -120,6 +127,7 @@ def cases(draw):
         *(c_in, draw(st.integers(1, 100)) if expand else c_in, c_in if residual else draw(st.integers(1, 40))),
         *(stride, expand, residual, kernel, dilation, padding, one_of(*ACTIVATIONS), one_of(*ACTIVATIONS)),
         *(one_of(0, 0, 1, 9), one_of(*ACTIVATIONS), one_of(*GATES), one_of(0.01, 0.2, 0.0, -1.0, 3.0)),
+        *(one_of(None, None, *ACTIVATIONS), draw(st.booleans())),
     )
     around = padding if isinstance(padding, tuple) else (extent, extent, extent, extent)
     height = draw(st.integers(max(1, extent - around[2] - around[3]), 24))
@@ -255,7 +263,7 @@ def test_packing_loses_nothing(spec, dtype):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_opcheck(spec):
     x, packed = random_input(spec, 2, (7, 6)), pack(random_weights(spec))
-    torch.library.opcheck(op.default, (x, *packed, spec.stride, spec.residual, [], *spec.options(7, 6)))
+    torch.library.opcheck(op.default, (x, *packed, spec.strides[0], spec.residual, [], *spec.options(7, 6)))
 
 
 @pytest.mark.parametrize("spec", [SPECS[3], SPECS[5], SPECS[7]], ids=str)
@@ -292,14 +300,14 @@ def test_dynamic_shapes_compile(fresh_graphs):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kernel": 7}, "kernel must be 3 or 5, got 7"),
+        ({"kernel": 9}, "kernel must be 3, 5 or 7, got 9"),
         ({"dilation": 0}, "dilation must be at least 1, got 0"),
         ({"dilation": 2, "stride": 2}, "dilation must be 1 where stride is 2, got 2"),
         ({"activation": "elu"}, f"activation must be one of {', '.join(ACTIVATIONS)}, got 'elu'"),
         ({"negative_slope": float("inf")}, "negative_slope must be a finite number, got inf"),
         ({"negative_slope": "0.2"}, "negative_slope must be a finite number, got '0.2'"),
         ({"out_activation": "tanh"}, "out_activation must be one of"),
-        ({"gate": "relu"}, "gate must be one of hardsigmoid, sigmoid, got 'relu'"),
+        ({"gate": "relu"}, "gate must be one of hardsigmoid, sigmoid, hardsigmoid_fifth, got 'relu'"),
         ({"padding": "valid"}, "padding must be None, 'same' or"),
         ({"padding": (0, 0, 3, 0)}, r"padding must be 0 to 2 on each side, got \(0, 0, 3, 0\)"),
         ({"padding": (1, 1, 0, 1), "residual": True}, "a residual needs padding that adds 2 rows and columns"),
@@ -322,7 +330,7 @@ def test_specs_out_of_range(values, message):
         ((1, [], len(ACTIVATIONS)), f"activation must be 0 to {len(ACTIVATIONS) - 1}"),
         ((1, [], 0, -1), f"out_activation must be 0 to {len(ACTIVATIONS) - 1}"),
         ((1, [], 0, 2, 99), f"squeeze_activation must be 0 to {len(ACTIVATIONS) - 1}"),
-        ((1, [], 0, 2, 1, 2), "gate must be 0 to 1"),
+        ((1, [], 0, 2, 1, 3), "gate must be 0 to 2"),
         ((1, [], 5, 2, 1, 0, float("nan")), "negative_slope must be finite, got nan"),
     ],
     ids=str,

@@ -179,7 +179,7 @@ def test_bad_x_to_the_op(make, parts):
 BAD_WEIGHTS = {
     "w_expand": (torch.ones(48, 8, 3, 3), [r"w_expand must be \[48, 8, 1, 1\], got \[48, 8, 3, 3\]"]),
     "b_expand": (torch.ones(47), [r"b_expand must be \[48\], got \[47\]"]),
-    "w_depthwise": (torch.ones(48, 1, 7, 7), [r"w_depthwise must be \[48, 1, 3, 3\], got \[48, 1, 7, 7\]"]),
+    "w_depthwise": (torch.ones(48, 1, 9, 9), [r"w_depthwise must be \[48, 1, 3, 3\], got \[48, 1, 9, 9\]"]),
     "b_depthwise": (torch.ones(48, 1), [r"b_depthwise must be \[48\], got \[48, 1\]"]),
     "w_project": (torch.ones(8, 47, 1, 1), [r"w_project must be \[8, 48, 1, 1\], got \[8, 47, 1, 1\]"]),
     "b_project": (torch.ones(9), [r"b_project must be \[8\], got \[9\]"]),

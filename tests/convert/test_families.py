@@ -319,7 +319,7 @@ def test_replicas_compute_with_their_own_weights(make, words, monkeypatch):
     x = input_of(eager)
     with torch.no_grad():
         fused(x)  # which keeps what it folds
-        with pytest.warns(UserWarning, match="replicas run inverted residuals unfused"):
+        with pytest.warns(UserWarning, match="runs unfused in nn.DataParallel"):
             replicas = torch.nn.parallel.replicate(fused, [0, 1])
         for replica, expected in zip(replicas, (fused, half), strict=True):
             torch.testing.assert_close(replica(x), expected(x), rtol=1e-4, atol=1e-5)
@@ -473,9 +473,12 @@ TRAPS = {
         lambda: _with(v3(), lambda b: b.block.insert(1, b.block.pop(2))),
         "does not follow the depthwise convolution",
     ),
-    "unlike activations": (
-        lambda: _with(mnasnet(), lambda b: b.layers.__setitem__(2, nn.SiLU())),
-        "activation is silu after the expansion and relu after",
+    "unlike slopes": (
+        lambda: _with(
+            mnasnet(),
+            lambda b: (b.layers.__setitem__(2, nn.LeakyReLU(0.1)), b.layers.__setitem__(5, nn.LeakyReLU(0.2))),
+        ),
+        "LeakyReLUs have slopes of",
     ),
     "anti-aliasing": (lambda: _with(timm_block(), lambda b: setattr(b, "aa", nn.AvgPool2d(3, 1, 1))), "AvgPool2d"),
     "space to depth": (lambda: timm_block(s2d=1, stride=2), "conv_s2d"),

@@ -34,6 +34,10 @@ class SavingSwish(torch.autograd.Function):
         return grad * s * (1 + x * (1 - s))
 
 
+def nothing(x):
+    return x
+
+
 ACTIVATIONS = {
     "swish written out": Swish,
     "swish as a function of autograd": lambda: SavingSwish.apply,
@@ -45,12 +49,14 @@ ACTIVATIONS = {
     "leaky in place": lambda: nn.LeakyReLU(0.3, inplace=True),
     "gelu": lambda: F.gelu,
     "relu": lambda: torch.relu,
-    "none": lambda: lambda x: x,
+    "none": lambda: nothing,
 }
+LEAKY = ("leaky by maximum", "leaky in place")
 GATES = {
     "sigmoid": torch.sigmoid,
     "hardsigmoid": F.hardsigmoid,
     "hardsigmoid written out": lambda x: (x + 3).clamp(0, 6) / 6,
+    "hardsigmoid of slope 1/5": lambda x: F.relu6(1.2 * x + 3) / 6,
 }
 
 
@@ -67,6 +73,8 @@ class Block(nn.Module):
         stride=1,
         dilation=1,
         act="relu6 by clamp",
+        second_act=None,
+        act_of_sum="none",
         expand=True,
         norms=True,
         bias=False,
@@ -78,6 +86,9 @@ class Block(nn.Module):
         super().__init__()
         hidden = hidden if expand else channels
         self.act, self.pad, self.gate = ACTIVATIONS[act](), pad, GATES[gate]
+        self.second_act = self.act if second_act is None else ACTIVATIONS[second_act]()
+        self.act_of_sum = ACTIVATIONS[act_of_sum]()
+        stride = stride if isinstance(stride, tuple) else (stride, stride)
         self.extent, self.stride, self.residual = (kernel - 1) * dilation + 1, stride, residual
         around = self.extent // 2
         own = {"convolution": around, "same": "same"}.get(pad, 0)
@@ -101,8 +112,8 @@ class Block(nn.Module):
             return self.zero(x)
         if self.pad == "tensorflow":
             pads = []
-            for size in (x.shape[3], x.shape[2]):
-                total = max((-(-size // self.stride) - 1) * self.stride + self.extent - size, 0)
+            for size, stride in zip((x.shape[3], x.shape[2]), self.stride[::-1], strict=True):
+                total = max((-(-size // stride) - 1) * stride + self.extent - size, 0)
                 pads += [total // 2, total - total // 2]
             return F.pad(x, pads)
         return x
@@ -117,7 +128,7 @@ class Block(nn.Module):
         x = image
         if hasattr(self, "first_of_all"):
             x = self.act(self.norm1(self.first_of_all(x)))
-        x = self.act(self.norm2(self.yankee(self.padded(x))))
+        x = self.second_act(self.norm2(self.yankee(self.padded(x))))
         if self.squeeze:
             x = self.gated(x)
         x = self.norm3(self.zulu(x))
@@ -125,7 +136,7 @@ class Block(nn.Module):
             x = x * (torch.rand(x.shape[0], 1, 1, 1) > drop_rate)
         if scale != 1.0:
             x = x * scale
-        return x + image if self.residual else x
+        return self.act_of_sum(x + image if self.residual else x)
 
 
 def model_of(block):
@@ -179,6 +190,14 @@ STYLES = {
     "gate of convolutions": {"squeeze": "convolutions"},
     "gate of Linears": {"squeeze": "linears"},
     "gate written out": {"squeeze": "convolutions", "gate": "hardsigmoid written out", "residual": True},
+    "gate of another slope": {"squeeze": "linears", "gate": "hardsigmoid of slope 1/5"},
+    "7x7": {"kernel": 7, "residual": True},
+    "stride (2, 1)": {"stride": (2, 1), "kernel": 5},
+    "stride (1, 2), padding as TensorFlow's": {"stride": (1, 2), "pad": "tensorflow"},
+    "nothing after the depthwise": {"second_act": "none", "act_of_sum": "relu"},
+    "activation of the sum": {"act": "gelu", "residual": True, "act_of_sum": "gelu"},
+    "activation of the sum in place": {"residual": True, "act_of_sum": "relu6 in place"},
+    "activation of the sum written out": {"residual": True, "act_of_sum": "swish written out"},
 }
 
 
@@ -197,10 +216,12 @@ def test_activations_however_written(act):
         {
             "hidden": st.sampled_from([16, 17, 40]),
             "out": st.sampled_from([8, 9]),
-            "kernel": st.sampled_from([3, 5]),
-            "stride": st.sampled_from([1, 2]),
+            "kernel": st.sampled_from([3, 5, 7]),
+            "stride": st.sampled_from([1, 2, (2, 1), (1, 2)]),
             "dilation": st.sampled_from([1, 2]),
             "act": st.sampled_from(list(ACTIVATIONS)),
+            "second_act": st.sampled_from([None, None, *ACTIVATIONS]),
+            "act_of_sum": st.sampled_from(["none", *ACTIVATIONS]),
             "expand": st.booleans(),
             "norms": st.booleans(),
             "bias": st.booleans(),
@@ -212,17 +233,122 @@ def test_activations_however_written(act):
     )
 )
 def test_any_block_is_right_or_refused(style):
-    if style["residual"] and (style["stride"] > 1 or style["out"] != 8 or style["pad"] == "none"):
+    if style["residual"] and (style["stride"] != 1 or style["out"] != 8 or style["pad"] == "none"):
         style["residual"] = False
-    if style["stride"] == 2 and style["dilation"] == 2:
+    slopes = {ACTIVATIONS[style[name]] for name in ("act", "second_act", "act_of_sum") if style[name] in LEAKY}
+    if len(slopes) > 1:
+        return check_refused(model_of(Block(**style)), "slopes of")
+    if style["stride"] != 1 and style["dilation"] == 2:
         return check_refused(model_of(Block(**style)), "dilation must be 1 where stride is 2|does not run on")
     # Without padding a 5x5 kernel with dilation 2 spans more than the smallest image that blocks are looked at on.
-    fits = not (style["pad"] == "none" and style["kernel"] == 5 and style["dilation"] == 2)
+    fits = not (style["pad"] == "none" and style["kernel"] > 3 and style["dilation"] == 2)
     model = model_of(Block(**style))
     if fits:
         check_fused(model)
     else:
         check_refused(model, "does not run on")
+
+
+class Universal(nn.Module):
+    """As MobileNetV4's: a depthwise convolution and its norm, a block, a scale of each channel, and the sum."""
+
+    def __init__(self, stride=1, scale=True, skip=True, act=nn.ReLU):
+        super().__init__()
+        self.ahead = nn.Sequential(nn.Conv2d(8, 8, 5, stride, 2, groups=8, bias=False), nn.BatchNorm2d(8))
+        self.widen = nn.Sequential(nn.Conv2d(8, 24, 1), nn.BatchNorm2d(24), act())
+        self.spread = nn.Sequential(nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.BatchNorm2d(24), act())
+        self.narrow = nn.Sequential(nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8))
+        self.scale = Scale() if scale else nn.Identity()
+        self.drop, self.skip = nn.Dropout(0.5), skip
+
+    def forward(self, x):
+        y = self.drop(self.scale(self.narrow(self.spread(self.widen(self.ahead(x))))))
+        return x + y if self.skip else y
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(-1, 2, 8))
+
+    def forward(self, x):
+        return x * self.gamma.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": False}, {"skip": False, "stride": 2}, {"act": nn.SiLU, "scale": False, "skip": False}],
+    ids=str,
+)
+def test_what_runs_around_a_block(options, frozen):
+    model = model_of(Universal(**options))
+    x = image()
+    with torch.no_grad():
+        fused = fuse(model, strict=True, frozen=frozen)
+        found = agreement(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+    assert found.ok, found
+    if frozen:
+        return
+    block = fused[1]
+    assert block._ready is not None and block.spec.residual is False
+    # Whatever makes the modules run, the result is theirs.
+    block.backend = "eager"
+    fused.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+    back = unfuse(fused)
+    with torch.no_grad():
+        assert torch.equal(back(x), model(x))
+    assert sorted(back.state_dict()) == sorted(model.state_dict()) == sorted(fused.state_dict())
+
+
+def test_gradients_and_training_of_what_runs_around_a_block():
+    model = model_of(Universal())
+    fused = fuse(model)
+    grads = []
+    for m in (model, fused):
+        m(image()).square().sum().backward()
+        grads.append([p.grad for p in m.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    results = []
+    for m in (model, fused):
+        torch.manual_seed(0)
+        results.append(m.train()(image()))
+    assert torch.equal(*results)
+
+
+def test_compiled_graphs_have_what_runs_around_a_block():
+    model = model_of(Universal())
+    fused = torch.compile(fuse(model), fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(image()), model(image()), rtol=1e-4, atol=1e-4)
+
+
+class NoRow(Universal):
+    def forward(self, x):
+        return self.narrow(self.spread(self.widen(self.ahead(x).relu())))
+
+
+class TwoAhead(Universal):
+    def forward(self, x):
+        return self.narrow(self.spread(self.widen(self.scale(self.ahead(x)))))
+
+
+class SumOfTheMiddle(Universal):
+    def forward(self, x):
+        y = self.ahead(x)
+        return y + self.narrow(self.spread(self.widen(y)))
+
+
+class ActivationOfTheSum(Universal):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("kind", [NoRow, TwoAhead, SumOfTheMiddle, ActivationOfTheSum])
+def test_what_is_more_than_a_row_around_a_block(kind):
+    check_refused(model_of(kind()), "1 x test_observed.*: ")
 
 
 class Wrong(Block):

@@ -157,7 +157,7 @@ double expanded(const BlockArgs<S>& a, const S* x, int64_t h, int64_t w, int64_t
       sum += value(x[row * a.x_row + col * a.x_col + k * a.x_channel]) *
              weight(a.w_expand, s.expand_terms(depth<S>), c, tap * channels + k);
   }
-  return activated(sum, s.function(stem ? s.stem_activation : s.activation));
+  return activated(sum, s.function(s.expand_activation));
 }
 
 // d[c][h][w] of image n, multiplied by its gate where there is one.
@@ -176,7 +176,7 @@ std::vector<double> depthwise(const BlockArgs<S>& a, int64_t n) {
         double sum = a.b_depthwise[c];
         for (int64_t k = 0; k < s.taps(); ++k) {
           const int64_t ih = h * s.stride + k / s.kernel * s.dilation - s.pad_top;
-          const int64_t iw = w * s.stride + k % s.kernel * s.dilation - s.pad_left;
+          const int64_t iw = w * s.stride_across() + k % s.kernel * s.dilation - s.pad_left;
           if (ih < 0 || ih >= s.height || iw < 0 || iw >= s.width) continue;
           sum += e[ih * s.width + iw] *
                  double(a.w_depthwise[(c / kPanel * s.taps() + k) * kPanel + c % kPanel]);
@@ -203,8 +203,9 @@ std::vector<double> plain_loops(const BlockArgs<S>& a) {
           double sum = a.b_project[o];
           for (int64_t c = 0; c < s.hidden_channels; ++c)
             sum += d[(c * oh + h) * ow + w] * weight(a.w_project, s.hidden_channels, o, c);
-          sum = activated(sum, s.function(s.out_activation));
+          if (!s.activates_sum) sum = activated(sum, s.function(s.out_activation));
           if (s.residual) sum += value(x[h * a.x_row + w * a.x_col + o]);
+          if (s.activates_sum) sum = activated(sum, s.function(s.out_activation));
           y[((n * oh + h) * ow + w) * s.out_channels + o] = sum;
         }
   }
@@ -247,8 +248,9 @@ bool same(const std::vector<S>& y, const std::vector<double>& expected, double t
 
 // Kernel, dilation, padding and activations, of every kind.
 void choose_options(BlockShape& s) {
-  s.kernel = between(0, 1) ? 5 : 3;
-  s.dilation = s.stride == 1 ? between(1, 3) : 1;
+  s.kernel = kKernelSizes[between(0, kKernelSizeCount - 1)];
+  if (!s.residual) s.column_stride = between(0, 2);
+  s.dilation = s.stride == 1 && s.stride_across() == 1 ? between(1, 3) : 1;
   const int64_t most = s.extent() - 1;
   for (int64_t* pad : {&s.pad_left, &s.pad_right, &s.pad_top, &s.pad_bottom}) *pad = most / 2;
   if (!s.residual && between(0, 1)) {
@@ -258,9 +260,10 @@ void choose_options(BlockShape& s) {
     s.pad_bottom = between(0, most);
   }
   s.activation = Activation(between(0, kActivations - 1));
-  s.stem_activation = Activation(between(0, kActivations - 1));
+  s.expand_activation = Activation(between(0, kActivations - 1));
   s.out_activation = Activation(between(0, kActivations - 1));
   s.negative_slope = double(between(-20, 20)) / 10;
+  s.activates_sum = between(0, 1);
 }
 
 // Sums of d as the first pass leaves them against those of plain loops.
@@ -378,7 +381,7 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
       isa.name, (long long)s.batch, (long long)s.in_channels, (long long)s.height,
       (long long)s.width, (long long)s.image_height, (long long)s.image_width,
       (long long)s.hidden_channels, (long long)s.out_channels, (long long)s.stride, int(s.expand),
-      s.residual, (long long)s.kernel, (long long)s.dilation, int(s.stem_activation),
+      s.residual, (long long)s.kernel, (long long)s.dilation, int(s.expand_activation),
       int(s.activation), int(s.out_activation), (long long)s.squeeze_channels,
       plan.caches_depthwise, (long long)plan.tile_rows, (long long)plan.tile_cols,
       (long long)plan.group, (long long)plan.splits);

@@ -240,7 +240,7 @@ def test_sizes_beyond_integers():
 
 
 @pytest.mark.parametrize("value", [-1, 8])
-@pytest.mark.parametrize("name", ["activation", "out_activation", "squeeze_activation", "stem_activation", "gate"])
+@pytest.mark.parametrize("name", ["activation", "out_activation", "squeeze_activation", "expand_activation", "gate"])
 def test_numbers_that_name_no_activation_or_gate_are_refused(name, value):
     block = shape_of(SPEC, 1, 8, 8) | {name: value}
     with pytest.raises(ValueError, match=rf"^{name} must be 0 to \d .*, got {value}$"):
@@ -249,7 +249,7 @@ def test_numbers_that_name_no_activation_or_gate_are_refused(name, value):
 
 def test_fields_that_are_missing_or_unknown_are_refused():
     block = shape_of(SPEC, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"^a block has 24 fields, got 25$"):
+    with pytest.raises(ValueError, match=r"^a block has 26 fields, got 27$"):
         backends._C.plan(block | {"slope": 1}, threads=1, dtype="float32")
     del block["dilation"]
     with pytest.raises(ValueError, match=r"^a block must have the field dilation$"):

@@ -18,7 +18,7 @@ from cuda_emulation.cases import (
 from cuda_emulation.emulation import emulated_inverted_residual, emulated_sequence
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from support.blocks import DETERMINISM_SPECS, GENERAL_SPECS, PADDING_SPECS, every_pair, spec_of
+from support.blocks import CUDA_OPTIONS, DETERMINISM_SPECS, GENERAL_SPECS, PADDING_SPECS, every_pair, spec_of
 from support.inputs import SIZES, VIEWS, random_input
 
 from mnv2_fused import BlockSpec, cuda_plan, fold, pack
@@ -255,7 +255,7 @@ def kinds_of(dtype):
 
 @pytest.mark.parametrize(
     ("i", "case", "precision"),
-    [(i, case, kind) for i, case in enumerate(every_pair()) for kind in kinds_of(case["dtype"])],
+    [(i, case, kind) for i, case in enumerate(every_pair(CUDA_OPTIONS)) for kind in kinds_of(case["dtype"])],
     ids=lambda v: v if isinstance(v, int | str) else "",
 )
 def test_every_pair_of_options(kernels, i, case, precision):

@@ -152,6 +152,8 @@ def test_a_bad_plan_names_the_value_and_the_limit(forced, message):
         (BlockSpec(20000, 16, 16), (1, 20000, 4, 4), {}, r"no tile of 20000 -> 16 -> 16 channels fits into the 232448"),
         (SPEC, (1, 64, 8, 8), {"dtype": torch.float64}, r"takes float32, float16 and bfloat16, got torch.float64"),
         (SPEC, (1, 63, 8, 8), {}, r"input_shape has 63 channels, the block takes 64"),
+        (BlockSpec(8, 48, 8, kernel=7), (1, 8, 9, 9), {}, r"takes kernel 3 or 5, got 7; use backend='triton' or"),
+        (BlockSpec(8, 48, 8, stride=(2, 1)), (1, 8, 9, 9), {}, r"one stride for rows and columns, got 2 and 1; use"),
         (BlockSpec(8, 8, 8, dilation=2**17), (1, 8, 4, 4), {}, r"dilation must be 1 to 2\^16, got 131072"),
         (SPEC, (64, 8, 8), {}, r"input_shape must be \(N, C_in, H, W\)"),
     ],
@@ -165,7 +167,7 @@ def test_an_unknown_kind_is_refused_by_name():
     """Behind Python's own checks, which know the kinds by name."""
     block, options = shape_of(SPEC, *SHAPE[:1], *SHAPE[2:]), {"precision": "float16", "gpu": H200[1:9]}
     count = len(ACTIVATIONS)
-    kinds_of = {"activation": count, "out_activation": count, "stem_activation": count, "gate": 2, "expand": 3}
+    kinds_of = {"activation": count, "out_activation": count, "expand_activation": count, "gate": 3, "expand": 3}
     for name, kinds in kinds_of.items():
         for value in (-1, kinds):
             with pytest.raises(ValueError, match=rf"^{name} must be 0 to {kinds - 1} .*, got {value}$"):

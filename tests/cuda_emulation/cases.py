@@ -66,18 +66,20 @@ def eager(x, weights, spec, precision, stem=None):
     if precision != "tf32":
         return inverted_residual_reference(x, weights, **spec.geometry)
     w = weights._make(None if t is None else t.float() for t in weights)
-    act, out_act, squeeze_act, gate = (
+    expand_act, act, out_act, squeeze_act, gate = (
         function_of(name, spec.negative_slope)
-        for name in (spec.activation, spec.out_activation, spec.squeeze_activation, spec.gate)
+        for name in (spec.expanded_by, spec.activation, spec.out_activation, spec.squeeze_activation, spec.gate)
     )
-    e = act(F.conv2d(tf32(x), tf32(w.w_expand), w.b_expand)) if spec.expand else x
+    e = expand_act(F.conv2d(tf32(x), tf32(w.w_expand), w.b_expand)) if spec.expand else x
     e = F.pad(e, spec.padding_of(*x.shape[2:]))
     d = act(F.conv2d(e, w.w_depthwise, w.b_depthwise, spec.stride, 0, spec.dilation, spec.hidden_channels))
     if spec.squeeze_channels:
         squeezed = squeeze_act(F.conv2d(d.mean((2, 3), keepdim=True), w.w_squeeze, w.b_squeeze))
         d = d * gate(F.conv2d(squeezed, w.w_excite, w.b_excite))
-    y = out_act(F.conv2d(tf32(d), tf32(w.w_project), w.b_project))
-    return y + x if spec.residual else y
+    y = F.conv2d(tf32(d), tf32(w.w_project), w.b_project)
+    if spec.activates_sum:
+        return out_act(y + x)
+    return out_act(y) + x if spec.residual else out_act(y)
 
 
 def planned(spec, x, precision, stem=None, **forced):

@@ -57,7 +57,12 @@ def compiled_kernel(
 
 class _Shape(ctypes.Structure):  # csrc/block.h: all but a few are numbers of eight bytes, a double its bits
     _fields_ = [
-        (name, ctypes.c_int8 if name in ("expand", "residual", "gate") or "activation" in name else ctypes.c_int64)
+        (
+            name,
+            ctypes.c_int8
+            if name in ("expand", "residual", "gate", "activates_sum") or "activation" in name
+            else ctypes.c_int64,
+        )
         for name in BLOCK_FIELDS
     ]
 

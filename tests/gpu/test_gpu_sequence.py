@@ -47,6 +47,7 @@ def _reference_sequence(x, weights, layers, tf32=False):
             0,
         )
         slope = slope_of_bits(further[12]) if len(further) > 12 else NEGATIVE_SLOPE
+        expand_act, _, activates_sum = further[13:] or (-1, 0, 0)
         panels, outs, squeezes = (-(-n // PANEL) for n in (hidden, c_out, squeeze))
         w_expand = b_expand = None
         if kind == encoding.LayerKind.STEM_AND_BLOCK:
@@ -80,6 +81,9 @@ def _reference_sequence(x, weights, layers, tf32=False):
             squeeze_channels=squeeze,
             squeeze_activation=ACTIVATIONS[squeeze_act],
             gate=GATES[gate],
+            negative_slope=slope,
+            expand_activation=None if expand_act == -1 else ACTIVATIONS[expand_act],
+            activates_sum=bool(activates_sum),
         )
         x = reference(x, PackedWeights(w_expand, b_expand, *packed), **spec.geometry)
     assert reader.at == weights.numel()
@@ -510,7 +514,7 @@ def test_replicas_do_not_run_what_was_prepared_of_the_original(counted):
     fused, _ = runs_fused(blocks((8, 6, 1, 1), (6, 6, 1, 6), stem=(3, 8)))
     with torch.no_grad():
         fused(images(1, 3, 14, 14))
-    with pytest.warns(UserWarning, match="replicas run inverted residuals unfused"):
+    with pytest.warns(UserWarning, match="runs unfused in nn.DataParallel"):
         replica = fused[1]._replicate_for_data_parallel()
     whole = fused._replicate_for_data_parallel()
     assert fused._prepared is not None and whole._prepared is None and replica.backend == "eager"

@@ -51,8 +51,12 @@ def further(spec, stem="relu6"):
     padding = [-1] * 4 if spec.padding == "same" else spec.padding_of(5, 5)
     of_squeeze = spec.squeeze_channels, ACTIVATIONS.index(spec.squeeze_activation), GATES.index(spec.gate)
     activations = ACTIVATIONS.index(spec.activation), ACTIVATIONS.index(spec.out_activation)
-    slope = [slope_bits(spec.negative_slope)] if spec.has_slope else []
-    return [spec.kernel, spec.dilation, *padding, *activations, *of_squeeze, ACTIVATIONS.index(stem), *slope]
+    last = []
+    if spec.expand_activation is not None or spec.strides[0] != spec.strides[1] or spec.activates_sum:
+        expand = -1 if spec.expand_activation is None else ACTIVATIONS.index(spec.expand_activation)
+        last = [expand, spec.strides[1], int(spec.activates_sum)]
+    slope = [slope_bits(spec.negative_slope)] if spec.has_slope or last else []
+    return [spec.kernel, spec.dilation, *padding, *activations, *of_squeeze, ACTIVATIONS.index(stem), *slope, *last]
 
 
 def block(spec, seed=0):
@@ -332,9 +336,11 @@ def options(draw, residual, stride):
     """What of a block may not be MobileNetV2's."""
     if draw(st.booleans()):
         return {}
-    found = {"kernel": draw(st.sampled_from([3, 5])), "activation": draw(st.sampled_from(ACTIVATIONS))}
+    found = {"kernel": draw(st.sampled_from([3, 5, 7])), "activation": draw(st.sampled_from(ACTIVATIONS))}
     found["dilation"] = draw(st.integers(1, 3)) if stride == 1 else 1
     found["out_activation"] = draw(st.sampled_from(ACTIVATIONS))
+    if draw(st.booleans()):
+        found["expand_activation"], found["activates_sum"] = draw(st.sampled_from(ACTIVATIONS)), draw(st.booleans())
     if not residual:
         most = found["dilation"] * (found["kernel"] - 1)
         pads = st.tuples(*[st.integers(0, most)] * 2)  # what is cut off on one side is padded on the other
@@ -551,7 +557,7 @@ def test_a_wrong_stride(stride):
 OTHER = block(BlockSpec(8, 48, 8, kernel=5, padding="same", squeeze_channels=4))
 OTHER_WEIGHTS, OTHER_LAYERS = arguments([OTHER], torch.float32)
 BAD_FURTHER = {
-    "kernel": (0, 4, "kernel must be 3 or 5, got 4"),
+    "kernel": (0, 4, "kernel must be 3, 5 or 7, got 4"),
     "dilation": (1, 0, "dilation must be 1 to 2^16, got 0"),
     "left": (2, 5, "padding must be 0 to 4, got 5"),
     "right": (3, -2, "padding must be 0 to 4, got -2"),
@@ -562,7 +568,7 @@ BAD_FURTHER = {
     "squeeze channels": (8, -1, "squeeze_channels must be at least 0, got -1"),
     "more squeeze channels": (8, 2**62, "channel counts must be at most 2^18"),
     "squeeze activation": (9, 2**62, "squeeze_activation must be 0 to 7"),
-    "gate": (10, 2, "gate must be 0 to 1"),
+    "gate": (10, 3, "gate must be 0 to 2"),
     "of a stem": (11, 9, "stem activation must be 0 to 7"),
 }
 

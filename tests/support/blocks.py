@@ -57,26 +57,34 @@ GENERAL_SPECS = [
     ),
     BlockSpec(8, 40, 12, stride=2, kernel=5, activation="gelu", out_activation="leaky_relu", negative_slope=-1.5),
     BlockSpec(8, 8, 12, expand=False, activation="gelu_tanh", out_activation="gelu_tanh"),
+    BlockSpec(8, 40, 8, residual=True, activation="gelu", out_activation="gelu", activates_sum=True),
+    BlockSpec(8, 24, 12, activation="identity", expand_activation="relu", out_activation="relu"),
 ]
 
 # Values of every option of a block; those of "squeeze" are (squeeze_activation, gate).
 OPTIONS = {
-    "kernel": (3, 5),
-    "stride": (1, 2),
+    "kernel": (3, 5, 7),
+    "stride": (1, 2, (1, 2)),
     "dilation": (1, 2, 3),
     "padding": (None, "same", "uneven"),
     "activation": ACTIVATIONS,
     "out_activation": ACTIVATIONS,
-    "squeeze": (None, *zip(("relu", "silu"), GATES, strict=True)),
+    "squeeze": (None, *zip(("relu", "silu", "relu6"), GATES, strict=True)),
     "residual": (False, True),
     "expand": (False, True),
+    "expand_activation": (None, "identity"),
+    "activates_sum": (False, True),
     "dtype": GPU_DTYPES,
 }
 
 
-def spec_of(kernel, stride, dilation, padding, activation, out_activation, squeeze, residual, expand, **_):
+# What the CUDA kernel is compiled for.
+CUDA_OPTIONS = OPTIONS | {"kernel": (3, 5), "stride": (1, 2)}
+
+
+def spec_of(kernel, stride, dilation, padding, squeeze, residual, expand, **options):
     """A block with these options, of channels that fill no panel; None where they exclude each other."""
-    if stride > 1 and (dilation > 1 or residual):
+    if stride != 1 and (dilation > 1 or residual):
         return None
     if padding == "uneven":  # what a residual needs, or any
         most = dilation * (kernel - 1)
@@ -90,29 +98,28 @@ def spec_of(kernel, stride, dilation, padding, activation, out_activation, squee
         kernel=kernel,
         dilation=dilation,
         padding=padding,
-        activation=activation,
-        out_activation=out_activation,
         squeeze_channels=5 if squeeze else 0,
         squeeze_activation=squeeze_activation,
         gate=gate,
         negative_slope=0.3,
+        **{name: value for name, value in options.items() if name != "dtype"},
     )
 
 
-def every_pair():
+def every_pair(options=OPTIONS):
     """Few combinations in which any two values of two options meet that can."""
     dice = random.Random(0)
-    names = list(OPTIONS)
+    names = list(options)
 
     def pairs(case):
         return set(itertools.combinations(((name, str(case[name])) for name in names), 2))
 
     def drawn(**fixed):
-        return {name: dice.choice(values) for name, values in OPTIONS.items()} | fixed
+        return {name: dice.choice(values) for name, values in options.items()} | fixed
 
     left = set()
     for a, b in itertools.combinations(names, 2):
-        for first, second in itertools.product(OPTIONS[a], OPTIONS[b]):
+        for first, second in itertools.product(options[a], options[b]):
             while True:
                 case = drawn(**{a: first, b: second})
                 if spec_of(**case) is not None:

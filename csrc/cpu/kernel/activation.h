@@ -161,6 +161,10 @@ MNV2_INLINE V gate_of(V v, Gate gate) {
   switch (gate) {
     case Gate::kHardsigmoid:
       return hardsigmoid(v);
+    case Gate::kHardsigmoidFifth: {  // v / 5 + 1 / 2, clipped to [0, 1]
+      using T = typename V::T;
+      return clamp(V::fma(v, V::set1(T(0.2)), V::set1(T(0.5))), V::set1(0), V::set1(1));
+    }
     case Gate::kSigmoid:
       return V::div(V::set1(1), one_plus_exp_of_minus(v));
   }

@@ -116,7 +116,7 @@ void depthwise_row(const DepthwiseRow<V, O>& t, const BlockShape& s, int64_t col
     if (s.kernel != kSize) return;
     if (s.dilation > 1)
       depthwise_row<V, kSize, kDilated>(t, cols);
-    else if (s.stride == 1)
+    else if (s.stride_across() == 1)
       depthwise_row<V, kSize, 1>(t, cols);
     else
       depthwise_row<V, kSize, 2>(t, cols);

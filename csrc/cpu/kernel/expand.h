@@ -103,7 +103,7 @@ void expand(const Window<S>& w, Compute<S>* expanded, Group group, Vectors vecto
   t.bias = w.args.b_expand + group.first;
   t.in_channels = w.shape.in_channels;
   t.vector = vectors.first;
-  const Clip<T> clip(w.shape.activation);
+  const Clip<T> clip(w.shape.expand_activation);
   t.low = clip.low;
   t.high = clip.high;
   with_vectors<V>(int(vectors.count), [&](auto N) {
@@ -115,7 +115,7 @@ void expand(const Window<S>& w, Compute<S>* expanded, Group group, Vectors vecto
       table[count - 1](t);
     });
   });
-  activate_rows<V>(w, expanded, vectors, rows, w.shape.activation);
+  activate_rows<V>(w, expanded, vectors, rows, w.shape.expand_activation);
 }
 
 // No expansion: x itself, panel by panel, with zeros past the last channel.

@@ -15,6 +15,14 @@ struct Outputs {
   Compute<S>* run_sums;    // [band pixels][C_out], scratch for a group of several runs
 };
 
+// The output's activation, and x, in the block's order. x(): what a residual adds.
+template <class V, class F>
+MNV2_INLINE V finished(V sum, const BlockShape& s, F x) {
+  if (!s.residual) return activated(sum, s.function(s.out_activation));
+  if (s.activates_sum) return activated(V::add(sum, x()), s.function(s.out_activation));
+  return V::add(activated(sum, s.function(s.out_activation)), x());
+}
+
 // The stage for one group and one band.
 template <class V, class S>
 class Projection {
@@ -31,7 +39,8 @@ class Projection {
         band_(band),
         prefetch_(prefetch),
         alone_(window.plan.splits == 1),
-        in_scratch_(group.channels > kLongestProject && group.first != 0 && alone_) {}
+        in_scratch_(group.channels > kLongestProject && group.first != 0 && alone_),
+        at_once_(is_clip(s_.out_activation) && !(s_.residual && s_.activates_sum)) {}
 
   // A large group's channels go in runs of a length that rounds well. The runs' sums are added up
   // before the groups' sums are: in the place of those where nothing else is yet, else in scratch.
@@ -49,7 +58,7 @@ class Projection {
                });
     const bool last = group_.first + group_.channels == s_.hidden_channels;
     if (in_scratch_) return add_run_sums(last);
-    if (last && alone_ && !is_clip(s_.out_activation))
+    if (last && alone_ && !at_once_)
       for_outputs([&](int64_t r, int64_t col) MNV2_INLINE_LAMBDA { activate_output(r, col); });
   }
 
@@ -85,8 +94,8 @@ class Projection {
     t.channel_offset = channel % kPanel;
     t.bias = first == 0 ? args.b_project + channel : nullptr;
     t.finished = alone_ && !in_scratch_ && first + t.terms == s_.hidden_channels;
-    t.clip = Clip<T>(t.finished ? s_.out_activation : Activation::kIdentity);
-    t.add_x = s_.residual && t.finished && is_clip(s_.out_activation);
+    t.clip = Clip<T>(t.finished && at_once_ ? s_.out_activation : Activation::kIdentity);
+    t.add_x = s_.residual && t.finished && at_once_;
     int64_t r = band_.row, c = 0;
     for_pieces(band_.rows * w_.cols, most, [&](int64_t pixel, int count) {
       t.depthwise = t.panels + pixel * kPanel;
@@ -111,14 +120,13 @@ class Projection {
     });
   }
 
-  // y = activation of y (+ x).
+  // What register tiles leave to do: y = activation of y (+ x).
   void activate_output(int64_t r, int64_t col) {
     S* const y = this->y(r, col);
     const S* const x = w_.residual(r, col);
     for_vectors<V>(s_.out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
-      V v = activated(load(y + c), s_.function(s_.out_activation));
-      if (s_.residual) v = V::add(v, load(x + c));
-      store(v, y + c);
+      const auto added = [&] MNV2_INLINE_LAMBDA { return load(x + c); };
+      store(finished(load(y + c), s_, added), y + c);
     });
   }
 
@@ -130,11 +138,10 @@ class Projection {
       S* const y = this->y(r, col);
       const S* const x = w_.residual(r, col);
       for_vectors<V>(s_.out_channels, [&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
-        V total = V::add(load(run_sums + c), load(group_sums + c));
+        const V total = V::add(load(run_sums + c), load(group_sums + c));
         if (!last) return store(total, group_sums + c);
-        total = activated(total, s_.function(s_.out_activation));
-        if (s_.residual) total = V::add(total, load(x + c));
-        store(total, y + c);
+        const auto added = [&] MNV2_INLINE_LAMBDA { return load(x + c); };
+        store(finished(total, s_, added), y + c);
       });
     });
   }
@@ -159,6 +166,7 @@ class Projection {
   PrefetchQueue& prefetch_;
   bool alone_;       // one task runs all groups of the tile
   bool in_scratch_;  // the runs' sums are added up in run_sums
+  bool at_once_;     // register tiles apply the output's activation and add x
 };
 
 // One group's part of a band: d to the outputs, or to the sums of the groups so far.
@@ -181,9 +189,8 @@ void add_row(const BlockArgs<S>& args, const Plan& plan, int64_t row) {
       V sum = load(args.partial + pixel + c);
       for (int64_t g = 1; g < groups; ++g)
         sum = V::add(load(args.partial + g * group_size + pixel + c), sum);
-      sum = activated(sum, s.function(s.out_activation));
-      if (s.residual) sum = V::add(sum, load(x + col * args.x_col + c));
-      store(sum, args.y + pixel + c);
+      const auto added = [&] MNV2_INLINE_LAMBDA { return load(x + col * args.x_col + c); };
+      store(finished(sum, s, added), args.y + pixel + c);
     });
   }
 }

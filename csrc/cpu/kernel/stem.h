@@ -104,7 +104,7 @@ void fill_patch(const Window<S>& w, S* patch, RowRange range) {
   const int64_t rows = (range.to - range.from - 1) * kStemStride + 3;
   const int64_t cols = (w.image_cols() - 1) * kStemStride + 3;
   const int64_t first_row = (w.row * s.stride - s.pad_top + range.from) * kStemStride - 1;
-  const int64_t first_col = (w.col * s.stride - s.pad_left + w.left) * kStemStride - 1;
+  const int64_t first_col = (w.col * s.stride_across() - s.pad_left + w.left) * kStemStride - 1;
   const int64_t begin = greatest(0, -first_col), end = least(cols, s.image_width - first_col);
   for (int64_t r = 0; r < rows; ++r) {
     S* out = patch + r * row_elements;
@@ -124,7 +124,7 @@ template <class V, class S>
 void expand_stem(const Window<S>& w, const S* patch, Compute<S>* expanded, Group group,
                  Vectors vectors, RowRange rows, PrefetchQueue& prefetch) {
   StemTile<S> t;
-  t.clip = Clip<Compute<S>>(w.shape.stem_activation);
+  t.clip = Clip<Compute<S>>(w.shape.expand_activation);
   t.patch_row = patch_row(w);
   t.channels = patch_channels(w);
   t.panel = w.panel;
@@ -144,7 +144,7 @@ void expand_stem(const Window<S>& w, const S* patch, Compute<S>* expanded, Group
         table[count - 1](t);
       });
   });
-  activate_rows<V>(w, expanded, vectors, rows, w.shape.stem_activation);
+  activate_rows<V>(w, expanded, vectors, rows, w.shape.expand_activation);
 }
 
 }  // namespace

@@ -70,17 +70,18 @@ struct Window {
     rows = least(plan.tile_rows, s.out_height() - row);
     cols = least(plan.tile_cols, s.out_width() - col);
     ring_rows = plan.ring_rows(s);
-    const int64_t window = (cols - 1) * s.stride + s.extent();
+    const int64_t across_step = s.stride_across();
+    const int64_t window = (cols - 1) * across_step + s.extent();
     top = greatest(0, s.pad_top - row * s.stride);
-    left = greatest(0, s.pad_left - col * s.stride);
+    left = greatest(0, s.pad_left - col * across_step);
     bottom = least((rows - 1) * s.stride + s.extent(), s.height + s.pad_top - row * s.stride);
-    right = least(window, s.width + s.pad_left - col * s.stride);
+    right = least(window, s.width + s.pad_left - col * across_step);
     ring_col0 = s.dilation > 1 ? left : 0;
     in_cols = s.dilation > 1 ? right - left : window;
     panel = ring_rows * in_cols * kPanel;
     x = a.x + image * a.x_image;
     if (s.expand != Expand::kStem)
-      x += (row * s.stride - s.pad_top) * a.x_row + (col * s.stride - s.pad_left) * a.x_col;
+      x += (row * s.stride - s.pad_top) * a.x_row + (col * across_step - s.pad_left) * a.x_col;
     out = ((image * s.out_height() + row) * s.out_width() + col) * s.out_channels;
     if (a.gate && a.pass == Pass::kLast) gate = a.gate + image * s.hidden_channels;
     const int64_t hidden = s.hidden_panels() * kPanel;

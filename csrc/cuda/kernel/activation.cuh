@@ -39,7 +39,8 @@ MNV2_DEVICE float4 activated(float4 v, const ActivationArgs& f) {
 }
 
 MNV2_DEVICE float gate_of(float v, Gate gate) {
-  static_assert(kGates == 2, "a new gate needs its formula here");
+  static_assert(kGates == 3, "a new gate needs its formula here");
+  if (gate == Gate::kHardsigmoidFifth) return clip(0.2f * v + 0.5f, 0, 1);
   if (gate == Gate::kSigmoid) return fast_divide(1, 1 + exponential(-v));
   return clip(v + 3, 0, 6) * (1 / 6.f);  // kHardsigmoid
 }

@@ -24,7 +24,7 @@ add_splits_kernel(const Args a) {
                          a.partial + (split * pixels + pixel) * a.out_channels + channel, left,
                          a.out_channels % 4 == 0));
   sum = added(sum, load_floats(a.b_project + channel, left));
-  if constexpr (kActivated) sum = activated(sum, a.out_activation);
+  if (kActivated && !a.activates_sum) sum = activated(sum, a.out_activation);
   if (a.residual) {
     const int64_t line = pixel / a.out_width;
     const Element* const x = static_cast<const Element*>(a.x) + line / a.out_height * a.x_image +
@@ -32,6 +32,7 @@ add_splits_kernel(const Args a) {
                              channel;
     sum = added(sum, load_quad<kPrecision>(x, left, a.x_vectors));
   }
+  if (kActivated && a.activates_sum) sum = activated(sum, a.out_activation);
   store_quad<kPrecision>(static_cast<Element*>(a.y) + pixel * a.out_channels + channel, sum, left);
 }
 
