@@ -165,7 +165,8 @@ def build(entry: Entry, size: tuple[int, int], images: int = 4, seed: int = 0) -
     Raises ImportError where the library it comes from is not installed.
     """
     torch.manual_seed(seed)
-    model = testing.perturb_batch_norm(entry.make()).eval()
+    model = testing.perturb_batch_norm(entry.make())
+    model.eval()  # which of some classes gives None
     testing.fit_batch_norm(model, torch.randn(images, 3, *size))
     if entry.frozen:
         _freeze_norms(model)

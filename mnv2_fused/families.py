@@ -50,7 +50,7 @@ def observed_family_of(module: nn.Module) -> Family | None:
 
 def read_as_seen(block: nn.Module) -> tuple[Family, Parts] | None:
     """What a block of a known class computes that its own reader refuses: a subclass, or another kind of padding."""
-    if reading.is_plain(block) or why_no_candidate(block) is not None:
+    if why_no_candidate(block) is not None:
         return None
     parts = parts_of(block, observe)
     return None if isinstance(parts, str) else (_OBSERVED, parts)

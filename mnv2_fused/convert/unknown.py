@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..module import is_depthwise, is_pointwise, why_no_candidate
+from ..sequence import FusedSequential
 
 _MOST = 4  # depthwise convolutions of what is still a block, and no stage of a network
 
@@ -24,8 +25,9 @@ class UnknownBlocks(NamedTuple):
 
 
 def kind_of(module: nn.Module) -> str:
-    """The name of its class, with the module that this is from."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """The name of its class, or of what that was before it was fused, with the module that this is from."""
+    cls = nn.Sequential if type(module) is FusedSequential else getattr(type(module), "original", type(module))
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def unknown_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[UnknownBlocks, ...]:

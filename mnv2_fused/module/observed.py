@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -212,7 +213,13 @@ def _random_copy(block: nn.Module) -> nn.Module:
         vars(model).update(copy.deepcopy(state, memo))
     except Exception as error:  # of whatever attributes there are
         raise Unfusable(f"it cannot be copied to be looked at: {type(error).__name__}") from None
-    return model.eval()
+    for module in model.modules():  # whose hooks are not to see what it is looked at with
+        vars(module).update({name: OrderedDict() for name in vars(module) if name in _HOOKS})
+    model.eval()  # which of some classes gives None
+    return model
+
+
+_HOOKS = {name for name in vars(nn.Module()) if name.endswith("_hooks")}
 
 
 _DRAWN = 65521  # values of a weight at most, then the same again: a prime, so that rows differ

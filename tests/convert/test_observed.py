@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import warnings
+from typing import Protocol
 
 import pytest
 import torch
@@ -349,6 +351,61 @@ class ActivationOfTheSum(Universal):
 @pytest.mark.parametrize("kind", [NoRow, TwoAhead, SumOfTheMiddle, ActivationOfTheSum])
 def test_what_is_more_than_a_row_around_a_block(kind):
     check_refused(model_of(kind()), "1 x test_observed.*: ")
+
+
+class SaysNothing(Block):
+    """Whose train(), and so whose eval(), gives None, as in some libraries."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+class HasSize(Protocol):
+    def size(self): ...
+
+
+class OfAProtocol(Block, HasSize):
+    """Whose classes have one that no class is asked for."""
+
+
+@pytest.mark.parametrize("kind", [SaysNothing, OfAProtocol])
+def test_classes_of_other_kinds(kind):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), kind())
+    model.eval()
+    check_fused(perturb_batch_norm(model))
+
+
+def test_a_wrapper_that_only_says_that_it_is_a_module():
+    class Wrapper:
+        __class__ = nn.Module
+
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got a Wrapper"):
+        fuse(Wrapper())
+
+
+class Hooked(nn.Module):
+    """A network that sees what lies inside its blocks by hooks of its own, which it removes."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block(channels=3)
+
+    def forward(self, x):
+        seen = []
+        handle = self.block.norm2.register_forward_hook(lambda module, given, y: seen.append(y))
+        y = self.block(x)
+        handle.remove()
+        return [y, *seen]
+
+
+def test_hooks_see_nothing_of_how_a_module_is_looked_at():
+    model = perturb_batch_norm(Hooked()).eval()
+    fused = fuse(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            for ours, theirs in zip(fused(image()), model(image()), strict=True):
+                assert torch.equal(ours, theirs)
 
 
 class Wrong(Block):
