@@ -1,6 +1,7 @@
 # make demo   photographs through eager and fused MobileNetV2: table and demo.png
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make families  the models that people have, eager and fused: docs/families.md
+# make packages  207 models of 42 packages, eager and fused, in half an hour: docs/packages.md
 # make chain  the layers one by one, straight on the kernels
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
 # make gpu-profile OUT=folder  there, too: what bounds the CUDA kernel in its three slowest blocks, by Nsight Compute
@@ -40,7 +41,7 @@ WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(shell find mnv2_fused -name '*.py')
 
-.PHONY: demo quick coverage test test-pinned test-next test-sdist wheels bench families gpu-report gpu-profile gpu-sanitize chain \
+.PHONY: demo quick coverage test test-pinned test-next test-sdist wheels bench families packages gpu-report gpu-profile gpu-sanitize chain \
   lint format clean
 .DELETE_ON_ERROR:
 
@@ -87,6 +88,17 @@ bench: $(VENV)/built build/kernel_chain
 
 families: $(VENV)/built
 	$(BIN)/python benchmarks/families.py
+
+packages: $(VENV)/built build/zoo/installed
+	PYTHONPATH=build/zoo $(BIN)/python benchmarks/packages.py
+
+# In a folder of their own and without what they depend on, so that nothing else changes.
+build/zoo/installed: benchmarks/zoo_packages.py $(VENV)/built
+	rm -rf build/zoo && mkdir -p build/zoo
+	$(BIN)/python benchmarks/packages.py --requirements > build/zoo/requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/zoo \
+	  -r build/zoo/requirements.txt
+	touch $@
 
 # Python as it is if that has torch, so that nothing is installed; else the virtual environment.
 gpu-report:

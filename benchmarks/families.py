@@ -46,7 +46,7 @@ class Row:
     fused_peak: int
 
 
-def _agreement(ours: object, eager: object, truth: object) -> testing.Agreement:
+def agreement_of(ours: object, eager: object, truth: object) -> testing.Agreement:
     """Of the result that comes nearest to its limit."""
     found = [
         testing.agreement(*results)
@@ -62,10 +62,10 @@ def measure(name: str, entry: Entry, seconds: float) -> Row:
         fused = fuse(model)
         blocks = report(fused)
         x = torch.randn(1, 3, *entry.size).to(memory_format=torch.channels_last)
-        found = _agreement(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+        found = agreement_of(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
         if not found.ok:
             raise RuntimeError(f"{name} is wrong, so there is nothing to time: {found}")
-    calls = {"eager": _call(model, x), "fused": _call(fused, x)}
+    calls = {"eager": call_of(model, x), "fused": call_of(fused, x)}
     milliseconds, ratio = {}, {}
     for threads in THREADS:
         with testing.threads(threads):
@@ -90,7 +90,7 @@ def measure(name: str, entry: Entry, seconds: float) -> Row:
     )
 
 
-def _call(model: nn.Module, x: Tensor) -> Call:
+def call_of(model: nn.Module, x: Tensor) -> Call:
     def call() -> object:
         with torch.inference_mode():
             return model(x)

@@ -62,7 +62,8 @@ def note_export() -> bool:
 def _warn_of_folding() -> None:
     warnings.warn(
         "an exported program of fused blocks folds their weights at every call; export fuse(model, frozen=True) for "
-        "one that keeps them folded, and runs neighbouring layers as one operation",
+        "one that keeps them folded, and runs neighbouring layers as one operation; quantisers find no convolutions in "
+        "either: unfuse(model) first",
         stacklevel=2,
     )
 

@@ -193,9 +193,22 @@ def test_export(name, frozen):
     assert ("aten.rsqrt.default" in calls) is not frozen  # of norms that are folded at each call
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["torchvision v2", "torchvision v3"])
+def test_a_quantiser_that_traces_sees_the_convolutions(name):
+    """torch's by fx, as it does of the original; those that export are told to unfuse first."""
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    mapping = pytest.importorskip("torch.ao.quantization").get_default_qconfig_mapping("x86")
+    observers = []
+    for model in (original(name), fuse(original(name))):
+        prepared = fx.prepare_fx(model, mapping, (make_x(1),))
+        observers.append(sum("Observer" in type(m).__name__ for m in prepared.modules()))
+    assert observers[0] == observers[1] > 10
+
+
 def test_exports_that_fold_say_so():
     compiled._warn_of_folding.cache_clear()
-    with pytest.warns(UserWarning, match=r"export fuse\(model, frozen=True\)"):
+    with pytest.warns(UserWarning, match=r"export fuse\(model, frozen=True\).*quantisers .*unfuse\(model\) first"):
         exported("torchvision v2", False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="an exported program")

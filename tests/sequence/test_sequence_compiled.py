@@ -253,6 +253,25 @@ def test_dynamic_shapes_are_one_graph(ran):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_gradients_over_changing_sizes(dynamic):
+    """In float64, where no rounding takes a clip's other side."""
+    model, plain = fused_model().double(), copy.deepcopy(fitted()).double()
+    graph = compiled(model, dynamic=dynamic)
+    for n, h, w in [(2, 33, 40), (3, 64, 48), (1, 57, 31), (4, 40, 72)]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(n, 3, h, w, dtype=torch.float64).to(memory_format=layout)
+            found = []
+            for m in (graph, plain):
+                with torch.enable_grad():
+                    given = x.clone().requires_grad_()
+                    y = m(given)
+                    (grad,) = torch.autograd.grad(y.square().sum(), given)
+                found.append((y.detach(), grad))
+            torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9 * float(found[1][1].abs().max()))
+
+
+@pytest.mark.slow
 def test_autocast_runs_block_by_block(ran):
     model, x = fused_model(), make_x()
     graph = compiled(model)
