@@ -1,4 +1,4 @@
-# make demo   photographs through eager and fused MobileNetV2: table and demo.png
+# make demo   photographs through eager and fused MobileNetV2, or EfficientNet-Lite0: table and demo.png
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make families  the models that people have, eager and fused: docs/families.md
 # make packages  207 models of 42 packages, eager and fused, in half an hour: docs/packages.md

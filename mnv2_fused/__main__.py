@@ -236,7 +236,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--weights",
         metavar="FILE",
-        help="state_dict of torchvision's mobilenet_v2 (published ones, or random ones where those cannot be had)",
+        help="state_dict of torchvision's mobilenet_v2 (published ones; where those cannot be had EfficientNet-Lite0 "
+        "with its own; where its packages are missing, too, random ones)",
     )
     p.add_argument("--output", "-o", default="demo.png", metavar="PNG", help="where the chart goes (demo.png)")
     p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads (1; for --train-digits torch's number)")

