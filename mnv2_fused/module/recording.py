@@ -30,7 +30,9 @@ _POINTWISE = {"hardswish", "leaky_relu", "hardtanh", "hardsigmoid", "gelu"}
 class Value:
     """A tensor of a recorded call, and the operation that made it."""
 
-    kind: str  # "input", "convolution", "norm", "mean", "pad", "product", "pointwise", "shape", "constant" or "other"
+    # "input", "convolution", "norm", "mean", "mean of" one side, "pad", "product", "pointwise", "shape", "constant" or
+    # "other"
+    kind: str
     shape: tuple[int, ...]
     inputs: tuple[Value, ...] = ()
     op: str = ""
@@ -132,6 +134,11 @@ class Recording(TorchDispatchMode):
         over = sorted(d % 4 for d in args[1] or ()) if base == "mean" and len(args) > 1 else []
         if over == [2, 3] and len(inputs[0].shape) == 4:
             return Value("mean", shape, (inputs[0],), base)
+        if over in ([2], [3]) and len(shape) == len(inputs[0].shape) == 4:  # one after the other
+            of = inputs[0]
+            both = of.kind == "mean of" and of.options != (over[0],)
+            options = () if both else (over[0],)
+            return Value("mean" if both else "mean of", shape, of.inputs if both else (of,), base, (), options)
         if base == "constant_pad_nd" and (len(args) < 3 or args[2] == 0):
             return Value("pad", shape, (inputs[0],), base, options=tuple(args[1]))
         if base in ("addmm", "mm"):

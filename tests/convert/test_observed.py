@@ -123,6 +123,9 @@ class Block(nn.Module):
     def gated(self, x):
         if self.squeeze == "convolutions":
             return x * self.gate(self.up(self.act(self.down(F.adaptive_avg_pool2d(x, 1)))))
+        if self.squeeze == "sides":
+            pooled = x.mean(3, keepdim=True).mean(2, keepdim=True)
+            return x * self.gate(self.gates[1](self.gates[0](pooled.flatten(1)).relu()))[..., None, None]
         g = self.gates[1](torch.relu(self.gates[0](x.mean((2, 3)))))
         return self.gate(g).unsqueeze(-1).unsqueeze(-1).expand_as(x) * x
 
@@ -192,6 +195,7 @@ STYLES = {
     "gate of convolutions": {"squeeze": "convolutions"},
     "gate of Linears": {"squeeze": "linears"},
     "gate written out": {"squeeze": "convolutions", "gate": "hardsigmoid written out", "residual": True},
+    "gate of a mean by sides": {"squeeze": "sides"},
     "gate of another slope": {"squeeze": "linears", "gate": "hardsigmoid of slope 1/5"},
     "7x7": {"kernel": 7, "residual": True},
     "stride (2, 1)": {"stride": (2, 1), "kernel": 5},
@@ -228,7 +232,7 @@ def test_activations_however_written(act):
             "norms": st.booleans(),
             "bias": st.booleans(),
             "pad": st.sampled_from(["convolution", "module", "tensorflow", "none"]),
-            "squeeze": st.sampled_from([None, "convolutions", "linears"]),
+            "squeeze": st.sampled_from([None, "convolutions", "linears", "sides"]),
             "gate": st.sampled_from(list(GATES)),
             "residual": st.booleans(),
         }
@@ -490,6 +494,11 @@ class MovesPixels(Wrong):
         return super().end(x.roll(1, 3), image)
 
 
+class MeanOfRows(Wrong):
+    def end(self, x, image):
+        return super().end(x * x.mean(3, keepdim=True).sigmoid(), image)
+
+
 class DependsOnSize(Wrong):
     def end(self, x, image):
         return super().end(x, image) * (1.0 if x.shape[2] % 2 else 2.0)
@@ -549,6 +558,7 @@ WRONG = {
     ChangesInput: "changes its input",
     UsesTwice: "the expand convolution is no 1x1",
     MovesPixels: "aten::roll where its depthwise",
+    MeanOfRows: "is none of hardsigmoid",
     DependsOnSize: "function after a norm ends in aten::mul",
     Reordered: "aten::flip where its depthwise",
     LearnsASlope: "aten::maximum of two tensors",
