@@ -354,7 +354,10 @@ class FusedBlock(nn.Module):
         parameters, _ = self._fold_parameters()
         if any(map(freed, parameters)):  # the modules' own kernels say so
             return None
-        guard = Guard.of_modules([self], next_hook) if trackable(t for t in parameters if t is not None) else None
+        watched = trackable(t for t in parameters if t is not None)
+        guard = Guard.of_modules([self], next_hook) if watched else None
+        if not watched:
+            self._warn("folds its weights at every call: none tells of a write; make them outside inference_mode()")
         # Again: a guard takes for unchanged what another thread changed before it was there.
         if self.fallback_reason() is not None or self._trains():
             return None

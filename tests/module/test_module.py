@@ -14,7 +14,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from mnv2_fused import FusedInvertedResidual
-from mnv2_fused.module import packed_cache
+from mnv2_fused.module import fused_block, packed_cache
 from mnv2_fused.testing import agreement, perturb_batch_norm, threads
 
 GEOMETRIES = [(8, 8, 1, 6), (8, 12, 2, 6), (8, 5, 1, 1), (8, 8, 1, 1)]
@@ -301,7 +301,7 @@ def norm_replaced(block):
 
 
 def activation_replaced(block):
-    block.conv[1][2] = nn.Hardswish()
+    block.conv[1][2] = nn.ELU()
 
 
 def pruned_channels(block):
@@ -494,6 +494,20 @@ def test_inference_mode_parameters():
         close(block(x), eager(block, x))
 
 
+def test_weights_that_cannot_be_watched_are_said_once(monkeypatch):
+    """As those are on a GPU that were made under inference_mode(): nothing there tells of a write."""
+    monkeypatch.setattr(fused_block, "trackable", lambda tensors: False)
+    _, block = blocks(8, 8, 1, 6)
+    x = make_x()
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="folds its weights at every call") as caught:
+            for _ in range(2):
+                close(block(x), eager(block, x))
+        assert len(caught) == 1
+        block.conv[2].weight.data.mul_(2)
+        close(block(x), eager(block, x))
+
+
 def test_ordinary_parameters_changed_under_inference_mode():
     _, block = blocks(8, 8, 1, 6)
     x = make_x()
@@ -583,8 +597,8 @@ def test_adopt_refuses_what_it_would_compute_wrongly():
         return conv
 
     cases = {
-        "ReLU": lambda c: c[0].__setitem__(2, nn.ReLU()),
-        "kernel": lambda c: c[1].__setitem__(0, nn.Conv2d(48, 48, 7, padding=3, groups=48, bias=False)),
+        "ELU": lambda c: c[0].__setitem__(2, nn.ELU()),
+        "kernel": lambda c: c[1].__setitem__(0, nn.Conv2d(48, 48, 9, padding=4, groups=48, bias=False)),
         "dilation": lambda c: c[1].__setitem__(0, nn.Conv2d(48, 48, 3, padding=1, dilation=2, groups=48)),
         "padding_mode": lambda c: c[1].__setitem__(
             0, nn.Conv2d(48, 48, 3, padding=1, groups=48, padding_mode="reflect")
