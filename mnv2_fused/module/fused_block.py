@@ -99,7 +99,7 @@ def block_of(token: int) -> FusedBlock:
 
 
 @torch.compiler.assume_constant_result
-def _fallback_reason(token: int) -> str | None:
+def fallback_reason_of(token: int) -> str | None:
     """Asked once per graph: dynamo cannot trace the look at hooks and types."""
     return _blocks[token].fallback_reason()
 
@@ -336,7 +336,7 @@ class FusedBlock(nn.Module):
         backend = "eager" if shapes_only else backends.resolve_backend(self.backend, device)
         if backend == "eager":
             return backend, None
-        reason = _fallback_reason(self._token) if torch.compiler.is_compiling() else self.fallback_reason()
+        reason = fallback_reason_of(self._token) if torch.compiler.is_compiling() else self.fallback_reason()
         if reason is None and self._trains():  # asked again: inspection may have found other layers
             return "eager", None
         return (

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from ..fold import BlockWeights, conv_norms, eps_of
 from ..reference import in_torch
 from .chain import Chain, Recipe, require
-from .fused_block import FusedBlock, block_of
+from .fused_block import FusedBlock, block_of, fallback_reason_of
 from .guard import watched_entries
 from .in_place import FusedInPlace, name_clash
 from .parameters import parameters_of
-from .reading import Parts, Unfusable, full_name
+from .reading import Around, Parts, Unfusable, full_name
 from .recording import record
 
 # Heights and widths, odd and even, so that padding by size shows; those of the first ones are compared, too.
@@ -81,7 +81,7 @@ def recipe_of(block: nn.Module, *args: Any, **kwargs: Any) -> Recipe:
     structure = _structure(block)
     kept = _recipes.get(block)
     if kept is None or not _same(kept[0], structure):
-        kept = _recipes[block] = structure, {}
+        kept = _recipes[block] = structure, _recipes_of_equals(block, structure)
     call = (args, tuple(sorted(kwargs.items())))
     found = kept[1].get(call)
     if found is None:
@@ -112,6 +112,19 @@ def _one_thread() -> Iterator[None]:
 
 
 _recipes: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Recipe | str]]] = weakref.WeakKeyDictionary()
+
+
+def _recipes_of_equals(block: nn.Module, structure: list[Any]) -> dict[Any, Recipe | str]:
+    """What was found of another block of this structure; nothing where integers in buffers may decide as well."""
+    if all(t.is_floating_point() or "running_var" in m._buffers for m in block.modules() for t in _tensors_of(m)):
+        for known, found in list(_recipes.values()):
+            if _same(known, structure):
+                return found
+    return {}
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 def _structure(block: nn.Module) -> list[Any]:
@@ -186,6 +199,7 @@ def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any])
         raise Unfusable(f"its forward changes attributes of its {changed[0]}")
     recipe = _with_padding(seen)
     _verify(model, recipe, results[:_COMPARED])
+    _verify_gradient(model, recipe, call, x)
     return recipe
 
 
@@ -253,22 +267,46 @@ def _with_padding(seen: Iterable[tuple[Recipe, tuple[int, int, int, int], tuple[
     raise Unfusable(f"its padding is {pads[0]} of {sizes[0]} and {pads[1]} of {sizes[1]}, by no known rule")
 
 
+def _expected(model: nn.Module, recipe: Recipe, weights: BlockWeights, x: Tensor) -> Tensor:
+    """What the block, and what runs around it, gives by the reference."""
+    around = recipe.around
+    if around is None:
+        return in_torch(x, weights, recipe.spec)
+    y = in_torch(model.get_submodule(around.lead)(x), weights, recipe.spec)
+    for name in around.tail:
+        y = model.get_submodule(name)(y)
+    return y + x if around.shortcut else y
+
+
+def _weights(model: nn.Module, recipe: Recipe) -> BlockWeights:
+    (*expand, depthwise, project), squeeze = _folded(_parts(model, recipe))
+    return BlockWeights(*(expand[0] if expand else (None, None)), *depthwise, *project, *squeeze)
+
+
+def _verify_gradient(model: nn.Module, recipe: Recipe, call: Callable[[Tensor], Any], x: Tensor) -> None:
+    """Raises where backward gives another gradient than the reference's: forward may detach, or have its own."""
+    weights = _weights(model, recipe)
+    gradients = []
+    for function in (call, lambda given: _expected(model, recipe, weights, given)):
+        try:
+            with torch.enable_grad():
+                given = x.clone().requires_grad_()
+                y = function(given)
+                seed = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+                gradients += torch.autograd.grad(y, given, seed)
+        except RuntimeError as error:
+            raise Unfusable(f"it has no gradient: {str(error).splitlines()[0]}") from None
+    ours, theirs = gradients
+    if not torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max())):
+        raise Unfusable("its gradient is another than that of what it computes")
+
+
 def _verify(model: nn.Module, recipe: Recipe, results: list[tuple[Tensor, Tensor]]) -> None:
     """Raises where the chain that was read gives another result than the module, in float64."""
-    parts = _parts(model, recipe)
-    stages, squeeze = _folded(parts)
+    weights = _weights(model, recipe)
     with torch.no_grad():
-        *expand, depthwise, project = stages
-        weights = BlockWeights(*(expand[0] if expand else (None, None)), *depthwise, *project, *squeeze)
         for x, y in results:
-            around = parts.around
-            if around is None:
-                expected = in_torch(x, weights, recipe.spec)
-            else:
-                expected = in_torch(model.get_submodule(around.lead)(x), weights, recipe.spec)
-                for name in around.tail:
-                    expected = model.get_submodule(name)(expected)
-                expected = expected + x if around.shortcut else expected
+            expected = _expected(model, recipe, weights, x)
             atol = 1e-9 * float(y.abs().max())
             if y.shape != expected.shape or not torch.allclose(y, expected, rtol=1e-9, atol=atol):
                 raise Unfusable("it computes something else than the operations that it runs say")
@@ -303,12 +341,17 @@ class FusedObserved(FusedInPlace):
     What forward takes beside x is passed to the modules, unless it was seen to change nothing in eval.
     """
 
-    _FOUND = (*FusedInPlace._FOUND, "_allowed")
-    OWN = (*FusedInPlace.OWN, "_allowed")
+    _FOUND = (*FusedInPlace._FOUND, "_allowed", "_is_part")
+    OWN = (*FusedInPlace.OWN, "_allowed", "_is_part")
 
     def _inspect(self) -> None:
         super()._inspect()
         self._allowed: dict[Any, bool] = {}
+        self._is_part: bool = vars(self).get("_is_part", self._around is not None)
+        if self._objection is None and self._is_part is (self._around is None):
+            self._objection = "what runs around the block was changed: unfuse, and fuse again"
+        if self._objection is not None:
+            self._around = None
 
     @property
     def leading_child(self) -> nn.Module | None:
@@ -321,11 +364,28 @@ class FusedObserved(FusedInPlace):
             x = self.get_submodule(name)(x)
         return x
 
+    def _inside(self) -> list[nn.Module]:
+        if self._around is None:
+            return super()._inside()
+        return [m for name in self._around.core for m in self.get_submodule(name).modules()]
+
+    def _around_now(self) -> Around | None:
+        """What runs around the block; None where something changed that makes the module run as it is."""
+        ready = self._ready
+        if torch.compiler.is_compiling():
+            reason = fallback_reason_of(self._token)
+        else:
+            valid = ready is not None and ready.is_valid()
+            reason = None if valid else self.fallback_reason()
+        return self._around if reason is None else None
+
     def _forward_whole(self, x: Tensor) -> Tensor:
         """The block, and what runs around it."""
-        around = self._around
-        if around is None:
+        if not self._is_part:
             return super().forward(x)
+        around = self._around_now()
+        if around is None:
+            return super(FusedBlock, self).forward(x)
         y = super().forward(self.get_submodule(around.lead)(x))
         for name in around.tail:
             y = self.get_submodule(name)(y)
@@ -353,7 +413,7 @@ class FusedObserved(FusedInPlace):
         return self._allowed[call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and (self._around is None or not self._trains()):
+        if len(args) == 1 and not kwargs and not (self._is_part and self._trains()):
             return self._forward_whole(args[0])
         rest = dict(kwargs)
         x = args[0] if args else rest.pop(_first_parameter(type(self).original), None)

@@ -201,8 +201,9 @@ def record(
     handles = []
     with torch.no_grad(), Recording(x, tensors) as recording:
 
-        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-            taken.append(recording.value_of(args[0]) if len(args) == 1 and type(args[0]) is Tensor else None)
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            one = len(args) == 1 and type(args[0]) is Tensor and not kwargs
+            taken.append(recording.value_of(args[0]) if one else None)
 
         def leave(name: str, _: nn.Module, args: tuple[Any, ...], y: Any) -> None:
             before = taken.pop()
@@ -211,7 +212,7 @@ def record(
 
         for name, child in children.items():
             handles += [
-                child.register_forward_pre_hook(enter),
+                child.register_forward_pre_hook(enter, with_kwargs=True),
                 child.register_forward_hook(functools.partial(leave, name)),
             ]
         try:

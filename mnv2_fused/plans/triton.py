@@ -6,6 +6,7 @@ Triton's own, its only caller is Python, and each shape is planned once and kept
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -317,6 +318,18 @@ def unsupported(dtype: torch.dtype, spec: BlockSpec | None = None) -> str | None
             f"the Triton kernel takes a depthwise kernel that spans at most {_MOST_EXTENT} pixels, got {spec.extent} "
             f"by a dilation of {spec.dilation}; use backend='eager'"
         )
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def does_not_fit(spec: BlockSpec) -> str | None:
+    """Why no configuration takes such a block in every dtype; None where one does, as for all kernels up to 5x5."""
+    if spec.kernel <= 5:
+        return None
+    shape = (1, spec.in_channels, 32, 32)
+    for dtype in (torch.float16, torch.float32):
+        if not best_plans(dataclasses.replace(spec, dilation=1, padding=None), shape, dtype, False, H200):
+            return f"no configuration of the Triton kernel has registers for {spec} in {dtype}"
     return None
 
 

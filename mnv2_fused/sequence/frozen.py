@@ -124,15 +124,19 @@ class FrozenBlock(_Frozen):
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
-        outer = x
-        x = x if self.leading is None else self.leading(x)
         self._check(x)
+        outer = x
+        if self.leading is not None:
+            with torch.no_grad():  # its parameters may need gradients, which nothing here has
+                x = self.leading(x)
         spec, packed = self.spec, PackedWeights._make(self._buffers[name] for name in PackedWeights._fields)
         check_input(x, spec.in_channels, spec)
         plan, op_options = op_choices(spec, x)
         x = x.contiguous(memory_format=torch.channels_last)
         y = ops.packed_inverted_residual(x, packed, spec.strides[0], spec.residual, plan, self.backend, op_options)
-        y = y if self.tail is None else self.tail(y)
+        if self.tail is not None:
+            with torch.no_grad():
+                y = self.tail(y)
         return y + outer if self.shortcut else y
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from ..convert import Report, fuse, report, unfuse
+from ..module import FusedBlock
 from ..plans.cpu import plan
 from ..sequence import RunsFused
 from ..sequence.find import Layer, layers_of
@@ -194,13 +196,18 @@ def _fused_storages(
     """What the fused ``model`` makes of eager's storages, and at each op the bytes its kernel works in."""
     kernels: dict[str, int] = {}  # modules, and the bytes they put out that the kernel does not
     works: dict[str, int] = defaultdict(int)  # bytes, by a run's first module
-    runs = _runs(model)
+    runs, cores = _runs(model), _cores(model)
     for block in found.blocks:
         if block.spec is None or block.bytes_never_written is None:
             continue
-        kernels[block.name] = 0
         first = runs.get(block.name, [block.name])[0]
-        for call in trace.calls[block.name] if block.backend == "cpu" else ():
+        if core := cores.get(block.name):
+            kernels |= dict.fromkeys(core, sys.maxsize) | {core[-1]: 0}
+            runs |= dict.fromkeys(core, core)
+            first = core[0]
+        else:
+            kernels[block.name] = 0
+        for call in trace.calls[core[0] if core else block.name] if block.backend == "cpu" else ():
             works[first] = max(works[first], plan(block.spec, call.input_shape, dtype=dtype).call_bytes)
     kernels |= {layer.name: batch * (layer.bytes_never_written or 0) for layer in found.layers}
     kept = [dataclasses.replace(storage) for storage in trace.storages]
@@ -228,6 +235,12 @@ def _fused_storages(
                 if s.first < start.first <= s.last < end.last:
                     s.last = end.last  # whoever calls the run holds what it gives it
     return kept, scratch
+
+
+def _cores(model: nn.Module) -> dict[str, list[str]]:
+    """Of each block that is only a part of its module: the children that it is."""
+    blocks = ((name, m._around) for name, m in model.named_modules() if isinstance(m, FusedBlock))
+    return {name: [f"{name}.{child}" for child in around.core] for name, around in blocks if around is not None}
 
 
 def _runs(model: nn.Module) -> dict[str, list[str]]:

@@ -241,9 +241,14 @@ def test_activations_however_written(act):
 def test_any_block_is_right_or_refused(style):
     if style["residual"] and (style["stride"] != 1 or style["out"] != 8 or style["pad"] == "none"):
         style["residual"] = False
-    slopes = {ACTIVATIONS[style[name]] for name in ("act", "second_act", "act_of_sum") if style[name] in LEAKY}
-    if len(slopes) > 1:
-        return check_refused(model_of(Block(**style)), "slopes of")
+    second = style["second_act"] or style["act"]
+    run = {
+        second,
+        style["act_of_sum"],
+        *([style["act"]] if style["expand"] or style["squeeze"] == "convolutions" else []),
+    }
+    if len(run & set(LEAKY)) > 1:
+        return check_refused(model_of(Block(**style)), "slopes of|does not run on|dilation must be 1")
     if style["stride"] != 1 and style["dilation"] == 2:
         return check_refused(model_of(Block(**style)), "dilation must be 1 where stride is 2|does not run on")
     # Without padding a 5x5 kernel with dilation 2 spans more than the smallest image that blocks are looked at on.
@@ -329,6 +334,131 @@ def test_compiled_graphs_have_what_runs_around_a_block():
     fused = torch.compile(fuse(model), fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(fused(image()), model(image()), rtol=1e-4, atol=1e-4)
+
+
+CHANGES = {
+    "no sum": lambda b: setattr(b, "skip", False),
+    "an activation that no kernel has": lambda b: b.spread.__setitem__(2, nn.Softmax(1)),
+    "a forward of the scale's own": lambda b: setattr(b.scale, "forward", lambda t: t * 2),
+    "nothing in front": lambda b: setattr(b, "ahead", nn.Identity()),
+    "something behind": lambda b: setattr(b, "narrow", nn.Sequential(b.narrow, nn.Softmax(1))),
+    "a forward of the depthwise stage's own": lambda b: setattr(b.spread, "forward", lambda t: t * 2),
+    "a hook in front": lambda b: b.ahead.register_forward_hook(lambda m, given, y: y * 2),
+    "a hook inside": lambda b: b.narrow.register_forward_hook(lambda m, given, y: y * 2),
+    "a hook behind": lambda b: b.scale.register_forward_hook(lambda m, given, y: y * 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:an inverted residual")
+@pytest.mark.parametrize("when", ["eager", "compiled"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_runs_around_a_block_may_change(change, when):
+    model = model_of(Universal())
+    fused, x = fuse(model), image()
+    with torch.no_grad():
+        fused(x)
+        for m in (model, fused):
+            change(m[1])
+        run = torch.compile(fused, backend="eager") if when == "compiled" else fused
+        for _ in range(2):
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:an inverted residual")
+def test_what_comes_to_run_around_a_block():
+    block = Universal(scale=False, skip=False)
+    ahead, block.ahead = block.ahead, nn.Identity()
+    model = model_of(block)
+    fused, x = fuse(model), image()
+    with torch.no_grad():
+        fused(x)
+        for m in (model, fused):
+            m[1].ahead = copy.deepcopy(ahead).eval()
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Options(nn.Sequential):
+    def forward(self, x, act=True):
+        return super().forward(x).relu() if act else super().forward(x)
+
+
+class GivesOptions(Universal):
+    """By keyword, to a child of the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = Options(*self.narrow)
+
+    def forward(self, x):
+        return self.scale(self.narrow(self.spread(self.widen(self.ahead(x))), act=False)) + x
+
+
+class SharesInFront(nn.Module):
+    """What runs in front is an activation of the block, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.spread, self.narrow = nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        return self.narrow(self.act(self.spread(self.act(x))))
+
+
+@pytest.mark.filterwarnings("ignore:an inverted residual")
+def test_a_module_that_runs_in_front_and_inside():
+    model = model_of(SharesInFront())
+    fused, x = fuse(model, strict=True), image()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+        for m in (model, fused):
+            m[1].act.register_forward_hook(lambda module, given, y: y * 0.5 + 1)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Freezes(Universal):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.ahead(x)
+        return x + self.scale(self.narrow(self.spread(self.widen(y))))
+
+
+class Detaches(Universal):
+    def forward(self, x):
+        return x + self.scale(self.narrow(self.spread(self.widen(self.ahead(x).detach()))))
+
+
+class OtherGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class StraightThrough(Universal):
+    def forward(self, x):
+        return self.narrow(OtherGradient.apply(self.spread[:2](self.widen(x))))
+
+
+@pytest.mark.parametrize("kind", [Freezes, Detaches, StraightThrough])
+def test_another_gradient_is_refused(kind):
+    check_refused(model_of(kind()), "its gradient is another|do not run in a row")
+
+
+def test_what_children_are_given_beside_x_is_kept():
+    check_refused(model_of(GivesOptions()), "do not run in a row")
+
+
+def test_frozen_with_gradients_on():
+    model = model_of(Universal())
+    fused, x = fuse(model, frozen=True), image()
+    y = fused[1](fused[0](x).detach())
+    torch.testing.assert_close(y, model(x).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match=r"frozen for torch\.float32"):
+        fused[1](torch.zeros(1, 8, 9, 9, dtype=torch.float64))
 
 
 class NoRow(Universal):

@@ -336,6 +336,28 @@ def test_a_skipped_block_counts_as_eager_with_its_reason():
     assert inside and all(r.fused_bytes == r.eager_bytes for r in inside)
 
 
+class Universal(nn.Module):
+    """A depthwise convolution, a block, a scale of each channel, and a sum: of which the block alone is fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.ahead = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.widen, self.spread = nn.Conv2d(8, 48, 1), nn.Sequential(nn.Conv2d(48, 48, 3, 1, 1, groups=48), nn.ReLU())
+        self.narrow = nn.Conv2d(48, 8, 1)
+
+    def forward(self, x):
+        return x + self.narrow(self.spread(self.widen(self.ahead(x))))
+
+
+@needs_kernels
+def test_what_runs_around_a_block_counts():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Universal(), nn.Conv2d(8, 4, 1)).eval()
+    found, measured = cost(model, (1, 3, 40, 48)), measured_peaks(model, (1, 3, 40, 48))
+    assert len(found.report.fused) == 1
+    assert found.fused_peak == pytest.approx(measured[1], rel=0.05)
+    assert found.fused_peak < found.eager_peak / 2
+
+
 @pytest.mark.parametrize("shape", [(), (0, 3, 8, 8), (1, 3, -8, 8), (1, 3, 8.0, 8)])
 def test_shapes_that_are_none(shape):
     with pytest.raises(ValueError, match=r"input_shape must be integers of at least 1, got \("):
