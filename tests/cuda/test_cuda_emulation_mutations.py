@@ -46,6 +46,14 @@ OUT_BLOCKS = BlockSpec(8, 16, 180)
 UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_activation="relu")
 DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
 LEAKY = BlockSpec(20, 40, 20, activation="leaky_relu", negative_slope=0.2)
+SUMMED = BlockSpec(
+    *(20, 40, 20),
+    residual=True,
+    activation="relu",
+    expand_activation="silu",
+    out_activation="hardswish",
+    activates_sum=True,
+)
 GELU, GELU_TANH = (BlockSpec(20, 40, 20, activation=name) for name in ("gelu", "gelu_tanh"))
 FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
 SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
@@ -116,9 +124,20 @@ MUTATIONS = {
     "leaky_relu": ("v > 0 ? v : v * negative_slope", "v > 0 ? v : v * 0.01f"),
     "gelu": ("erff(v * 0.707", "erff(v * 0.72"),
     "gelu_tanh": ("-1.5957691f * v", "-1.61f * v"),
-    "output's activation": ("if (C::kGeneral && biased) v[p]", "if (false) v[p]"),
-    "output's activation of one split": ("if (C::kGeneral && biased) v[p]", "if (C::kGeneral) v[p]"),
-    "output's activation after splits": ("if constexpr (kActivated) sum", "if constexpr (false) sum"),
+    "output's activation": ("if (C::kGeneral && biased && !a.activates_sum)", "if (false)"),
+    "output's activation of one split": (
+        "if (C::kGeneral && biased && !a.activates_sum)",
+        "if (C::kGeneral && !a.activates_sum)",
+    ),
+    "output's activation after splits": ("if (kActivated && !a.activates_sum) sum", "if (false) sum"),
+    "activation of the sum": ("if (C::kGeneral && biased && a.activates_sum)", "if (false)"),
+    "activation of the sum, not before it": ("biased && !a.activates_sum)", "biased)"),
+    "activation of the sum of one split": (
+        "if (C::kGeneral && biased && a.activates_sum)",
+        "if (C::kGeneral && a.activates_sum)",
+    ),
+    "activation of the sum after splits": ("if (kActivated && a.activates_sum) sum", "if (false) sum"),
+    "activation of the expansion": ("activated(v, a.expand_activation)", "activated(v, a.activation)"),
     "infinities that activations leave": ("infinite = infinite || found", "infinite = false"),
     "barrier after an expansion with infinities": ("infinite = barrier_any(found)", "infinite = found"),
     "end of the kernel before": (f"{WAITS}{LOAD}", LOAD),
@@ -189,6 +208,7 @@ SHOWN_BY = {
     "infinities that activations leave": ("float16", UNEVEN),
     "barrier after an expansion with infinities": ("float16", UNEVEN),
     **dict.fromkeys((name for name in MUTATIONS if "dilat" in name or name == "silu"), ("float32", DILATED)),
+    **dict.fromkeys((name for name in MUTATIONS if name.startswith("activation of the")), ("float32", SUMMED)),
     "leaky_relu": ("float32", LEAKY),
     "gelu": ("float32", GELU),
     "gelu_tanh": ("float32", GELU_TANH),

@@ -57,7 +57,7 @@ GENERAL_SPECS = [
     ),
     BlockSpec(8, 40, 12, stride=2, kernel=5, activation="gelu", out_activation="leaky_relu", negative_slope=-1.5),
     BlockSpec(8, 8, 12, expand=False, activation="gelu_tanh", out_activation="gelu_tanh"),
-    BlockSpec(8, 40, 8, residual=True, activation="gelu", out_activation="gelu", activates_sum=True),
+    BlockSpec(8, 40, 8, residual=True, activation="gelu", out_activation="relu", activates_sum=True),
     BlockSpec(8, 24, 12, activation="identity", expand_activation="relu", out_activation="relu"),
 ]
 

@@ -14,7 +14,7 @@ from support.inputs import GPU_DTYPES, MEMORY_FORMATS, random_input
 from support.triton_kernel import forced, mutated
 
 from mnv2_fused import BlockSpec, inverted_residual_reference, pack, triton_plan
-from mnv2_fused.plans.triton import TILES
+from mnv2_fused.plans.triton import TILES, does_not_fit
 from mnv2_fused.spec import ACTIVATIONS
 from mnv2_fused.testing import block_agreement
 
@@ -33,6 +33,11 @@ def test_every_pair_of_options(i, case):
     spec, tile = spec_of(**case), TILES[i % len(TILES)]
     x = random_input(spec, 2, (5, 7 - i % 2), dtype=case["dtype"], memory_format=MEMORY_FORMATS[i % 2]).to(DEVICE)
     splits = 1 + i % -(-spec.hidden_channels // tile.group)
+    if does_not_fit(spec) is not None:
+        assert spec.kernel == 7
+        with pytest.raises(RuntimeError, match="no configuration of the Triton kernel fits"):
+            run(x, weights_of(spec), spec, backend="triton")
+        return
     plan = forced(spec, x, **tile._asdict() | {"num_stages": 1}, splits=splits)
     y = check(x, weights_of(spec), spec, backend="triton", plan=plan)
     assert y.is_contiguous(memory_format=MEMORY_FORMATS[i % 2])
@@ -177,7 +182,9 @@ MUTATIONS = {
     "leaky_relu": ("v * NEGATIVE_SLOPE", "v * 0.01", GENERAL_SPECS[5]),
     "gelu": ("tl.erf(v * 0.707", "tl.erf(v * 0.72", GENERAL_SPECS[6]),
     "gelu_tanh": ("tl.exp(-1.5957691216057308 *", "tl.exp(-1.61 *", GENERAL_SPECS[7]),
-    "output's activation": ("result = activate(result, OUT_ACTIVATION, NEGATIVE_SLOPE)", "pass", GENERAL_SPECS[2]),
+    "output's activation": ("                if not ACTIVATES_SUM:", "                if False:", GENERAL_SPECS[2]),
+    "activation of the sum": ("                if ACTIVATES_SUM:", "                if False:", GENERAL_SPECS[8]),
+    "expansion's activation": ("RAGGED, EXPAND_ACTIVATION, NEG", "RAGGED, ACTIVATION, NEG", GENERAL_SPECS[9]),
     "gate": ("(d[o] * gates)", "(d[o])", GENERAL_SPECS[0]),
     "gate of another image": ("gate + image[:, None] * HIDDEN", "gate + 0 * image[:, None] * HIDDEN", GENERAL_SPECS[0]),
     "border in the pool": ("tl.where(there[:, None], d[o], 0.0)", "d[o]", GENERAL_SPECS[0]),
