@@ -268,7 +268,7 @@ _LIBRARIES = {
             "timm:create_model",
             "mobilenetv1_100 mobilenetv2_050 mobilenetv3_small_075 tf_mobilenetv3_small_minimal_100"
             " mobilenetv4_conv_small mobilenetv4_conv_medium mobilenetv4_hybrid_medium mobilenet_edgetpu_v2_xs"
-            " efficientnet_b0 efficientnet_lite0 efficientnet_es efficientnet_cc_b0_4e mixnet_s mnasnet_small"
+            " efficientnet_b0 efficientnet_lite0 efficientnet_es mixnet_s mnasnet_small"
             " semnasnet_075 fbnetc_100 fbnetv3_b spnasnet_100 tinynet_e hardcorenas_a lcnet_050 rexnet_100"
             " ghostnet_050 ghostnetv2_100 ghostnetv3_050 repghostnet_050 mobileone_s0 fastvit_t8 repvit_m0_9"
             " mobilevit_xxs mobilevitv2_050 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 tiny_vit_5m_224"
@@ -341,7 +341,7 @@ _CLASSIFIERS = {
         _named(
             "geffnet:create_model",
             "mnasnet_small semnasnet_100 mobilenetv2_100 fbnetc_100 spnasnet_100 efficientnet_b0 efficientnet_lite0"
-            " efficientnet_es efficientnet_cc_b0_4e tf_efficientnet_b0 tf_mobilenetv3_small_100 mobilenetv3_large_100"
+            " efficientnet_es tf_efficientnet_b0 tf_mobilenetv3_small_100 mobilenetv3_large_100"
             " mobilenetv3_small_minimal_100 mixnet_s",
         ),
     ),
