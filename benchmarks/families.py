@@ -150,12 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {rows[-1].ratio}, {rows[-1].eager_peak / rows[-1].fused_peak:.1f}x less", file=sys.stderr)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     content = {"machine": {**bench_results.machine(), **versions}, "models": [asdict(row) for row in rows]}
-    if options.only is not None:
-        print(page(content))
-        return 0
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(page(content))
+    publish(content, page(content), *(() if options.only else (RESULTS, PAGE)))
     return 0
+
+
+def publish(content: dict, text: str, results: Path | None = None, where: Path | None = None) -> None:
+    """Keeps what was measured, and its page; prints the page where no files are given."""
+    if results is None or where is None:
+        print(text)
+        return
+    results.write_text(json.dumps(content, indent=1) + "\n")
+    where.write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from families import agreement_of, call_of
+from families import agreement_of, call_of, publish
 from torch import Tensor, nn
 from zoo_packages import BESIDE, PINS, ZOO, Model
 
@@ -263,15 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{name}: {rows[-1].blocks_fused} of {rows[-1].blocks}, {rows[-1].ratio:.2f}x", file=sys.stderr, flush=True
         )
     content = {"machine": bench_results.machine(), "models": [asdict(row) for row in rows]}
-    if options.only is not None:
-        print(page(content))
-        return 0
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    PAGE.write_text(page(content))
+    publish(content, page(content), *(() if options.only else (RESULTS, PAGE)))
     return 0
 
 
 if __name__ == "__main__":
-    # Some packages write where they are told, or into a home folder.
-    os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("MPLBACKEND", "agg")  # some packages draw when they are imported
     sys.exit(main())

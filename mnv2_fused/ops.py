@@ -30,9 +30,8 @@ from .tensors import check_input, empty_output
 def missing_kernel(backend: str, spec: BlockSpec) -> str | None:
     """What of such a block ``backend`` has no kernel for, in words; None where it takes the block."""
     if backend == "triton":
-        why = triton_plans.unsupported(torch.float16, spec) or triton_plans.does_not_fit(
-            spec
-        )  # dtypes: the op's to refuse
+        why = triton_plans.unsupported(torch.float16, spec)  # dtypes are the op's to refuse
+        why = why or triton_plans.does_not_fit(spec)
         return None if why is None else why.removesuffix("; use backend='eager'")
     if backend == "cuda":
         return cuda_plans.missing_kernel(spec)
