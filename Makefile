@@ -1,7 +1,7 @@
 # make demo   photographs through eager and fused MobileNetV2, or EfficientNet-Lite0: table and demo.png
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make families  the models that people have, eager and fused: docs/families.md
-# make packages  205 models of 42 packages, eager and fused, in half an hour: docs/packages.md
+# make packages  205 models of 42 packages, eager and fused, in a quarter of an hour: docs/packages.md
 # make chain  the layers one by one, straight on the kernels
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
 # make gpu-profile OUT=folder  there, too: what bounds the CUDA kernel in its three slowest blocks, by Nsight Compute
