@@ -33,7 +33,8 @@ struct BlockArgs {
   int64_t x_channel;              // 1 except for a stem
   const S* w_expand;           // K = C_in, of a stem 9 * C_in (C_in rounded up to an even number)
   const T* b_expand;           // [E/16 * 16]
-  const T* w_depthwise;        // [E/16][9][16]
+  const T* w_depthwise;        // [E/16][taps][16]
+  int64_t w_depthwise_panel;   // elements between its panels
   const T* b_depthwise;        // [E/16 * 16]
   const S* w_project;          // K = E
   const T* b_project;          // [C_out]

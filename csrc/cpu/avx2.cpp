@@ -31,7 +31,21 @@ struct F32x8 {
     return {_mm256_maskload_ps(p, mask(n))};
   }
   MNV2_INLINE void store(T* p) const { _mm256_storeu_ps(p, v); }
-  MNV2_INLINE void store_partial(T* p, int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  // By parts: a masked store takes a Zen core more than ten cycles.
+  MNV2_INLINE void store_partial(T* p, int64_t n) const {
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+  }
   static MNV2_INLINE F32x8 set1(T s) { return {_mm256_set1_ps(s)}; }
   static MNV2_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
     return {_mm256_fmadd_ps(a.v, b.v, c.v)};
@@ -62,7 +76,15 @@ struct F64x4 {
     return {_mm256_maskload_pd(p, mask(n))};
   }
   MNV2_INLINE void store(T* p) const { _mm256_storeu_pd(p, v); }
-  MNV2_INLINE void store_partial(T* p, int64_t n) const { _mm256_maskstore_pd(p, mask(n), v); }
+  MNV2_INLINE void store_partial(T* p, int64_t n) const {
+    __m128d rest = _mm256_castpd256_pd128(v);
+    if (n & 2) {
+      _mm_storeu_pd(p, rest);
+      rest = _mm256_extractf128_pd(v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, rest);
+  }
   static MNV2_INLINE F64x4 set1(T s) { return {_mm256_set1_pd(s)}; }
   static MNV2_INLINE F64x4 fma(F64x4 a, F64x4 b, F64x4 c) {
     return {_mm256_fmadd_pd(a.v, b.v, c.v)};

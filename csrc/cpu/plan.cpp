@@ -36,8 +36,14 @@ constexpr int64_t kMostCached = int64_t{4} << 20, kMostCachedTogether = int64_t{
 // and read three times: on a Zen 4 core whole rows of 160 -> 960 -> 160 at 272x480, dilated by 36, in
 // twice L2 took 0.54 of the time that columns took whose windows fit L2 and were computed 2.05 times.
 constexpr double kMostRecompute = 4.0, kMostRecomputeDilated = 1.2;
+// Images of one pixel that the group is chosen for.
+constexpr int64_t kColumns = 64;
 // What the group is chosen for, once and for all: its best plans on these numbers of threads.
 constexpr int64_t kThreads[] = {1, 2};
+
+bool has_images_as_columns(const BlockShape& s) {
+  return s.kernel == 1 && s.height == 1 && s == as_one_image(s, s.width);
+}
 
 // Vector operations one multiply-add costs in a register tile of 1 ... 4 vectors of channels:
 // narrow tiles need more rows, whose input pointers no longer fit the integer registers. Two vectors
@@ -260,7 +266,28 @@ std::optional<Plan> best_plan(const BlockShape& s, const Machine& m, int64_t gro
   return best ? best : complete(s, m, 1, 1, group, 1);
 }
 
+void check(const BlockShape& s) {
+  if (has_images_as_columns(s)) return;
+  if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
+}
+
 }  // namespace
+
+bool takes_middle_taps(const BlockShape& s) {
+  const int64_t middle = s.dilation * (s.kernel / 2);
+  return s.height == 1 && s.width == 1 && s.out_height() == 1 && s.out_width() == 1 &&
+         s.pad_left == middle && s.pad_top == middle && s.squeeze_channels == 0 &&
+         s.expand != Expand::kStem;
+}
+
+BlockShape as_one_image(BlockShape s, int64_t images) {
+  s.batch = 1;
+  s.width = images;
+  s.stride = s.kernel = s.dilation = 1;
+  s.column_stride = 0;
+  s.pad_left = s.pad_right = s.pad_top = s.pad_bottom = 0;
+  return s;
+}
 
 int64_t squeezed_together(const BlockShape& s, const Machine& m) {
   const int64_t image = image_cache_bytes(s, m);
@@ -269,11 +296,12 @@ int64_t squeezed_together(const BlockShape& s, const Machine& m) {
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m) {
-  if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
+  check(s);
   // The group decides the order of summation, so it depends on neither batch nor threads: an
   // image's result is the same bit for bit alone, in a batch, and on any number of cores.
   BlockShape image = s;
   image.batch = 1;
+  if (has_images_as_columns(s)) image.width = kColumns;
   int64_t group = kPanel;
   double least = -1;
   for_parts(s.hidden_panels(), [&](int64_t panels) {
@@ -295,19 +323,19 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
 
 Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,
                int64_t group, int64_t splits) {
-  if (const std::string why = unsupported(s); !why.empty()) throw std::invalid_argument(why);
-  const auto check = [](const char* name, int64_t value, int64_t limit) {
+  check(s);
+  const auto in_range = [](const char* name, int64_t value, int64_t limit) {
     if (value < 1 || value > limit)
       throw std::invalid_argument("plan: " + std::string(name) + " must be 1 to " +
                                   std::to_string(limit) + ", got " + std::to_string(value));
   };
-  check("tile_rows", tile_rows, s.out_height());
-  check("tile_cols", tile_cols, s.out_width());
-  check("group", group, s.hidden_panels() * kPanel);
+  in_range("tile_rows", tile_rows, s.out_height());
+  in_range("tile_cols", tile_cols, s.out_width());
+  in_range("group", group, s.hidden_panels() * kPanel);
   if (group % kPanel != 0)
     throw std::invalid_argument("plan: group must be a multiple of " + std::to_string(kPanel) +
                                 ", got " + std::to_string(group));
-  check("splits", splits, ceil_div(s.hidden_channels, group));
+  in_range("splits", splits, ceil_div(s.hidden_channels, group));
   return complete(s, m, tile_rows, tile_cols, group, splits);
 }
 

@@ -88,6 +88,11 @@ Plan make_plan(const BlockShape& shape, const Machine& machine);
 Plan make_plan(const BlockShape& shape, const Machine& machine, int64_t tile_rows,
                int64_t tile_cols, int64_t group, int64_t splits);
 
+// Whether x is one pixel, of which each output sums the middle tap alone.
+bool takes_middle_taps(const BlockShape& shape);
+// `images` of such a block as the columns of one image, whose kernel is that tap.
+BlockShape as_one_image(BlockShape shape, int64_t images);
+
 // Images of a squeeze-and-excite block that run at once: as many as `threads`, or more where their d
 // is small.
 int64_t squeezed_together(const BlockShape& shape, const Machine& machine);

@@ -210,6 +210,7 @@ void run_part(const BlockShape& shape, const Plan& plan, const ActivationView& x
                     static_cast<const S*>(w.w_expand),
                     static_cast<const T*>(w.b_expand),
                     static_cast<const T*>(w.w_depthwise),
+                    (w.taps > 0 ? w.taps : shape.taps()) * kPanel,
                     static_cast<const T*>(w.b_depthwise),
                     static_cast<const S*>(w.w_project),
                     static_cast<const T*>(w.b_project),
@@ -257,6 +258,13 @@ int64_t scratch_bytes(const BlockRun& run) {
 template <class S>
 void run_block(const BlockRun& run, ActivationView x, const BlockPointers& w, S* y, void* scratch,
                Next next) {
+  if (run.of_pixels) {
+    BlockPointers middle = w;
+    const int64_t taps = run.rest.taps();
+    middle.w_depthwise = static_cast<const Compute<S>*>(w.w_depthwise) + taps / 2 * kPanel;
+    middle.taps = taps;
+    return run_part(run.part, run.plan, as_columns(x), middle, y, scratch, next);
+  }
   for (int64_t left = run.batch; left > 0; left -= run.part.batch) {
     const bool whole = left >= run.part.batch;
     const BlockShape& shape = whole ? run.part : run.rest;

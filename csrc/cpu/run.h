@@ -1,6 +1,8 @@
 // One layer at a time, from torch tensors to the CPU kernels: checks, plans, calls.
 #pragma once
 
+#include <algorithm>
+
 #include "../tensors.h"
 #include "isa.h"
 
@@ -12,6 +14,13 @@ struct ActivationView {
   const void* data;
 };
 ActivationView activation_of(const Tensor& x);
+// One-pixel images as the pixels of one image: along its columns, and along its rows.
+inline ActivationView as_columns(const ActivationView& x) {
+  return {{1, x.sizes[1], 1, x.sizes[0]}, {0, x.strides[1], 0, x.strides[0]}, x.data};
+}
+inline ActivationView as_rows(const ActivationView& x) {
+  return {{1, x.sizes[1], x.sizes[0], 1}, {0, x.strides[1], x.strides[0], 0}, x.data};
+}
 
 // Packed weights of one block; see fold.py for their layout. Weights of bfloat16 products hold pairs
 // of channels in a fourth dimension.
@@ -24,6 +33,7 @@ struct BlockTensors {
 struct BlockPointers {
   const void *w_expand, *b_expand, *w_depthwise, *b_depthwise, *w_project, *b_project;
   const void *w_squeeze = nullptr, *b_squeeze = nullptr, *w_excite = nullptr, *b_excite = nullptr;
+  int64_t taps = 0;  // of w_depthwise, where the shape's are fewer
 };
 
 // Shape of the block whose geometry the packed weights carry. Fails where the weights are not of S's
@@ -45,22 +55,27 @@ Machine current_machine();
 Plan cached_plan(const BlockShape& shape, const Machine& machine);
 
 // Parts of a batch: all images at once, or with a squeeze-and-excite as many at a time as leave its d
-// in the caches.
+// in the caches. Images of one pixel run as the pixels of one image: a tile holds no pixels of two.
 struct BlockRun {
   BlockShape part, rest;  // rest: the images left, 0 where the parts divide the batch
   Plan plan, rest_plan;
   int64_t batch;
+  bool of_pixels;  // whether the parts' columns are images
 
   BlockRun() = default;
   // plan_of(shape): the plan for as many images.
   template <class F>
   BlockRun(const BlockShape& shape, const Machine& machine, F plan_of)
       : part(shape), rest(shape), plan{}, rest_plan{}, batch(shape.batch) {
+    of_pixels = batch > 0 && takes_middle_taps(shape);
+    if (of_pixels) part = as_one_image(shape, batch);
     if (shape.squeeze_channels > 0 && batch > 0) part.batch = squeezed_together(shape, machine);
-    rest.batch = batch > 0 ? batch % part.batch : 0;
+    rest.batch = batch > 0 ? batch % images_of_part() : 0;
     plan = plan_of(part);
     if (rest.batch > 0) rest_plan = plan_of(rest);
   }
+
+  int64_t images_of_part() const { return of_pixels ? batch : part.batch; }
 };
 // Bytes of scratch that a run needs.
 template <class S>

@@ -144,11 +144,6 @@ std::shared_ptr<const Row> cached_row(IntHeaderOnlyArrayRef layers, const Sizes&
                   [&] { return std::make_shared<const Row>(make_row<S>(layers, x, machine)); });
 }
 
-// One-pixel images as the pixels of one image.
-ActivationView as_pixels(const ActivationView& x) {
-  return {{1, x.sizes[1], x.sizes[0], 1}, {0, x.strides[1], x.strides[0], 0}, x.data};
-}
-
 // Layers in a row, by the kernels that each would run alone, in one buffer for what lies between.
 Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
                     const Tensor& weights,         // [bytes], of all layers
@@ -201,7 +196,7 @@ Tensor run_sequence(const Tensor& x,               // [N, C, H, W]
       if (l.is_block())
         run_block(l.run, in, l.pointers(packed), y, first + between, next);
       else
-        run_pointwise(l.pointwise, l.kind == kLinear ? as_pixels(in) : in, packed + l.weights[0],
+        run_pointwise(l.pointwise, l.kind == kLinear ? as_rows(in) : in, packed + l.weights[0],
                       packed + l.weights[1], y, reinterpret_cast<T*>(first + between), next);
       in = {l.y, {l.y[1] * l.y[2] * l.y[3], 1, l.y[3] * l.y[1], l.y[1]}, y};
     }

@@ -156,7 +156,7 @@ PYBIND11_MODULE(_C, m) {
             return make_plan(s, machine, (*forced)[0], (*forced)[1], (*forced)[2], (*forced)[3]);
           };
           const BlockRun run(shape, machine, plan_of);
-          const bool at_once = run.part.batch == shape.batch;
+          const bool at_once = shape.batch == 0 || run.images_of_part() == shape.batch;
           py::dict plan = to_dict(at_once ? run.plan : plan_of(shape));
           plan["call_bytes"] = shape.batch > 0 ? scratch_bytes<S>(run) : 0;
           return plan;

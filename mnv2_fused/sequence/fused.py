@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import backends, ops
 from ..encoding import LayerKind
 from ..module.fused_block import SCRIPTED, FusedBlock
-from ..module.guard import Guard, has_hooks
+from ..module.guard import Guard, has_hooks, is_compiled
 from ..module.in_place import around_the_same
 from ..module.packed_cache import cacheable, capturing
 from .compiled import RunsTraced, forget
@@ -89,6 +89,7 @@ class PreparedRun:
         self.runs = has_blocks and (device and device.type == "cpu") is is_cpu and one_kind(kinds, backend)
         self.steps: list[Run | nn.Module] = []
         self.only: tuple[Tensor, Tensor, bool] | None = None  # the row of a run on the CPU, where that is all
+        self.of_call: tuple[Tensor, Tensor, bool] | None = None  # the same where a call of the module does no more
         if not self.runs or self.dtype is None:
             return
         for is_run, entries in grouped(found):
@@ -120,6 +121,13 @@ class RunsFused(RunsTraced):
     OWN: tuple[str, ...] = ("_prepared",)  # all that it has beside what its original had
     outermost = False  # whether it is nobody's child
     _prepared: PreparedRun | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            prepared = self._prepared
+            if prepared is not None and prepared.of_call is not None and prepared.guard.serves(args[0]):
+                return ops.sequence_row(args[0], *prepared.of_call)
+        return super().__call__(*args, **kwargs)
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         """The modules that forward calls in a row, and those whose lists of children they come from."""
@@ -204,6 +212,9 @@ class RunsFused(RunsTraced):
         if self.fusable_children() != found:
             return None
         if not prepared.runs or prepared.cacheable:
+            # The guard, which is there by now, notices what would change this.
+            if not (has_hooks(self) or is_compiled(self) or "forward" in vars(self)):
+                prepared.of_call = prepared.only
             self._prepared = prepared
         return prepared  # another thread may have dropped it from self again
 

@@ -198,7 +198,7 @@ class RunsAsSeen(RunsFused):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not forward: tools read how that is called.
-        ordinary = super().__call__
+        ordinary = super(RunsFused, self).__call__
         if len(args) != 1 or kwargs or self.training or torch.compiler.is_compiling() or type(args[0]) is not Tensor:
             return ordinary(*args, **kwargs)
         (x,) = args

@@ -111,6 +111,7 @@ void depthwise_row(const DepthwiseRow<V, O>& t, int64_t cols) {
 
 template <class V, class O>
 void depthwise_row(const DepthwiseRow<V, O>& t, const BlockShape& s, int64_t cols) {
+  if (s.kernel == 1) return depthwise_row<V, 1, 1>(t, cols);
   unrolled<kKernelSizeCount>([&](auto i) MNV2_INLINE_LAMBDA {
     constexpr int kSize = int(kKernelSizes[i]);
     if (s.kernel != kSize) return;
@@ -138,7 +139,7 @@ void depthwise(const Window<S>& w, const Compute<S>* expanded, S* d, Group group
   for (int64_t v = vectors.first; v < vectors.first + vectors.count; ++v) {
     const int64_t channel = group.first + v * V::kLanes;
     t.weights =
-        w.args.w_depthwise + vector_offset<V>(group.first / V::kLanes + v, s.taps() * kPanel);
+        w.args.w_depthwise + vector_offset<V>(group.first / V::kLanes + v, w.args.w_depthwise_panel);
     t.bias = w.args.b_depthwise + channel;
     t.gate = w.gate ? w.gate + channel : nullptr;
     const Compute<S>* in = expanded + vector_offset<V>(v, w.panel);
