@@ -215,8 +215,10 @@ std::optional<Plan> best_within(const BlockShape& s, const Machine& m, int64_t g
     const Plan p = complete(s, m, rows, cols, group, splits, budget);
     if (p.scratch_bytes > budget) return false;
     if (splits > 1 && (p.tasks > m.threads || p.partial_bytes > budget)) return true;
-    // A whole map of every expanded channel would be the expanded tensor.
-    const bool whole = p.band_rows == s.out_height() && cols == s.out_width();
+    // A whole map of every expanded channel would be the expanded tensor. Of one-pixel images it may be:
+    // the group must not rest on how many there are.
+    const bool whole =
+        p.band_rows == s.out_height() && cols == s.out_width() && !has_images_as_columns(s);
     if (whole && group >= s.hidden_channels && group > kPanel) return true;
     legal.push_back(p);
     return true;
@@ -318,7 +320,7 @@ Plan make_plan(const BlockShape& s, const Machine& m) {
     group = panels * kPanel;
   });
   // Whether there is one rests on neither batch nor threads.
-  return *best_plan(s, m, group);
+  return best_plan(s, m, group).value();
 }
 
 Plan make_plan(const BlockShape& s, const Machine& m, int64_t tile_rows, int64_t tile_cols,

@@ -17,7 +17,6 @@ namespace mnv2_fused {
 //   - samples: one or two cache lines of each tensor, at every call;
 //   - a checksum of kChunk bytes at every call, the next ones each time: any write to a CPU tensor is
 //     found after at most ceil(bytes / kChunk) calls plus one per tensor.
-// Shape and strides of a vector are compared at every fourth call, all others' at each.
 // A tensor of another device has no readable memory here: its version and address are all there is.
 class Guard {
  public:
@@ -116,7 +115,7 @@ class Guard {
   std::vector<const char*> sampled_;  // where each of samples_ lies
   std::vector<int64_t> lengths_;      // each combination once
   std::vector<Chunk> chunks_;
-  size_t next_chunk_ = 0, calls_ = 0;
+  size_t next_chunk_ = 0;
 };
 
 }  // namespace mnv2_fused

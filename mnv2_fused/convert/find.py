@@ -39,6 +39,8 @@ def _match(module: nn.Module) -> Match | str | None:
         family, parts = seen
     if is_torchvisions(module, family) and has_hooks(module):
         return "a hook on it would not be called: remove it first"
+    if parts.spec.hidden_channels == 1 and not parts.spec.expand:
+        return "its depthwise convolution has one channel, which leaves most of a vector empty: torch is faster"
     return Match(family, parts.spec)
 
 

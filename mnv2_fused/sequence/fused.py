@@ -123,7 +123,7 @@ class RunsFused(RunsTraced):
     _prepared: PreparedRun | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        if len(args) == 1 and not kwargs and not torch.compiler.is_dynamo_compiling():
             prepared = self._prepared
             if prepared is not None and prepared.of_call is not None and prepared.guard.serves(args[0]):
                 return ops.sequence_row(args[0], *prepared.of_call)

@@ -341,6 +341,7 @@ bool check_block(const cpu::Isa& isa, double tolerance) {
                     s.expand == Expand::kNone ? nullptr : w.w_expand.data(),
                     s.expand == Expand::kNone ? nullptr : w.b_expand.data(),
                     w.w_depthwise.data(),
+                    s.taps() * kPanel,
                     w.b_depthwise.data(),
                     w.w_project.data(),
                     w.b_project.data(),

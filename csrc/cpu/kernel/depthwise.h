@@ -138,8 +138,8 @@ void depthwise(const Window<S>& w, const Compute<S>* expanded, S* d, Group group
   t.in_image = w.image_cols();
   for (int64_t v = vectors.first; v < vectors.first + vectors.count; ++v) {
     const int64_t channel = group.first + v * V::kLanes;
-    t.weights =
-        w.args.w_depthwise + vector_offset<V>(group.first / V::kLanes + v, w.args.w_depthwise_panel);
+    t.weights = w.args.w_depthwise +
+                vector_offset<V>(group.first / V::kLanes + v, w.args.w_depthwise_panel);
     t.bias = w.args.b_depthwise + channel;
     t.gate = w.gate ? w.gate + channel : nullptr;
     const Compute<S>* in = expanded + vector_offset<V>(v, w.panel);
