@@ -1,0 +1,1 @@
+"""Inverted residuals in 8-bit integers."""
