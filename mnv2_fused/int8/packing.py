@@ -1,4 +1,4 @@
-"""Layers on 8-bit integers as one row of bytes and integers: what ``mnv2_fused::int8_row`` takes.
+"""Layers on 8-bit integers as one row of bytes and integers: what ``mnv2_fused::int8_sequence`` takes.
 
 ``csrc/cpu/int8/sequence.cpp`` is the twin. Parts lie one after the other, each on cache lines of its own.
 """

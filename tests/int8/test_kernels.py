@@ -6,6 +6,7 @@ from support.devices import by_isa
 from support.int8 import random_block, random_head
 
 from mnv2_fused import BlockSpec
+from mnv2_fused.encoding import LayerKind
 from mnv2_fused.int8.layers import run_reference
 from mnv2_fused.int8.packing import geometry_of, layout, pack
 from mnv2_fused.testing import instruction_set, threads
@@ -20,7 +21,8 @@ def image(*shape, seed=1):
 
 def run(x, layers):
     weights = pack(layers, *layout())
-    return torch.ops.mnv2_fused.int8_row(x, weights, torch.tensor(geometry_of(layers)))
+    y = torch.ops.mnv2_fused.int8_sequence(x, weights, geometry_of(layers))
+    return y.flatten(1) if layers[-1].kind is LayerKind.LINEAR else y
 
 
 def check(x, layers):
@@ -126,6 +128,33 @@ def test_threads_strides_and_batches_change_no_bit(isa):
                 wide.copy_(x)
                 assert torch.equal(run(wide, layers), y)
         assert run(x[:0], layers).shape == (0, 24, 31, 29)
+
+
+def test_opcheck():
+    layers = [random_block(BlockSpec(24, 144, 24, residual=True))]
+    weights = pack(layers, *layout())
+    for x in (image(2, 24, 6, 5), image(2, 24, 6, 5).contiguous()):
+        torch.library.opcheck(torch.ops.mnv2_fused.int8_sequence.default, (x, weights, geometry_of(layers)))
+
+
+def test_bad_weights_are_named():
+    layers = [random_block(BlockSpec(24, 144, 24, residual=True))]
+    weights, geometry = pack(layers, *layout()), geometry_of(layers)
+    op, x = torch.ops.mnv2_fused.int8_sequence, image(1, 24, 6, 5)
+    for bad, message in (
+        ((x, weights[:-64], geometry), "ends early"),
+        ((x, torch.cat([weights, weights[:64]]), geometry), "64 bytes too many"),
+        ((x, weights.float(), geometry), "row of bytes"),
+        ((x.double(), weights, geometry), "x must be float32"),
+        ((x[:, :23], weights, geometry), "x must have 24 channels, got 23"),
+        ((x[0], weights, geometry), "x must be"),
+        ((x, weights, geometry[:-1]), "they end within layer 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*bad)
+    dilated = [random_block(BlockSpec(24, 144, 24, dilation=2))]
+    with pytest.raises(RuntimeError, match="dilation must be 1"):
+        op(x, pack(dilated, *layout()), geometry_of(dilated))
 
 
 @by_isa

@@ -138,9 +138,7 @@ class Row {
 
   Tensor run(const Tensor& x) {
     const Sizes sizes = sizes_of(x), last = layers_.back().y;
-    const bool flat = layers_.back().kind == kLinear;
-    const Tensor y = flat ? empty({last.data(), 2}, std::array<int64_t, 2>{last[1], 1})
-                          : cpu::empty(last, ScalarType::Float, true);
+    const Tensor y = empty(last, ScalarType::Float, true);
     if (sizes[0] == 0) return y;
     int64_t most = x.numel();
     for (const LayerShape& l : layers_) most = std::max(most, l.y_elements());
@@ -171,10 +169,6 @@ class Row {
   }
 
  private:
-  static Tensor empty(IntHeaderOnlyArrayRef sizes, const std::array<int64_t, 2>& strides) {
-    return cpu::empty(sizes, {strides.data(), strides.size()}, ScalarType::Float);
-  }
-
   // x as uint8, [N, H, W, C].
   void quantize(const Tensor& x, uint8_t* q) {
     const auto [n, c, height, width] = sizes_of(x);
@@ -335,24 +329,20 @@ class Row {
   bool real_ = false;
 };
 
-Tensor int8_row(const Tensor& x,        // float32 [N, C, H, W]
-                const Tensor& weights,  // [bytes]
-                const Tensor& layers    // as of a sequence
+Tensor int8_sequence(const Tensor& x,              // float32 [N, C, H, W]
+                     const Tensor& weights,        // [bytes]
+                     IntHeaderOnlyArrayRef layers  // as of a sequence
 ) {
   try {
-    check_given({{"x", &x}, {"weights", &weights}, {"layers", &layers}});
+    check_given({{"x", &x}, {"weights", &weights}});
     if (x.scalar_type() != ScalarType::Float)
       fail("x must be float32; convert it with x.float()");
     if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
         !weights.is_contiguous())
-      fail("weights must be one contiguous row of bytes on the CPU");
-    if (!layers.is_cpu() || layers.scalar_type() != ScalarType::Long || layers.dim() != 1 ||
-        !layers.is_contiguous())
-      fail("layers must be one contiguous row of int64 on the CPU");
-    const auto* const values = static_cast<const int64_t*>(layers.const_data_ptr());
-    return Row(weights, layer_shapes({values, size_t(layers.numel())}, sizes_of(x))).run(x);
+      fail("weights must be one contiguous row of bytes on the CPU, as mnv2_fused.int8 packs them");
+    return Row(weights, layer_shapes(layers, sizes_of(x))).run(x);
   } catch (const std::exception& error) {
-    throw std::runtime_error(std::string("mnv2_fused::int8_row: ") + error.what());
+    throw std::runtime_error(std::string("mnv2_fused::int8_sequence: ") + error.what());
   }
 }
 
@@ -360,5 +350,5 @@ Tensor int8_row(const Tensor& x,        // float32 [N, C, H, W]
 }  // namespace mnv2_fused::cpu::int8
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
-  m.impl("int8_row", TORCH_BOX(&mnv2_fused::cpu::int8::int8_row));
+  m.impl("int8_sequence", TORCH_BOX(&mnv2_fused::cpu::int8::int8_sequence));
 }
