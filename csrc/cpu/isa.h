@@ -52,7 +52,7 @@ struct Isa {
   Kernels<float> f32;
   Kernels<double> f64;
   Kernels<BFloat16> bf16;
-  const int8::Kernels* integers;
+  const int8::Kernels& (*integers)();
 };
 
 template <class S>

@@ -16,11 +16,12 @@ struct ComputeOf<uint8_t> {
 namespace mnv2_fused::cpu::int8 {
 
 constexpr int64_t kProductRows = 32;  // of a ProductArgs that run together
-constexpr int32_t kHighest = 255;  // of a uint8
+constexpr int32_t kHighest = 255;     // of a uint8
 
 // A convolution's weights and what follows its sums. Vectors are [C/16 * 16].
 struct Stage {
-  const void* weight;  // of a product [C/16][K/depth][16][depth], of a depthwise [C/16][k][quads][16][depth]
+  const void*
+      weight;  // of a product [C/16][K/depth][16][depth], of a depthwise [C/16][k][quads][16][depth]
   const int32_t* bias;
   const float *multiplier, *low, *high, *scale;
   int32_t zero;
@@ -94,6 +95,9 @@ struct Kernels {
   void (*gate)(const float* v, int64_t count, Gate gate, const float* scale, float* factors);
 };
 
+namespace avx512_vnni {
+extern const Kernels kKernels;
+}
 namespace avx2 {
 extern const Kernels kKernels;
 }

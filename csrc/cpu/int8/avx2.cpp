@@ -69,8 +69,8 @@ struct I32x8 {
   }
   static MNV2_INLINE F to_float(I32x8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
   static MNV2_INLINE F power_of_two(I32x8 n) {
-    return {_mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_add_epi32(n.v, _mm256_set1_epi32(127)), 23))};
+    return {
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.v, _mm256_set1_epi32(127)), 23))};
   }
   MNV2_INLINE __m128i halves() const {
     return _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -27,9 +27,7 @@ MNV2_INLINE void dot_products(V (&acc)[R][N], const typename V::In* x, int64_t p
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { row[j] = V::weights(w[j] + k * kPanel); });
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
       const V value = V::broadcast(x + i * pitch + k);
-      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-        acc[i][j] = V::dot(acc[i][j], value, row[j]);
-      });
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { acc[i][j] = V::dot(acc[i][j], value, row[j]); });
     });
   }
 }
@@ -37,9 +35,9 @@ MNV2_INLINE void dot_products(V (&acc)[R][N], const typename V::In* x, int64_t p
 template <class V>
 struct ExpandTile {
   using In = typename V::In;
-  const In* x;       // of the first pixel
-  int64_t pitch;     // elements between pixels
-  int64_t terms;     // a multiple of kDepth
+  const In* x;    // of the first pixel
+  int64_t pitch;  // elements between pixels
+  int64_t terms;  // a multiple of kDepth
   const Stage* stage;
   int64_t vector;    // first vector of channels
   int32_t* ring;     // of the first pixel and the group's first panel
@@ -82,8 +80,8 @@ auto expand_table(std::integer_sequence<int, R...>) {
 
 // One row of the window: its pixels inside the image, then the padding behind them.
 template <class V>
-void expand_row(const Window<uint8_t>& w, const typename V::In* x, int64_t pitch, const Stage& stage,
-                Group group, int32_t* ring_row) {
+void expand_row(const Window<uint8_t>& w, const typename V::In* x, int64_t pitch,
+                const Stage& stage, Group group, int32_t* ring_row) {
   const int64_t vectors = ceil_div(group.channels, kPanel) * kPerPanel<V>;
   ExpandTile<V> t{x, pitch, pitch, &stage, 0, nullptr, w.panel, 0, false};
   const auto run = [&]<bool kClips>(std::bool_constant<kClips>) {
@@ -126,8 +124,8 @@ void copy_row(const Window<uint8_t>& w, const uint8_t* x, Group group, int32_t* 
               int32_t zero) {
   for (int64_t v = 0; v < ceil_div(group.channels, kPanel) * kPerPanel<V>; ++v) {
     const int64_t channel = v * V::kLanes, count = least(group.channels - channel, V::kLanes);
-    int32_t* at = ring_row + v / kPerPanel<V> * w.panel + v % kPerPanel<V> * V::kLanes +
-                  w.left * kPanel;
+    int32_t* at =
+        ring_row + v / kPerPanel<V> * w.panel + v % kPerPanel<V> * V::kLanes + w.left * kPanel;
     V lanes = padding_lanes<V>(zero);
     for (int64_t col = 0; col < w.image_cols(); ++col, at += kPanel) {
       const uint8_t* const pixel = x + col * w.args.x_col + group.first + channel;

@@ -80,8 +80,7 @@ void run_tile(const BlockCall& a, const Plan& plan, int64_t task, char* scratch)
     for (int64_t r = 0; r < w.rows; ++r)
       for (int64_t c = 0; c < w.cols; ++c)
         finish_pixel<V, kClips>(sums + (r * w.cols + c) * out_pitch, a.project, s.out_channels,
-                                s.residual ? w.residual(r, c) : nullptr, a.x_zero,
-                                a.residual_scale,
+                                s.residual ? w.residual(r, c) : nullptr, a.x_zero, a.residual_scale,
                                 a.y + w.out + (r * s.out_width() + c) * s.out_channels);
   };
   clips(a.project) ? finish(std::true_type{}) : finish(std::false_type{});
@@ -93,8 +92,8 @@ void run_product(const ProductArgs& a, int64_t begin, int64_t end, char* scratch
   using In = typename V::In;
   const int64_t pitch = round_up(a.in, kPanel), out_pitch = round_up(a.out, kPanel);
   auto* const x = reinterpret_cast<In*>(scratch);
-  auto* const sums =
-      reinterpret_cast<int32_t*>(scratch + round_up(kProductRows * pitch * int64_t(sizeof(In)), 64));
+  auto* const sums = reinterpret_cast<int32_t*>(
+      scratch + round_up(kProductRows * pitch * int64_t(sizeof(In)), 64));
   const int64_t panels = pitch / kPanel;
   for (int64_t row = begin; row < end; row += kProductRows) {
     const int64_t rows = least(end - row, kProductRows);
@@ -138,7 +137,8 @@ void quantize_row(const float* x, int64_t cols, int64_t channels, int64_t col_st
   const F scale = F::set1(inverse_scale), low = F::set1(float(-zero)),
           high = F::set1(float(kHighest - zero));
   float some[kPixels * 4 + V::kLanes] = {};
-  const int64_t together = channels <= 4 ? kPixels : 1, step = channels <= 4 ? channels : kPixels * 4;
+  const int64_t together = channels <= 4 ? kPixels : 1,
+                step = channels <= 4 ? channels : kPixels * 4;
   for (int64_t col = 0; col < cols; col += together)
     for (int64_t c = 0; c < channels; c += step) {
       const int64_t n = least(cols - col, together), m = least(channels - c, step), count = n * m;
@@ -181,8 +181,10 @@ void gate(const float* v, int64_t count, Gate kind, const float* scale, float* f
 
 template <class V>
 constexpr Kernels kernels_of_vectors() {
-  return {V::kDepth,      int64_t{sizeof(typename V::In)}, V::kLanes, run_tile<V>,
-          run_product<V>, quantize_row<V>,                 mean<V>,   gate<V>};
+  return {V::kDepth,      int64_t{sizeof(typename V::In)},
+          V::kLanes,      run_tile<V>,
+          run_product<V>, quantize_row<V>,
+          mean<V>,        gate<V>};
 }
 
 }  // namespace

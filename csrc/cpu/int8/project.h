@@ -17,8 +17,7 @@ void project_tile(const typename V::In* d, int64_t panels, int64_t panel, const 
     w[j] = static_cast<const In*>(stage.weight) + (v / kPerPanel<V> * hidden + first) * kPanel +
            v % kPerPanel<V> * V::kLanes * V::kDepth;
     unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
-      acc[i][j] = V::load(starts ? stage.bias + v * V::kLanes
-                                 : sums + i * pitch + v * V::kLanes);
+      acc[i][j] = V::load(starts ? stage.bias + v * V::kLanes : sums + i * pitch + v * V::kLanes);
     });
   });
   for (int64_t p = 0; p < panels; ++p, d += panel) {
@@ -57,8 +56,8 @@ void project(const typename V::In* d, int64_t pixels, const Stage& stage, Group 
 
 // One output pixel of its sums. x: what a residual adds, or null.
 template <class V, bool kClips>
-MNV2_INLINE void finish_pixel(const int32_t* sums, const Stage& stage, int64_t out, const uint8_t* x,
-                              int32_t x_zero, float residual_scale, uint8_t* y) {
+MNV2_INLINE void finish_pixel(const int32_t* sums, const Stage& stage, int64_t out,
+                              const uint8_t* x, int32_t x_zero, float residual_scale, uint8_t* y) {
   using F = typename V::F;
   for (int64_t c = 0; c < out; c += V::kLanes) {
     const int64_t count = least(out - c, V::kLanes);

@@ -17,7 +17,8 @@ MNV2_INLINE typename V::F exponential(typename V::F v) {
   F r = F::sub(v, F::mul(whole, F::set1(0.693359375f)));
   r = F::sub(r, F::mul(whole, F::set1(-2.12194440054690583e-4f)));
   F p = F::set1(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
+  for (const float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
     p = F::add(F::mul(p, r), F::set1(c));
   p = F::add(F::add(F::mul(p, F::mul(r, r)), r), F::set1(1.0f));
   return F::mul(p, V::power_of_two(n));
@@ -36,8 +37,7 @@ MNV2_INLINE typename V::F sigmoid_divisor(typename V::F v) {
 template <class V>
 MNV2_INLINE typename V::F function_of(typename V::F v, Activation a) {
   using F = typename V::F;
-  if (a == Activation::kHardswish)
-    return F::mul(F::mul(v, ramp<V>(v)), F::set1(float(1.0 / 6)));
+  if (a == Activation::kHardswish) return F::mul(F::mul(v, ramp<V>(v)), F::set1(float(1.0 / 6)));
   return F::div(v, sigmoid_divisor<V>(v));  // kSilu: the driver lets no other through
 }
 

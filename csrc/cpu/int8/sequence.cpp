@@ -78,7 +78,7 @@ class Reader {
   int64_t left_;
 };
 
-const Kernels& kernels() { return *cpu::active().integers; }
+const Kernels& kernels() { return cpu::active().integers(); }
 
 int64_t product_bytes(int64_t out, int64_t terms) {
   return round_up(out, kPanel) * terms * kernels().element;
@@ -156,15 +156,14 @@ class Row {
         fail("only the last layer, if it is linear, may be float32");
       real_ = h.real != 0;
       l.is_block() ? run_block(l, h, now, in, out)
-                   : run_product(l, h, now, in, out,
-                                 static_cast<float*>(y.mutable_data_ptr()));
+                   : run_product(l, h, now, in, out, static_cast<float*>(y.mutable_data_ptr()));
       now = l.y;
     }
     if (reader_.left() != 0)
       fail("the row of weights has ", reader_.left(), " bytes too many for these layers");
     if (!real_)
-      dequantize(first + (layers_.size() % 2 ? half : 0),
-                 static_cast<float*>(y.mutable_data_ptr()), y.numel());
+      dequantize(first + (layers_.size() % 2 ? half : 0), static_cast<float*>(y.mutable_data_ptr()),
+                 y.numel());
     return y;
   }
 
@@ -175,20 +174,19 @@ class Row {
     const auto* const data = static_cast<const float*>(x.const_data_ptr());
     const Sizes step{x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
     const int64_t channels = c, rows = height, cols = width;
-    torch::stable::parallel_for(0, n * rows, ceil_div(n * rows, threads_),
-                                [&](int64_t row, int64_t end) {
-      for (; row < end; ++row)
-        kernels().quantize_row(data + row / rows * step[0] + row % rows * step[2], cols, channels,
-                               step[3], step[1], header_.x_inverse_scale, header_.x_zero,
-                               q + row * cols * channels);
-    });
+    torch::stable::parallel_for(
+        0, n * rows, ceil_div(n * rows, threads_), [&](int64_t row, int64_t end) {
+          for (; row < end; ++row)
+            kernels().quantize_row(data + row / rows * step[0] + row % rows * step[2], cols,
+                                   channels, step[3], step[1], header_.x_inverse_scale,
+                                   header_.x_zero, q + row * cols * channels);
+        });
   }
 
   void dequantize(const uint8_t* q, float* y, int64_t count) {
     float table[256];
     for (int32_t i = 0; i < 256; ++i) table[i] = float(i - header_.y_zero) * header_.y_scale;
-    torch::stable::parallel_for(0, count, ceil_div(count, threads_),
-                                [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count, ceil_div(count, threads_), [&](int64_t i, int64_t end) {
       for (; i < end; ++i) y[i] = table[q[i]];
     });
   }
@@ -210,8 +208,8 @@ class Row {
     call.x_zero = h.x_zero;
     call.residual_scale = h.residual_scale;
     if (s.expand != Expand::kNone)
-      call.expand = reader_.stage(
-          product_bytes(hidden, round_up(Scratch::terms(s), k.depth)), hidden);
+      call.expand =
+          reader_.stage(product_bytes(hidden, round_up(Scratch::terms(s), k.depth)), hidden);
     call.depthwise = reader_.stage(hidden * s.kernel * dots * k.depth * k.element, hidden);
     call.project = reader_.stage(product_bytes(s.out_channels, hidden), s.out_channels);
     call.y = out;
@@ -243,9 +241,10 @@ class Row {
     const int64_t hidden = s.hidden_panels() * kPanel, squeezed = s.squeeze_channels;
     const float* const mean_scale = reader_.floats(hidden);
     const float* const gated_scale = reader_.floats(hidden);
-    const Stage reduce = reader_.stage(product_bytes(squeezed, in_panels(s.hidden_channels)), squeezed);
-    const Stage excite = reader_.stage(product_bytes(s.hidden_channels, in_panels(squeezed)),
-                                       s.hidden_channels);
+    const Stage reduce =
+        reader_.stage(product_bytes(squeezed, in_panels(s.hidden_channels)), squeezed);
+    const Stage excite =
+        reader_.stage(product_bytes(s.hidden_channels, in_panels(squeezed)), s.hidden_channels);
     const int64_t tiles = plan.tiles_across(s) * plan.tiles_down(s);
     const int64_t scratch_bytes =
         std::max(product_scratch(s.hidden_channels, squeezed), product_scratch(squeezed, hidden));
@@ -281,18 +280,20 @@ class Row {
 
   void run_product(const LayerShape& l, const LayerHeader& h, const Sizes& x, const uint8_t* in,
                    uint8_t* out, float* real) {
-    const int64_t c_in = x[1], c_out = l.y[1], pixels = x[2] * x[3], panels = ceil_div(c_out, kPanel);
+    const int64_t c_in = x[1], c_out = l.y[1], pixels = x[2] * x[3],
+                  panels = ceil_div(c_out, kPanel);
     const Stage stage = reader_.stage(product_bytes(c_out, in_panels(c_in)), c_out);
     const int64_t slice = product_scratch(c_in, c_out);
     const Tensor scratch = buffer(slice * threads_);
     auto* const first = static_cast<char*>(scratch.mutable_data_ptr());
     const auto run = [&](const uint8_t* rows_of, int64_t rows, auto set) {
-      for_product(rows, panels, [&](int64_t begin, int64_t end, int64_t from, int64_t to, int64_t worker) {
-        ProductArgs a{rows_of, c_in, std::min(to * kPanel, c_out) - from * kPanel,
-                      from_panel(stage, from, in_panels(c_in)), c_out};
-        set(a, from * kPanel);
-        kernels().run_product(a, begin, end, first + worker * slice);
-      });
+      for_product(rows, panels,
+                  [&](int64_t begin, int64_t end, int64_t from, int64_t to, int64_t worker) {
+                    ProductArgs a{rows_of, c_in, std::min(to * kPanel, c_out) - from * kPanel,
+                                  from_panel(stage, from, in_panels(c_in)), c_out};
+                    set(a, from * kPanel);
+                    kernels().run_product(a, begin, end, first + worker * slice);
+                  });
     };
     if (l.kind != kPooled) {
       return run(in, x[0] * pixels, [&](ProductArgs& a, int64_t channel) {
@@ -335,8 +336,7 @@ Tensor int8_sequence(const Tensor& x,              // float32 [N, C, H, W]
 ) {
   try {
     check_given({{"x", &x}, {"weights", &weights}});
-    if (x.scalar_type() != ScalarType::Float)
-      fail("x must be float32; convert it with x.float()");
+    if (x.scalar_type() != ScalarType::Float) fail("x must be float32; convert it with x.float()");
     if (!weights.is_cpu() || weights.scalar_type() != ScalarType::Byte || weights.dim() != 1 ||
         !weights.is_contiguous())
       fail("weights must be one contiguous row of bytes on the CPU, as mnv2_fused.int8 packs them");
