@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.devices import by_isa
-from support.int8 import random_block, random_head
+from support.random_int8 import random_block, random_head
 
 from mnv2_fused import BlockSpec
 from mnv2_fused.encoding import LayerKind
