@@ -80,7 +80,7 @@ class Calibration:
     def _observed(self, unit: Unit, x: Tensor) -> Tensor:
         seen = self.seen[unit.name]
         if not self.producers.note(unit, x):
-            seen.histograms["x"].add(x)
+            seen.x.add(x)
         return unit.source.run(x, seen.see)
 
     def _float_pass(self, images: Tensor, call: Callable[[Unit, Tensor], Tensor]) -> Any:
@@ -178,7 +178,7 @@ class Calibration:
                     f"leave it float with skip=({name!r},)"
                 )
             producer = next(iter(producers)) if len(producers) == 1 else None
-            x: Quantizer = best_quantizer(self.seen[name].histograms["x"]) if producer is None else of(producer).y
+            x: Quantizer = best_quantizer(self.seen[name].x) if producer is None else of(producer).y
             scales[name] = scales_of(self.seen[name], x)
             return scales[name]
 

@@ -13,7 +13,7 @@ from ..activations import function_of
 from ..encoding import LayerKind
 from ..fold import ConvNorm, conv_norms, eps_of
 from ..module import FusedBlock, reading
-from ..module.parameters import conv_norm_activation, parameters_of
+from ..module.parameters import Norm, conv_norm_activation, parameters_of
 from ..sequence.find import Layer
 from ..spec import BlockSpec
 from .layers import CLIPS, FUNCTIONS, GATES, STEM_STRIDE
@@ -166,7 +166,7 @@ def _replace_stem(block: FloatLayer, stem: Affine, activation: str) -> FloatLaye
     )
 
 
-def _folded(conv: nn.Conv2d, norm: nn.Module) -> Affine:
+def _folded(conv: nn.Conv2d, norm: Norm) -> Affine:
     weight, bias = parameters_of(conv, norm).folded(eps_of(norm))
     return Affine(weight.detach(), bias.detach())
 
@@ -225,4 +225,3 @@ def block_objection(spec: BlockSpec) -> str | None:
 
 def _activation_objection(where: str, activation: str) -> str | None:
     return None if activation in KNOWN else f"its {where} has a {activation}, int8 has {', '.join(KNOWN)}"
-

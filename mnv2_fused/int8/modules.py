@@ -304,4 +304,3 @@ def _without_values(block: FusedObserved) -> FusedObserved:
 
 def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, _Quantized)
-

@@ -80,19 +80,20 @@ class ChannelScales(NamedTuple):
 
 
 class ChannelRange:
-    """Least and greatest value of each channel."""
+    """Least and greatest value of each channel behind an activation."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
         self.least = self.greatest = torch.zeros(())
 
-    def add(self, values: Tensor, positive: bool) -> None:
-        """[N, C, H, W]; ``positive``: none is below 0."""
-        if not positive:
+    def add(self, values: Tensor) -> None:
+        """[N, C, H, W]."""
+        if self.activation not in ("relu", "relu6"):
             self.least = torch.minimum(values.amin((0, 2, 3)), self.least)
         self.greatest = torch.maximum(values.amax((0, 2, 3)), self.greatest)
 
     def scales(self, floor: Tensor) -> ChannelScales:
-        """Ranges that hold all that was seen, of the zero point that suits most channels; ``floor``: least scales."""
+        """Ranges that hold what was seen, of the zero point that suits most channels; ``floor``: least scales."""
         least, greatest = self._reach(floor.shape)
         if not bool((least < 0).any()):
             return self.scales_at(0, floor)
@@ -111,10 +112,13 @@ class ChannelRange:
 
     def _reach(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         least, greatest = self.least.double().expand(shape), self.greatest.double().expand(shape)
-        # What never was anything but 0 may be something else on other images.
-        span = greatest - least
-        least_span = (span.max() or torch.ones_like(span.max())) * _LEAST_SPAN
-        return least, torch.where(span < least_span, least_span, greatest)
+        widest = (greatest - least).max()
+        widest = widest if widest > 0 else torch.ones_like(widest)
+        # Channels that were hardly used may be on other images, so much so that EfficientNet-Lite0 quantised on nine
+        # photographs lost 14 dB on others with ranges as seen. Where 6 is the limit all of it is the range.
+        if self.activation == "relu6":
+            return least, widest.expand(shape)
+        return least, greatest.maximum(widest * _LEAST_SPAN).mul(widest).sqrt()
 
 
 _LEAST_SPAN = 2.0**-10  # of a channel over the widest channel's

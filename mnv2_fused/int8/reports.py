@@ -104,5 +104,3 @@ def quantized_report(model: nn.Module) -> QuantizedReport:
         inside = ", though a part of it is" if any(map(is_quantized, model.modules())) else ""
         raise ValueError(f"the {type(model).__name__} is not quantised{inside}: give what mnv2_fused.quantize returned")
     return found
-
-

@@ -12,23 +12,22 @@ from .layers import Quantizer
 from .observers import ChannelRange, ChannelScales, Histogram, best_quantizer
 from .weights import least_scales, reach_of
 
-_POSITIVE = ("relu", "relu6")
-
 
 @dataclass
 class Seen:
     """What calibration saw of one layer's tensors."""
 
     source: FloatLayer
-    histograms: dict[str, Histogram] = field(default_factory=lambda: {"x": Histogram(), "y": Histogram()})
+    x: Histogram = field(default_factory=Histogram)  # empty where x always is the y of one other layer
+    y: Histogram = field(default_factory=Histogram)
     ranges: dict[str, ChannelRange] = field(default_factory=dict)
 
     def see(self, name: str, value: Tensor) -> None:
-        """Takes note of a tensor that :meth:`FloatLayer.run` shows; x is noted by who knows whether it is another's y."""
+        """Takes note of a tensor that :meth:`FloatLayer.run` shows, but for x."""
         if name == "y":
-            self.histograms["y"].add(value)
+            self.y.add(value)
         elif (activation := self._activation(name)) is not None:
-            self.ranges.setdefault(name, ChannelRange()).add(value, activation in _POSITIVE)
+            self.ranges.setdefault(name, ChannelRange(activation)).add(value)
 
     def _activation(self, name: str) -> str | None:
         """Of a tensor with a scale for each channel."""
@@ -36,13 +35,8 @@ class Seen:
         if f.spec is None:
             return f.activation if name == "pixels" else None
         of_d = f.spec.activation
-        return {
-            "e": f.expanded_by,
-            "d": of_d,
-            "mean": of_d,
-            "gated": of_d,
-            "m": f.spec.squeeze_activation,
-        }.get(name)
+        found = {"e": f.expanded_by, "d": of_d, "mean": of_d, "gated": of_d, "m": f.spec.squeeze_activation}
+        return found.get(name)
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ def scales_of(seen: Seen, x: Quantizer) -> Scales:
         floor = 0.0
     else:
         floor = float(least_scales(f.project, reach_of(given)).max())
-    return Scales(x, best_quantizer(seen.histograms["y"], floor), **found)
+    return Scales(x, best_quantizer(seen.y, floor), **found)
 
 
 _TINY = 2.0**-100

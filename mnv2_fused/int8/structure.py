@@ -176,8 +176,9 @@ class _Found:
             return
         units = self.structure.units
         units[-1] = dataclasses.replace(units[-1], ends_row=True)
-        steps.append(QuantizedRow(list(row)))
-        self.structure.rows.append(steps[-1])
+        made = QuantizedRow(list(row))
+        steps.append(made)
+        self.structure.rows.append(made)
         row.clear()
 
 
