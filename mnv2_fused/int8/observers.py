@@ -47,7 +47,7 @@ class Histogram:
         return (torch.arange(_BINS, dtype=torch.float64) + 0.5) * width - self.reach
 
 
-_KEPT = torch.cat([torch.linspace(1, 0.3, 36), torch.tensor([0.25, 0.2, 0.15, 0.1])]).double()  # parts of a range
+_KEPT = torch.cat([torch.linspace(1, 0.3, 15), torch.tensor([0.2, 0.1])]).double()  # parts of a range
 
 
 def best_quantizer(histogram: Histogram, floor: float = 0.0) -> Quantizer:

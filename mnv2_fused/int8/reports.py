@@ -27,6 +27,7 @@ class LayerError:
 
 def sqnr(expected: Tensor, given: Tensor) -> float:
     """The signal-to-quantisation-noise ratio of ``given`` in dB: 10 lg (sum of expected^2 / sum of differences^2)."""
+    expected, given = expected.detach(), given.detach()
     noise = float((expected - given).double().square().sum())
     signal = float(expected.double().square().sum())
     if noise == 0:

@@ -66,8 +66,10 @@ def what_of(source: FloatLayer) -> str:
     return f"{named}: {block}" if named and block else named or block
 
 
-def build(fused: nn.Module, skip: Collection[str]) -> Structure:
+def build(fused: nn.Module, skip: Collection[str], rows: bool) -> Structure:
     """Puts layers on integers into ``fused`` itself, but for those in modules that ``skip`` names.
+
+    ``rows``: whether they run in rows; else each block runs by itself, and no other layer on integers.
 
     Raises ValueError for a name in ``skip`` of no module.
     """
@@ -75,7 +77,7 @@ def build(fused: nn.Module, skip: Collection[str]) -> Structure:
     known = set(dict(fused.named_modules()))
     if missing := [name for name in skip if name not in known]:
         raise ValueError(f"skip names {missing[0]!r}, which is no module of the model; see model.named_modules()")
-    found = _Found(Structure(fused), names, frozenset(skip))
+    found = _Found(Structure(fused), names, frozenset(skip), rows)
     for name, block, why in list(blocks_of(fused)):
         if isinstance(why, str):
             found.keep(name, "block", why)
@@ -94,8 +96,8 @@ def build(fused: nn.Module, skip: Collection[str]) -> Structure:
 class _Found:
     """What was found so far."""
 
-    def __init__(self, structure: Structure, names: dict[nn.Module, str], skip: frozenset[str]) -> None:
-        self.structure, self.names, self.skip = structure, names, skip
+    def __init__(self, structure: Structure, names: dict[nn.Module, str], skip: frozenset[str], rows: bool) -> None:
+        self.structure, self.names, self.skip, self.rows = structure, names, skip, rows
 
     def keep(self, name: str, what: str, reason: str) -> None:
         self.structure.unquantized.append(Unquantized(name, what, reason))
@@ -104,7 +106,7 @@ class _Found:
         """Fills ``swaps`` with what takes the place of modules inside."""
         if module in swaps:
             return
-        if isinstance(module, RunsFused) and (steps := self._steps(module, swaps)):
+        if self.rows and isinstance(module, RunsFused) and (steps := self._steps(module, swaps)):
             if any(isinstance(step, QuantizedRow) for step in steps):
                 swaps[module] = hooked_as(module, steps[0] if len(steps) == 1 else QuantizedModel(*steps))
         elif isinstance(module, FusedBlock):

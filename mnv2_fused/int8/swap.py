@@ -25,6 +25,7 @@ def quantize(
     calibration: Iterable[Any],
     *,
     skip: Collection[str] = (),
+    rows: bool = True,
     seed: int = 0,
 ) -> nn.Module:
     """A copy of ``model`` in eval whose inverted residuals, and layers in a row with them, run on 8-bit integers.
@@ -33,7 +34,9 @@ def quantize(
     ``calibration``: batches [N, C, H, W], float32, prepared as the model takes them, or pairs of such a batch and
     labels, which are ignored; or one tensor of all images. 100 to 300 images that look like later ones are enough;
     each batch is read once. ``skip``: names of modules, as ``model.named_modules()`` has them, in which nothing is
-    quantised. ``seed`` draws the images that biases are corrected on.
+    quantised. ``rows``: whether layers in a row become one module without children to index, as
+    ``fuse(model, frozen=True)`` makes them; without rows each block is quantised by itself, for models that call the
+    children of a Sequential one by one. ``seed`` draws the images that biases are corrected on.
 
     The copy takes float32 and returns float32; inside rows of layers integers alone are passed on. Weights are int8,
     one scale for each output channel; x is uint8, one scale for each tensor. What no layer on integers computes stays
@@ -46,7 +49,7 @@ def quantize(
     images do not reach.
     """
     _check_calibration(calibration)
-    structure = _structure(model, skip)
+    structure = _structure(model, skip, rows)
     calibrated = Calibration(structure, seed)
     with torch.no_grad():
         for i, images in enumerate(_batches(calibration)):
@@ -71,17 +74,18 @@ def quantize(
     return structure.model
 
 
-def quantized_like(model: nn.Module, *, skip: Collection[str] = ()) -> nn.Module:
+def quantized_like(model: nn.Module, *, skip: Collection[str] = (), rows: bool = True) -> nn.Module:
     """What :func:`quantize` makes of ``model``, without values: load a ``state_dict`` of such a model into it.
 
-    Its forward raises RuntimeError until then. Raises as :func:`quantize` does for a model or for ``skip``.
+    ``skip`` and ``rows`` as :func:`quantize` was given them. Its forward raises RuntimeError until then. Raises as
+    :func:`quantize` does for a model or for ``skip``.
     """
-    structure = _structure(model, skip)
+    structure = _structure(model, skip, rows)
     vars(structure.model)[ATTRIBUTE] = _report(structure)
     return structure.model
 
 
-def _structure(model: nn.Module, skip: Collection[str]) -> Structure:
+def _structure(model: nn.Module, skip: Collection[str], rows: bool) -> Structure:
     check_model(model)
     if isinstance(skip, str):
         raise TypeError(f"skip must be a collection of names, got {skip!r}; give ({skip!r},)")
@@ -101,7 +105,7 @@ def _structure(model: nn.Module, skip: Collection[str]) -> Structure:
     reasons = [str(w.message).removeprefix(nothing) for w in said if str(w.message).startswith(nothing)]
     fused.eval().requires_grad_(False)
     with torch.inference_mode(False), torch.no_grad():
-        structure = build(fused, skip)
+        structure = build(fused, skip, rows)
     if not structure.units:
         reasons += [f"{row.name or 'model'}: {row.reason}" for row in structure.unquantized]
         raise ValueError(f"there is nothing to quantise: {'; '.join(reasons) or NOT_FOUND}")

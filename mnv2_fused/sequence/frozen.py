@@ -65,7 +65,7 @@ class Whole(nn.Module):
     def __getitem__(self, index: Any) -> nn.Module:
         raise TypeError(
             f"a frozen or quantised row of layers runs as a whole and has no child {index!r}: a model that calls its "
-            "layers one by one runs fused without frozen=True"
+            "layers one by one runs fused without frozen=True, or quantised with rows=False"
         )
 
     def __iter__(self) -> Iterator[nn.Module]:
