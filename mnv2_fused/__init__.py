@@ -6,6 +6,7 @@ from . import models
 from .block import inverted_residual, pack
 from .convert import Report, fuse, report, unfuse
 from .fold import BlockWeights, PackedWeights
+from .int8 import QuantizedReport, quantize, quantized_like, quantized_report
 from .module import FusedBlock, FusedInvertedResidual
 from .plans.cpu import Plan, plan
 from .plans.cuda import CudaPlan, cuda_plan
@@ -26,6 +27,7 @@ __all__ = [
     "FusedInvertedResidual",
     "PackedWeights",
     "Plan",
+    "QuantizedReport",
     "Report",
     "TritonPlan",
     "cuda_plan",
@@ -35,6 +37,9 @@ __all__ = [
     "models",
     "pack",
     "plan",
+    "quantize",
+    "quantized_like",
+    "quantized_report",
     "report",
     "triton_plan",
     "unfuse",

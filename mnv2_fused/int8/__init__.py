@@ -1,1 +1,15 @@
-"""Inverted residuals in 8-bit integers."""
+"""Inverted residuals in 8-bit integers: ``quantize``."""
+
+from .reports import LayerError, QuantizedLayerReport, QuantizedReport, quantized_report
+from .run import run
+from .swap import quantize, quantized_like
+
+__all__ = [
+    "LayerError",
+    "QuantizedLayerReport",
+    "QuantizedReport",
+    "quantize",
+    "quantized_like",
+    "quantized_report",
+    "run",
+]

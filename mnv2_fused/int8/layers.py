@@ -15,7 +15,7 @@ the stages of a block are part of ``multiplier``, ``scale`` and the next stage's
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ def product(q: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(weight.double(), q.double().view(n, k, -1)).to(torch.int32).view(n, -1, *pixels)
 
 
-def convolution(q: Tensor, weight: Tensor, padding: tuple[int, int, int, int], zero: int, **options: int) -> Tensor:
+def convolution(q: Tensor, weight: Tensor, padding: tuple[int, int, int, int], zero: int, **options: Any) -> Tensor:
     """int32 sums of a convolution; padding left, right, top, bottom holds ``zero``."""
     return F.conv2d(F.pad(q.double(), padding, value=zero), weight.double(), **options).to(torch.int32)
 

@@ -59,20 +59,20 @@ class _Frozen(nn.Module):
         return super().train(False)
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """What stands for a Sequential whose children it no longer has."""
 
     def __getitem__(self, index: Any) -> nn.Module:
         raise TypeError(
-            f"a frozen row of layers runs as a whole and has no child {index!r}: a model that calls its layers one by "
-            "one runs fused without frozen=True"
+            f"a frozen or quantised row of layers runs as a whole and has no child {index!r}: a model that calls its "
+            "layers one by one runs fused without frozen=True, or quantised with rows=False"
         )
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([self[0]])
 
 
-class FrozenRow(_Frozen, _Whole):
+class FrozenRow(_Frozen, Whole):
     """Layers in a row as one call of the op; ``weights``: their packed weights, joined, [bytes]."""
 
     weights: Tensor
@@ -143,7 +143,7 @@ class FrozenBlock(_Frozen):
         return f"{self.spec}, {self.dtype}, backend={self.backend}"
 
 
-class FrozenModel(_Whole):
+class FrozenModel(Whole):
     """Frozen rows, and what lies between them, one after the other."""
 
     def __init__(self, *steps: nn.Module) -> None:
@@ -191,7 +191,7 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
     if isinstance(module, RunsFused) and (steps := _frozen_steps(module, swaps)):
         # A step by itself has no place for other hooks than its own, and a row among others is called without any.
         alone = len(steps) == 1 and not has_hooks(module)
-        swaps[module] = steps[0] if alone else _hooked_as(module, FrozenModel(*steps))
+        swaps[module] = steps[0] if alone else hooked_as(module, FrozenModel(*steps))
     elif isinstance(module, FusedBlock):
         why, backend = module.fallback_reason(), "eager"
         if why is None:
@@ -200,7 +200,7 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
             if backend == "eager":
                 why = why or "backend='eager'"
         if why is None:
-            swaps[module] = _hooked_as(module, FrozenBlock(module, backend))
+            swaps[module] = hooked_as(module, FrozenBlock(module, backend))
         else:
             warnings.warn(f"an inverted residual is not frozen: {why}", stacklevel=5)
     else:
@@ -209,7 +209,7 @@ def _collect(module: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
                 _collect(child, swaps)
 
 
-def _hooked_as(module: nn.Module, frozen: nn.Module) -> nn.Module:
+def hooked_as(module: nn.Module, frozen: nn.Module) -> nn.Module:
     """``frozen`` with the very dictionaries of what ``module`` calls around its forward: handles still work."""
     vars(frozen).update({name: hooks for name, hooks in vars(module).items() if name.startswith("_forward_")})
     return frozen
