@@ -65,11 +65,11 @@ def quantize(
         errors, expected, given = calibrated.finish()
     found = {error.name: error for error in errors}
     report = _report(structure)
-    rows = tuple(
+    layers = tuple(
         dataclasses.replace(row, sqnr=found[row.name].sqnr, error=found[row.name].error) if row.quantized else row
         for row in report.layers
     )
-    report = QuantizedReport(rows).with_results(len(calibrated.kept.images), expected, given)
+    report = QuantizedReport(layers).with_results(len(calibrated.kept.images), expected, given)
     vars(structure.model)[ATTRIBUTE] = report
     return structure.model
 
