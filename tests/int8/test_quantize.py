@@ -274,6 +274,33 @@ def test_channels_that_are_never_used():
     assert sqnr(model(x), int8(x)) > 30
 
 
+def test_a_block_at_several_places():
+    """Each place has scales of its own; nothing that another module wrote to counts as another block's result."""
+    torch.manual_seed(0)
+    first, second, shared = (Block(BlockSpec(8, 24, 8)) for _ in range(3))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([first, second, shared])
+
+        def forward(self, x):
+            y = self.blocks[0](x)
+            y *= 30
+            return self.blocks[2](self.blocks[2](self.blocks[1](y)) * 10)
+
+    x = smooth(8, 8, 16)
+    for model in (Net(), nn.Sequential(first, shared, second, shared, first)):
+        assert sqnr(model(x), quantize(model, [x])(x)) > 20
+
+
+def test_in_inference_mode():
+    with torch.inference_mode():
+        int8 = quantize(fitted(), [smooth(8, 3, 64)])
+    assert not any(t.is_inference() for t in int8.buffers())
+    assert int8(smooth(1, 3, 64)).shape == (1, 10)
+
+
 def test_a_large_bias_fits():
     model = Block(BlockSpec(8, 24, 12))
     with torch.no_grad():
