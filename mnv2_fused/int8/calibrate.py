@@ -81,6 +81,8 @@ class Calibration:
 
     def observe(self, images: Tensor) -> None:
         """A float pass over [N, C, H, W]."""
+        if len(images) == 0:
+            return
         for chunk in images.split(max(1, _CHUNK // math.prod(images.shape[2:]))):
             self._float_pass(chunk, self._observed)
         self.kept.add(images)
