@@ -150,7 +150,7 @@ def measure(name: str, entry: Model, seconds: float) -> Row:
         begin = time.perf_counter()
         fused = fuse(model)
         fuse_seconds = time.perf_counter() - begin
-        stages = [c for m in fused.modules() if isinstance(m, FusedBlock) for c, _ in m._pairs]
+        stages = [c for _, m, _ in blocks_of(fused) if isinstance(m, FusedBlock) for c, _ in m._pairs]
         names = {conv: name for name, conv in fused.named_modules()}
         inside = {names[conv] for conv in stages}
         # Of four images: of one, the limit follows eager's luck.

@@ -87,7 +87,6 @@ class _Ssdlite(nn.Module):
         return self.head(list(self.backbone(x).values()))
 
 
-_INLINE = ("its layers lie among others' in one Sequential",)
 _TIMM = {
     "mobilenetv2_035": 17,
     "mobilenetv2_050": 17,
@@ -117,7 +116,7 @@ ZOO: dict[str, Entry] = {
     "torchvision mobilenet_v3_small": Entry(_torchvision("mobilenet_v3_small"), 11),
     "torchvision mobilenet_v3_large": Entry(_torchvision("mobilenet_v3_large"), 15),
     **{
-        f"torchvision {name}": Entry(_torchvision(name), 16, skipped=_INLINE)
+        f"torchvision {name}": Entry(_torchvision(name), 17)
         for name in ("mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3")
     },
     "torchvision efficientnet_b0": Entry(_torchvision("efficientnet_b0"), 16),

@@ -21,5 +21,6 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False" MNV2_LAST);
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
   m.def("sequence_row(Tensor x, Tensor weights, Tensor layers, bool flat) -> Tensor");
+  m.def("int8_sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
   m.def("sequence_cuda(Tensor x, Tensor weights, int[] layers, bool tf32=False) -> Tensor");
 }

@@ -13,10 +13,9 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .module import FusedBlock, FusedInPlace, FusedObserved, Reader, observe, reading, why_no_candidate
+from .module import FusedBlock, FusedFlat, FusedInPlace, FusedObserved, Reader, observe, reading, why_no_candidate
 from .module.guard import is_compiled
 from .module.reading import Parts, Unfusable, read_chain
-from .sequence import FusedSequential
 
 
 class Family(NamedTuple):
@@ -286,27 +285,19 @@ def _is_chain(module: nn.Module) -> bool:
     if len(convs) not in (2, 3) or leaves[0] is not convs[0]:
         return False
     *expand, depthwise, project = convs
-    return _is_depthwise(depthwise) and not any(_is_depthwise(c) or c.weight.shape[-1] > 1 for c in (*expand, project))
+    others = (*expand, project)
+    return filters_each_channel(depthwise) and not any(
+        filters_each_channel(c) or c.weight.shape[-1] > 1 for c in others
+    )
 
 
-def _is_depthwise(conv: nn.Conv2d) -> bool:
+def filters_each_channel(conv: nn.Conv2d) -> bool:
+    """Whether it is a depthwise convolution, if perhaps one that gives several channels for each."""
     return 1 < conv.groups == conv.in_channels and conv.weight.shape[-1] > 1
 
 
-def inline_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, depthwise convolution) of blocks whose layers lie among others' in one Sequential."""
-    if not (reading.is_plain(module) or type(module) is FusedSequential):
-        return
-    children = [(name, m) for name, m in module._modules.items() if m is not None]
-    for (name, child), (_, norm), (_, act), (_, project) in zip(*(children[i:] for i in range(4)), strict=False):
-        if not all(isinstance(conv, nn.Conv2d) for conv in (child, project)):
-            continue
-        stage = "running_mean" in norm._buffers and not act._modules
-        if stage and _is_depthwise(child) and project.weight.shape[-1] == 1:
-            yield name, child
-
-
 _SEQUENTIAL = Family(read_sequential)
+FLAT = Family(read_sequential, FusedFlat)
 _OBSERVED = Family(observe, FusedObserved)
 # A class's name and, since several share one, a child of theirs.
 _FAMILIES = (

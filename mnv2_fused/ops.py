@@ -125,8 +125,8 @@ def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool 
 
 def _sequence_backward(ctx, grad):
     raise RuntimeError(
-        "mnv2_fused::sequence has no derivative, nor have sequence_cuda and sequence_row: they are for calls where "
-        "nothing records gradients: use torch.no_grad(), or run the modules one by one"
+        "mnv2_fused::sequence has no derivative, nor have sequence_cuda, sequence_row and int8_sequence: they are for "
+        "calls where nothing records gradients: use torch.no_grad(), or run the modules one by one"
     )
 
 
@@ -253,7 +253,7 @@ if backends._C is not None:
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
         torch.library.register_autograd(f"mnv2_fused::{_name}", _backward, setup_context=_setup_context)
         count_flops(getattr(torch.ops.mnv2_fused, _name), _multiply_adds)
-    for _name in ("sequence", "sequence_cuda", "sequence_row"):
+    for _name in ("sequence", "sequence_cuda", "sequence_row", "int8_sequence"):
         torch.library.register_autograd(f"mnv2_fused::{_name}", _sequence_backward)
         count_flops(getattr(torch.ops.mnv2_fused, _name), _row_multiply_adds)
         if _name != "sequence_row":  # the shape of whose result is in a tensor's values

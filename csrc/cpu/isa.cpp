@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include "int8/args.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -42,11 +44,21 @@ const Isa* preferred() {
 
 std::atomic<const Isa*> g_active{nullptr};
 
+template <const int8::Kernels* kKernels>
+const int8::Kernels& integers_of() {
+  return *kKernels;
+}
+
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+// Dot products of bytes came later than the rest.
+const int8::Kernels& integers_of_avx512() {
+  static const bool vnni = __builtin_cpu_supports("avx512vnni");
+  return vnni ? int8::avx512_vnni::kKernels : int8::avx2::kKernels;
 }
 #endif
 
@@ -60,18 +72,21 @@ const std::vector<Isa>& compiled() {
   static const std::vector<Isa> kIsas{
 #if defined(__x86_64__)
       {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
-       avx512::kF32, avx512::kF64, avx512_bf16::kBf16},
+       avx512::kF32, avx512::kF64, avx512_bf16::kBf16, integers_of_avx512},
       // Widening pairs takes AVX2 as long as it takes AVX-512.
-      {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16},
-      {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16},
+      {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16, integers_of_avx512},
+      {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16, integers_of<&int8::avx2::kKernels>},
 #endif
 #ifdef MNV2_NEON_BF16
-      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16},
+      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16,
+       integers_of<&int8::portable::kKernels>},
 #endif
 #ifdef MNV2_NEON
-      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16},
+      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16,
+       integers_of<&int8::portable::kKernels>},
 #endif
-      {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16},
+      {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16,
+       integers_of<&int8::portable::kKernels>},
   };
   return kIsas;
 }

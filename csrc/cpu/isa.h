@@ -16,6 +16,10 @@
 
 namespace mnv2_fused::cpu {
 
+namespace int8 {
+struct Kernels;
+}
+
 // The kernels for activations and weights stored as S: float, double or BFloat16.
 template <class S>
 struct Kernels {
@@ -48,6 +52,7 @@ struct Isa {
   Kernels<float> f32;
   Kernels<double> f64;
   Kernels<BFloat16> bf16;
+  const int8::Kernels& (*integers)();
 };
 
 template <class S>

@@ -1,11 +1,11 @@
 #include "run.h"
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
 #include "../layers.h"
 #include "../plan_cache.h"
+#include "tasks.h"
 
 namespace mnv2_fused::cpu {
 namespace {
@@ -44,17 +44,6 @@ constexpr int64_t kProductDims = depth<S> == 1 ? 3 : 4;
 template <class S>
 std::string product_layout(const char* panels, const char* terms) {
   return std::string("[") + panels + ", " + terms + (depth<S> == 1 ? ", 16]" : "/2, 16, 2]");
-}
-
-// Calls f(task, worker) for every task, each worker running one at a time.
-template <class F>
-void for_tasks(int64_t tasks, int64_t workers, F f) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-        f(task, worker);
-  });
 }
 
 }  // namespace

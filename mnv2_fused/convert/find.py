@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..families import Family, family_of, inline_blocks, observed_family_of, parts_of, read_as_seen, read_mobilenet_v2
+from ..families import FLAT, Family, family_of, observed_family_of, parts_of, read_as_seen, read_mobilenet_v2
 from ..module import FusedBlock, reading
 from ..module.guard import has_hooks, is_compiled
+from ..module.reading import Parts
 from ..spec import BlockSpec
+from .flat import FlatBlock, flat_blocks
 
 
 class Match(NamedTuple):
@@ -18,6 +20,7 @@ class Match(NamedTuple):
 
     family: Family
     spec: BlockSpec
+    sequence: nn.Module | None = None  # among whose children its layers lie, where they have no module of their own
 
 
 def check_model(model: Any) -> None:
@@ -67,22 +70,30 @@ def blocks_of(
     found = _match(module)
     unknown = isinstance(found, str) and family_of(module) is None
     if found is not None and not unknown:
-        yield name, module, "it is compiled: fuse first, then compile" if compiled else found
+        yield name, module, _COMPILED if compiled else found
         return
-    inside = False
-    for key, child in inline_blocks(module):
-        inside = True
-        yield f"{name}.{key}" if name else key, child, _INLINE
+    prefix = f"{name}." if name else ""
+    flat = {entry.names[0]: entry for entry in flat_blocks(module)}
+    of_flat = {key for entry in flat.values() if not isinstance(entry.found, str) for key in entry.names}
+    inside = bool(flat)
     for key, child in module._modules.items():
-        if child is not None:
-            for entry in blocks_of(child, f"{name}.{key}" if name else key, compiled, seen):
+        if key in flat:
+            yield f"{prefix}{flat[key].name}", flat[key].block, _of_flat(flat[key], module, compiled)
+        if child is not None and key not in of_flat:
+            for entry in blocks_of(child, f"{prefix}{key}", compiled, seen):
                 inside = True
                 yield entry
     if unknown and not inside:
         yield name, module, found
 
 
-_INLINE = "its layers lie among others' in one Sequential: put them into a Sequential of their own"
+def _of_flat(entry: FlatBlock, sequence: nn.Module, compiled: bool) -> Match | str | None:
+    if not isinstance(entry.found, Parts):
+        return entry.found
+    return _COMPILED if compiled else Match(FLAT, entry.found.spec, sequence)
+
+
+_COMPILED = "it is compiled: fuse first, then compile"
 
 
 def computed_tensors(model: nn.Module) -> Iterator[Tensor]:

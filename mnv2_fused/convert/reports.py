@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ..encoding import LayerKind
-from ..module import FusedBlock
+from ..module import FusedBlock, FusedFlat
 from ..module.parameters import conv_norm_activation
 from ..ops import kernel_for
 from ..plans.cpu import plan
 from ..sequence import RunsFused
 from ..sequence.find import Layer, sequence_backend
 from ..sequence.frozen import is_frozen
+from ..sequence.joined import Joined
 from ..spec import BlockSpec
 from .find import Match, blocks_of, check_model
 from .shapes import Shapes, shapes_of_call, shapes_of_input
@@ -108,9 +109,10 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None, *, exampl
     elif example_inputs is not None:
         shapes = shapes_of_call(model, example_inputs)
     rows = tuple(_block_report(*entry, shapes.get(entry[0])) for entry in found)
-    training = any(isinstance(block, FusedBlock) and block.training for _, block, _ in found)
+    training = any(isinstance(block, FusedBlock) and _in_training(block) for _, block, _ in found)
     unknown = unknown_blocks(model, (block for _, block, _ in found))
-    return Report(rows, training, tuple(_layer_reports(model, shapes)), unknown)
+    names = {block: name for name, block, _ in found}
+    return Report(rows, training, tuple(_layer_reports(model, shapes, names)), unknown)
 
 
 _LAYERS = {
@@ -121,8 +123,8 @@ _LAYERS = {
 }
 
 
-def _layer_reports(model: nn.Module, shapes: Shapes) -> Iterator[LayerReport]:
-    """What runs in one call with fused blocks now: nothing in train(), or where something is hooked."""
+def _layer_reports(model: nn.Module, shapes: Shapes, blocks: Mapping[nn.Module, str]) -> Iterator[LayerReport]:
+    """What runs in one call with fused ``blocks`` now: nothing in train(), or where something is hooked."""
     parameter = next(model.parameters(), None)
     backend = None if parameter is None else sequence_backend(parameter.device)
     if backend is None:
@@ -134,15 +136,15 @@ def _layer_reports(model: nn.Module, shapes: Shapes) -> Iterator[LayerReport]:
         for layer in sequence.layers_now(backend):
             first, last = layer.modules[0], layer.modules[-1]
             module = layer.linear or first
+            module = module.parts[0] if isinstance(module, Joined) else module
             if layer.kind not in _LAYERS or module in seen:
                 continue
             seen.add(module)
             block = last if layer.kind is LayerKind.STEM_AND_BLOCK else layer.before
             count = None
-            if isinstance(block, FusedBlock) and (spec := block.spec) and (found := shapes.get(names.get(block, ""))):
+            if isinstance(block, FusedBlock) and (spec := block.spec) and (found := shapes.get(blocks.get(block, ""))):
                 count = _never_written(layer, spec, found[0])
-            named = module if module in names else next(iter(module.children()))  # joined for the kernel's sake
-            yield LayerReport(names[named], _LAYERS[layer.kind], backend, count)
+            yield LayerReport(names[module], _LAYERS[layer.kind], backend, count)
 
 
 def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
@@ -154,6 +156,10 @@ def _never_written(layer: Layer, spec: BlockSpec, shape: torch.Size) -> int:
         return 0
     conv, _, _ = conv_norm_activation(layer.modules[0])
     return conv.out_channels * height * width * conv.weight.dtype.itemsize
+
+
+def _in_training(block: FusedBlock) -> bool:
+    return any(part.training for part in block.parts) if isinstance(block, FusedFlat) else block.training
 
 
 def _block_report(
@@ -174,12 +180,17 @@ def _block_report(
             backend, reason = kernel_for(block.spec, block.backend, weight.device)
         except (RuntimeError, ValueError) as error:  # no backend here, or an override that names none
             backend, reason = None, str(error)
+    if isinstance(block, FusedFlat) and backend == "triton":
+        backend, reason = "eager", _IN_ROWS_ALONE
     never_written = None
     if inputs is not None and backend not in (None, "eager"):
         never_written = sum(
             plan(block.spec, (1, *shape[1:]), dtype=weight.dtype).bytes_never_written for shape in inputs
         )
     return BlockReport(name, block.spec, True, backend, reason, never_written)
+
+
+_IN_ROWS_ALONE = "layers that lie among others' in one Sequential run fused by the CPU's and CUDA C++'s kernels alone"
 
 
 def _mib(count: int | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..module import FusedBlock
+from ..module import FusedBlock, FusedFlat
 from ..spec import BlockSpec
 from ..tensors import check_shape
 from .find import blocks_of, computed_tensors
@@ -41,7 +41,8 @@ def shapes_of_call(model: nn.Module, example: Any) -> Shapes:
 
 
 def _by_call(model: nn.Module, args: list[Any], kwargs: dict[str, Any], what: str, argument: str) -> Shapes:
-    names: dict[nn.Module, str] = {b: name for name, b, _ in blocks_of(model) if isinstance(b, FusedBlock)}
+    blocks = {b: name for name, b, _ in blocks_of(model) if isinstance(b, FusedBlock)}
+    names = {_entrance(b): name for b, name in blocks.items()}
     shapes: Shapes = {}
 
     def note(module: nn.Module, given: tuple[Any, ...]) -> None:
@@ -89,12 +90,23 @@ def _by_copy(model: nn.Module, shape: Sequence[int]) -> Shapes:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     for name, block, _ in blocks_of(meta):
-        if isinstance(block, FusedBlock) and block.spec is not None:
+        if isinstance(block, FusedFlat):
+            _entrance(block).register_forward_pre_hook(_note(shapes.setdefault(name, [])))
+        elif isinstance(block, FusedBlock) and block.spec is not None:
             vars(block)["forward"] = _recorder(block.spec, shapes.setdefault(name, []), block.leading_child)
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     with torch.no_grad(), torch.device("meta"):
         meta(torch.empty(*shape, dtype=dtype))
     return shapes
+
+
+def _entrance(block: FusedBlock) -> nn.Module:
+    """What is called when ``block`` is."""
+    return block.parts[0] if isinstance(block, FusedFlat) else block
+
+
+def _note(shapes: list[torch.Size]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda module, given: shapes.append(given[0].shape)
 
 
 def _recorder(spec: BlockSpec, shapes: list[torch.Size], leading_child: nn.Module | None) -> Callable[..., Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 from .. import backends
 from ..families import family_of
 from ..models import FusedMobileNet, MobileNet
-from ..module import FusedBlock, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
+from ..module import FusedBlock, FusedFlat, FusedInPlace, FusedInvertedResidual, become, fuse_in_place
 from ..module.guard import is_compiled
 from ..module.in_place import name_clash
 from ..module.parameters import refuse_freed
@@ -101,6 +101,8 @@ def fuse(
     names, said = {block: name for name, block, _ in found_blocks}, set()
     for block, replacement in fused.items():
         replacement._name, replacement._said = names[block], said
+        if (sequence := matches[block].sequence) is not None and isinstance(replacement, FusedFlat):
+            become(sequence, FusedSequential).hold(replacement)
     model = replaced(model, fused)
     _run_whole_sequences(model)
     return freeze(model) if frozen else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from ..encoding import LayerKind
 from ..flops import count_flops, row_multiply_adds
 from ..module import reading
 from ..module.compiled import tracing_export, tracing_transform
+from ..module.flat import FusedFlat
 from ..module.fused_block import FusedBlock
 from ..module.packed_cache import PackedCache, fold_ahead
 from ..module.parameters import conv_norm_activation
 from .find import FLATTEN, POOL, geometry_of, grouped, layers_of, one_kind, sequence_backend
+from .joined import Joined
 from .weights import fold_layers, layer_parameters
 
 # Of each sequence the weights of its runs.
@@ -35,7 +38,20 @@ def forget(sequence: nn.Module) -> None:
 
 
 def _called(sequence: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    return [_NAMELESS[name] if name in _NAMELESS else sequence.get_submodule(name) for name in names]
+    return [_NAMELESS[name] if name in _NAMELESS else _named(sequence, name) for name in names]
+
+
+_FLAT = ".."  # between the name of a sequence and the number of a block among its layers; no child's name has a dot
+
+
+def _named(sequence: nn.Module, name: str) -> nn.Module:
+    owner, flat, number = name.partition(_FLAT)
+    if not flat:
+        return sequence.get_submodule(name)
+    parent: Any = sequence.get_submodule(owner)
+    block: FusedFlat = parent._flat[int(number)]
+    _ = [id(parent._modules[layer]) for layer in block._modules]  # a graph is of these layers
+    return block
 
 
 def _runs_now(module: nn.Module, backend: str) -> bool:
@@ -94,6 +110,11 @@ class RunsTraced(nn.Module):
         children, parents = self.fusable_children()
         name_of = {module: name for name, module in (*self.named_modules(), *_NAMELESS.items())}
         whose = tuple(name_of[parent] for parent in parents)
+        for owner, parent in zip(whose, parents, strict=True):
+            name_of |= {block: f"{owner}{_FLAT}{i}" for i, block in enumerate(getattr(parent, "_flat", ()))}
+        # Layers joined for a kernel's sake have no name: the compiler joins them itself.
+        apart = ([*child.parts] if isinstance(child, Joined) else [child] for child in children)
+        children = list(itertools.chain.from_iterable(apart))
         found = list(layers_of(children, backend))
         if torch_module._has_any_global_hook() or None in found:
             return whose, ()

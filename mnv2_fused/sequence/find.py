@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
@@ -15,11 +14,13 @@ from .. import backends
 from ..activations import NEGATIVE_SLOPE
 from ..encoding import LayerKind, block_values, layer_values
 from ..module import reading
+from ..module.flat import FusedFlat
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks, is_compiled
 from ..module.parameters import conv_norm_activation, parameters_of, trackable
 from ..ops import missing_kernel
 from ..spec import BlockSpec
+from .joined import Joined
 
 
 @dataclass(frozen=True)
@@ -63,73 +64,6 @@ def _activation(module: nn.Module) -> tuple[str, float]:
     return reading.activation_of(module), next(iter(reading.slope_of(module)), NEGATIVE_SLOPE)
 
 
-class Joined(nn.Sequential):
-    """A convolution, its norm and its activation, which are no children of one Sequential, as if they were.
-
-    ``parts``: those modules, in the order in which a network runs them. timm's norms hold their activation.
-    """
-
-    parts: tuple[nn.Module, ...]
-
-    def __init__(self, *parts: nn.Module) -> None:
-        conv, norm, *activation = parts
-        own = reading.timm_activation(norm) if reading.is_timm_norm(norm) else None
-        super().__init__(conv, _as_batch_norm(norm) if own is not None else norm, *([own] if own else activation))
-        self.parts = parts
-        self.training = False
-
-    @staticmethod
-    def in_row(owner: nn.Module, row: list[nn.Module]) -> Iterator[nn.Module]:
-        """``row`` with such layers joined; the same objects in every call, for as long as the modules are."""
-        kept, found = _joined.setdefault(owner, {}), {}
-        i = 0
-        while i < len(row):
-            count = _joins(row[i : i + 3])
-            if count:
-                parts = tuple(row[i : i + count])
-                joined = found[parts] = kept.get(parts) or Joined(*parts)
-                joined.refresh()
-                yield joined
-            else:
-                yield row[i]
-            i += count or 1
-        _joined[owner] = found
-
-    def refresh(self) -> None:
-        """Takes over what its norm is told by attributes, and its activation."""
-        norm, ours = self.parts[1], self._modules["1"]
-        if ours is not norm and ours is not None:
-            self._modules["2"] = reading.timm_activation(norm) or self._modules["2"]
-            vars(ours).update({name: vars(norm)[name] for name in ("eps", "momentum", "training")})
-            ours._parameters, ours._buffers = norm._parameters, norm._buffers
-
-
-# Of each network, those that it has now.
-_joined: weakref.WeakKeyDictionary[nn.Module, dict[tuple[nn.Module, ...], Joined]] = weakref.WeakKeyDictionary()
-
-
-def _joins(ahead: list[nn.Module]) -> int:
-    """How many of these are one convolution, its norm and its activation; 0 where they are something else."""
-    if len(ahead) < 2 or type(ahead[0]) is not nn.Conv2d or getattr(ahead[1], "running_mean", None) is None:
-        return 0
-    if reading.is_timm_norm(ahead[1]):
-        try:
-            activation = reading.timm_activation(ahead[1])
-        except reading.Unfusable:
-            return 0
-        return 2 if type(ahead[1]).__name__ == "BatchNormAct2d" and activation is not None else 0
-    return 3 if len(ahead) == 3 and not ahead[2]._modules else 0
-
-
-def _as_batch_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    """timm's norm without its activation: on the same tensors, and with that norm as a child, so that it is watched."""
-    ours = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
-    nn.Module.__init__(ours)
-    vars(ours).update({name: value for name, value in vars(norm).items() if "_hooks" not in name})
-    ours._modules = {"norm": norm}
-    return ours
-
-
 # At most, of the image whose stem runs with the block behind it: what CUDA's kernel has room for, and how long a sum
 # the CPU's, which adds nine times as many products one after the other, makes as exactly as torch's convolution.
 STEM_CHANNELS = {"cuda": 4, "cpu": 32}
@@ -145,7 +79,7 @@ def layers_of(children: list[nn.Module | None], backend: str = "cpu") -> Iterato
         previous = kind
         if kind is None:
             child = children[i]
-            yield from child.parts if isinstance(child, Joined) else (child,)
+            yield from child.parts if isinstance(child, Joined | FusedFlat) else (child,)
         else:
             modules = [m for m in children[i : i + count] if m is not None]
             yield Layer(kind, modules, children[i - 1] if i > 0 else None)

@@ -15,12 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import backends, ops
 from ..encoding import LayerKind
+from ..module.flat import FusedFlat
 from ..module.fused_block import SCRIPTED, FusedBlock
 from ..module.guard import Guard, has_hooks, is_compiled
 from ..module.in_place import around_the_same
 from ..module.packed_cache import cacheable, capturing
 from .compiled import RunsTraced, forget
 from .find import FLATTEN, POOL, Layer, geometry_of, grouped, layers_of, one_kind, sequence_backend
+from .joined import Joined
 from .weights import fold_layers, layer_parameters
 
 
@@ -133,14 +135,18 @@ class RunsFused(RunsTraced):
         """The modules that forward calls in a row, and those whose lists of children they come from."""
         children: list[nn.Module | None] = []
         parents: list[nn.Module] = [self]
-        for child in self._modules.values():
+        for child in self._in_turn():
             if type(child) is FusedSequential and "forward" not in vars(child) and not has_hooks(child):
                 inner, more = child.fusable_children()
                 children += inner
                 parents += more
             else:
                 children.append(child)
-        return children, parents
+        return list(Joined.in_row(self, children)), parents
+
+    def _in_turn(self) -> Iterator[nn.Module | None]:
+        """What forward calls, a block whose layers are some of the children in the place of those."""
+        yield from self._modules.values()
 
     def run_fused(self, x: Tensor) -> Tensor | None:
         """The result, in channels_last where it has pixels; None where the ordinary forward has to run."""
@@ -211,6 +217,9 @@ class RunsFused(RunsTraced):
             return None
         if self.fusable_children() != found:
             return None
+        for block in (b for parent in found[1] if isinstance(parent, FusedSequential) for b in parent._flat):
+            if (why := block.fallback_reason()) is not None:
+                block._warn(f"runs unfused: {why}")
         if not prepared.runs or prepared.cacheable:
             # The guard, which is there by now, notices what would change this.
             if not (has_hooks(self) or is_compiled(self) or "forward" in vars(self)):
@@ -259,11 +268,59 @@ def ordinary_class(module: RunsFused) -> type[nn.Module]:
 
 
 class FusedSequential(RunsFused, nn.Sequential):
-    """What :func:`mnv2_fused.fuse` makes of each ``nn.Sequential`` that holds fused blocks, or others of its kind."""
+    """What :func:`mnv2_fused.fuse` makes of each ``nn.Sequential`` that holds fused blocks, or others of its kind.
+
+    ``_flat``: blocks whose layers are some of its children. They are no children themselves, so that names, slices and
+    whatever goes through the children find the layers.
+    """
+
+    OWN = (*RunsFused.OWN, "_flat")
+    _flat: tuple[FusedFlat, ...] = ()
+
+    def _in_turn(self) -> Iterator[nn.Module | None]:
+        inside = {name: block for block in self.flat_now() for name in block._modules}
+        ahead = None
+        for name, child in self._modules.items():
+            block = inside.get(name)
+            if block is None:
+                yield child
+            elif block is not ahead:
+                yield block
+            ahead = block
+
+    def hold(self, block: FusedFlat) -> None:
+        """From now on its layers, some of the children, run as ``block``."""
+        block.training = False  # in which mode its layers are, they know themselves
+        self._flat = (*self.flat_now(), block)
+
+    def flat_now(self) -> list[FusedFlat]:
+        """The blocks among the children as they are now."""
+        found: dict[FusedFlat, set[str]] = {}
+        for changed in (False, True):  # first those whose layers are the same, wherever they are now
+            for block in self._flat:
+                taken = set().union(*found.values())
+                if block not in found and block.follow(self, changed, taken):
+                    found[block] = set(block._modules)
+        for block in self._flat:
+            if block._apart is (block in found):
+                block._apart = block not in found
+        return list(found)
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run_fused(input)
         return super().forward(input) if y is None else y
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self._forget_flat()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._forget_flat()
+        return super()._apply(*args, **kwargs)
+
+    def _forget_flat(self) -> None:
+        for block in self._flat:
+            block._forget()
 
 
 class RunsWhole(RunsFused):

@@ -24,8 +24,9 @@ from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks, is_compiled
 from ..module.in_place import become
 from ..module.observed import FusedObserved
-from .find import FLATTEN, POOL, Joined
-from .fused import PreparedRun, RunsFused
+from .find import FLATTEN, POOL
+from .fused import FusedSequential, PreparedRun, RunsFused
+from .joined import Joined, with_blocks
 
 _MOST_SHAPES = 256  # of inputs that one network is seen with; others run as they did
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.flatten.using_ints)
@@ -229,7 +230,8 @@ class RunsAsSeen(RunsFused):
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
         if not self._row:
             return [], [self]
-        return list(Joined.in_row(self, self._row)), _parents_of(self, self._row)
+        flat = [block for m in self.modules() if isinstance(m, FusedSequential) for block in m.flat_now()]
+        return list(Joined.in_row(self, with_blocks(self._row, flat))), _parents_of(self, self._row)
 
     def _prepare(self, x: Tensor) -> PreparedRun | None:
         if self._prepared is not None:  # something changed: what forward does now has to be seen again

@@ -22,12 +22,13 @@ from torch import nn
 from ..convert import Report, fuse, report, unfuse
 from ..module import FusedBlock
 from ..plans.cpu import plan
-from ..sequence import RunsFused
+from ..sequence import FusedSequential, RunsFused
 from ..sequence.find import Layer, layers_of
+from ..sequence.joined import Joined
 from ..testing import peak_activation_bytes
 from .named_models import named_model
 from .tables import aligned
-from .trace import Storage, Trace, traced
+from .trace import Call, Storage, Trace, traced
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,11 @@ def _fused_storages(
     """What the fused ``model`` makes of eager's storages, and at each op the bytes its kernel works in."""
     kernels: dict[str, int] = {}  # modules, and the bytes they put out that the kernel does not
     works: dict[str, int] = defaultdict(int)  # bytes, by a run's first module
-    runs, cores = _runs(model), _cores(model)
+    several = _several(model)
+    calls = trace.calls | {name: _calls_of(trace, *names) for name, *names in several.values()}
+    runs, cores = _runs(model, {m: name for m, (name, *_) in several.items()}), _cores(model)
+    # Modules that other calls run, too, by themselves.
+    runs = {name: run for name, run in runs.items() if len({len(calls[m]) for m in run}) == 1}
     for block in found.blocks:
         if block.spec is None or block.bytes_never_written is None:
             continue
@@ -207,7 +212,7 @@ def _fused_storages(
             first = core[0]
         else:
             kernels[block.name] = 0
-        for call in trace.calls[core[0] if core else block.name] if block.backend == "cpu" else ():
+        for call in calls[core[0] if core else block.name] if block.backend == "cpu" else ():
             works[first] = max(works[first], plan(block.spec, call.input_shape, dtype=dtype).call_bytes)
     kernels |= {layer.name: batch * (layer.bytes_never_written or 0) for layer in found.layers}
     kept = [dataclasses.replace(storage) for storage in trace.storages]
@@ -216,8 +221,8 @@ def _fused_storages(
         run = runs.get(name, [name])
         after = run[run.index(name) + 1] if name != run[-1] else name
         # A run has its result allocated before its first kernel starts.
-        starts = trace.calls[run[0] if after == name else name]
-        for start, call, next_call in zip(starts, trace.calls[name], trace.calls[after], strict=True):
+        starts = calls[run[0] if after == name else name]
+        for start, call, next_call in zip(starts, calls[name], calls[after], strict=True):
             inside = [s for s in kept if call.first <= s.first <= call.last]
             results = [s for s in inside if s.last > call.last]
             if unwritten >= sum(s.bytes for s in results):
@@ -230,11 +235,37 @@ def _fused_storages(
             kept = [s for s in kept if id(s) not in gone]
             scratch[call.first : call.last + 1] = [works[run[0]]] * (call.last + 1 - call.first)
     for first, last in {(run[0], run[-1]) for run in runs.values()}:
-        for start, end in zip(trace.calls[first], trace.calls[last], strict=True):
+        for start, end in zip(calls[first], calls[last], strict=True):
             for s in kept:
                 if s.first < start.first <= s.last < end.last:
                     s.last = end.last  # whoever calls the run holds what it gives it
     return kept, scratch
+
+
+def _several(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Of what stands for several modules: its name in a report, and theirs."""
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[nn.Module, tuple[str, ...]] = {}
+    for sequence in [m for m in model.modules() if isinstance(m, FusedSequential)]:
+        for m in sequence.fusable_children()[0]:
+            if isinstance(m, Joined):
+                inside = [names[part] for part in m.parts]
+                found[m] = inside[0], *inside
+        for block in sequence.flat_now():
+            prefix = f"{names[sequence]}." if names[sequence] else ""
+            found[block] = f"{prefix}{block.label}", *(names[part] for part in block.parts)
+    return found
+
+
+def _calls_of(trace: Trace, first: str, *rest: str) -> list[Call]:
+    """Each from the first of these modules to the last one, which may run more than once in between."""
+    calls: list[Call] = []
+    last = rest[-1]
+    times = rest.count(last)
+    for start in trace.calls[first]:
+        ends = [call.last for call in trace.calls[last] if call.first > start.first]
+        calls += [Call(start.first, end, start.input_shape) for end in ends[times - 1 : times]]
+    return calls
 
 
 def _cores(model: nn.Module) -> dict[str, list[str]]:
@@ -243,9 +274,9 @@ def _cores(model: nn.Module) -> dict[str, list[str]]:
     return {name: [f"{name}.{child}" for child in around.core] for name, around in blocks if around is not None}
 
 
-def _runs(model: nn.Module) -> dict[str, list[str]]:
+def _runs(model: nn.Module, several: dict[nn.Module, str]) -> dict[str, list[str]]:
     """Of each module that one call of the kernels runs with others: all of that call, in order."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()} | several
     runs: dict[str, list[str]] = {}
     # A whole model before its parts: it runs more in one call than they do.
     for sequence in [m for m in model.modules() if isinstance(m, RunsFused)]:

@@ -622,7 +622,9 @@ def test_what_is_not_ours_is_not_mentioned():
 def test_layers_inside_a_longer_sequential_are_reported():
     longer = nn.Sequential(nn.Conv2d(3, 8, 3), *mobilenet_v1(), nn.Conv2d(12, 4, 3), nn.Conv2d(4, 4, 3))
     (row,) = report(longer).blocks
-    assert row.name == "1" and "a Sequential of their own" in row.reason
+    assert row.name == "1-6" and "call fuse" in row.reason
+    (row,) = report(fuse(longer)).blocks
+    assert row.name == "1-6" and row.fused
     assert len(report(fuse(nn.Sequential(nn.Conv2d(3, 8, 3), mobilenet_v1()))).fused) == 1
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     build = tmp_path_factory.mktemp("arm")
-    objects = [(source, build / f"{source.stem}.o") for source in CPU_KERNEL_CHECK]
+    objects = [(source, build / f"{i}.o") for i, source in enumerate(CPU_KERNEL_CHECK)]
     started = [subprocess.Popen([COMPILER, *FLAGS, "-c", source, "-o", target]) for source, target in objects]
     assert [compilation.wait() for compilation in started] == [0] * len(objects)
     subprocess.run([COMPILER, *FLAGS, *(target for _, target in objects), "-o", build / "check"], check=True)

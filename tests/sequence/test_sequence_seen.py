@@ -121,8 +121,7 @@ def test_the_whole_network_in_one_call(name):
         x = image(*size)
         seen, first, again = called(model, x)
         assert same(seen, plain, x) and same(first, plain, x) and torch.equal(first, again)
-        # MNASNet's stem is a depthwise pair in a Sequential with other layers.
-        assert runs(model) == ((1, 8) if name.endswith("MNASNet") else (1, 0))
+        assert runs(model) == (1, 0)
     assert len(model._shapes) == 2
     assert not torch_module._has_any_global_hook()
 

@@ -13,7 +13,7 @@ _TORCH = {"op.cpp", "run.cpp", "sequence.cpp"}  # the files of csrc/cpu that kno
 CPU_KERNEL_CHECK = [
     ROOT / "tests/cpu/cpu_kernel_check.cpp",
     ROOT / "csrc/block.cpp",
-    *sorted(path for path in (ROOT / "csrc/cpu").glob("*.cpp") if path.name not in _TORCH),
+    *sorted(path for path in (ROOT / "csrc/cpu").rglob("*.cpp") if path.name not in _TORCH),
 ]
 
 

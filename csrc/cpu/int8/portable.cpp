@@ -1,0 +1,138 @@
+// 8-bit integers in plain C++, four at a time: what every other instruction set is compared with.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "args.h"
+
+#define MNV2_INLINE inline __attribute__((always_inline))
+
+namespace mnv2_fused::cpu::int8::portable {
+namespace {
+
+struct I32x8 {
+  using T = int32_t;
+  using In = uint8_t;
+  using Half = I32x8;
+  static constexpr int64_t kLanes = 8;
+  static constexpr int64_t kDepth = 4;
+  static constexpr int kRegisters = 16;
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+  Lanes v[2];
+
+  // Calls f(lane) for each lane and returns their results.
+  template <class F>
+  static MNV2_INLINE I32x8 of_lanes(F f) {
+    I32x8 r;
+    for (int i = 0; i < kLanes; ++i) r.v[i / 4][i % 4] = f(i);
+    return r;
+  }
+  MNV2_INLINE int32_t operator[](int i) const { return v[i / 4][i % 4]; }
+
+  struct F {
+    typedef float Lanes __attribute__((vector_size(16)));
+    Lanes v[2];
+
+    // Results are kept from being fused with the operations behind them.
+    static MNV2_INLINE F kept(F a) {
+      asm("" : "+m"(a.v));
+      return a;
+    }
+    static MNV2_INLINE F load(const float* p) {
+      F r;
+      std::memcpy(r.v, p, sizeof(r.v));
+      return r;
+    }
+    static MNV2_INLINE F set1(float s) { return {{Lanes{} + s, Lanes{} + s}}; }
+    static MNV2_INLINE F mul(F a, F b) { return kept({{a.v[0] * b.v[0], a.v[1] * b.v[1]}}); }
+    static MNV2_INLINE F add(F a, F b) { return {{a.v[0] + b.v[0], a.v[1] + b.v[1]}}; }
+    static MNV2_INLINE F sub(F a, F b) { return {{a.v[0] - b.v[0], a.v[1] - b.v[1]}}; }
+    static MNV2_INLINE F div(F a, F b) { return {{a.v[0] / b.v[0], a.v[1] / b.v[1]}}; }
+    static MNV2_INLINE F neg(F a) { return {{-a.v[0], -a.v[1]}}; }
+    // b where a is NaN.
+    static MNV2_INLINE F max(F a, F b) {
+      return {{a.v[0] > b.v[0] ? a.v[0] : b.v[0], a.v[1] > b.v[1] ? a.v[1] : b.v[1]}};
+    }
+    static MNV2_INLINE F min(F a, F b) {
+      return {{a.v[0] < b.v[0] ? a.v[0] : b.v[0], a.v[1] < b.v[1] ? a.v[1] : b.v[1]}};
+    }
+    // To nearest even, of values below 2^22: there the sum's last bit is 1.
+    static MNV2_INLINE I32x8 round(F a) {
+      const F magic = set1(12582912.0f);
+      const F r = kept(add(a, magic));
+      return of_lanes([&](int i) { return int32_t(r.v[i / 4][i % 4] - 12582912.0f); });
+    }
+    MNV2_INLINE void store(float* p, int64_t n) const {
+      std::memcpy(p, v, n < kLanes ? size_t(n) * sizeof(float) : sizeof(v));
+    }
+  };
+
+  static MNV2_INLINE I32x8 load(const T* p) {
+    I32x8 r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
+  MNV2_INLINE void store(T* p) const { std::memcpy(p, v, sizeof(v)); }
+  static MNV2_INLINE I32x8 set1(T s) { return {{Lanes{} + s, Lanes{} + s}}; }
+  static MNV2_INLINE I32x8 add(I32x8 a, I32x8 b) { return {{a.v[0] + b.v[0], a.v[1] + b.v[1]}}; }
+  // a: four uint8 in a lane, b: four int8.
+  static MNV2_INLINE I32x8 dot(I32x8 sum, I32x8 a, I32x8 b) {
+    for (int half = 0; half < 2; ++half)
+      for (int byte = 0; byte < 4; ++byte)
+        sum.v[half] += ((a.v[half] >> (8 * byte)) & 255) * ((b.v[half] << (24 - 8 * byte)) >> 24);
+    return sum;
+  }
+  static MNV2_INLINE I32x8 weights(const In* p) {
+    I32x8 r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return little_endian(r);
+  }
+  static MNV2_INLINE I32x8 broadcast(const In* p) {
+    return set1(int32_t(p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24));
+  }
+  static MNV2_INLINE I32x8 little_endian(I32x8 r) {
+    if constexpr (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) return r;
+    return of_lanes([&](int i) { return int32_t(__builtin_bswap32(uint32_t(r[i]))); });
+  }
+  // The lanes' columns moved on by one, `last` behind them.
+  static MNV2_INLINE I32x8 push(I32x8 lanes, I32x8 last) {
+    for (int half = 0; half < 2; ++half)
+      lanes.v[half] = ((lanes.v[half] >> 8) & 0x00ffffff) | (last.v[half] << 24);
+    return lanes;
+  }
+  static MNV2_INLINE F to_float(I32x8 a) {
+    F r;
+    for (int half = 0; half < 2; ++half) r.v[half] = __builtin_convertvector(a.v[half], F::Lanes);
+    return r;
+  }
+  static MNV2_INLINE F power_of_two(I32x8 n) {
+    I32x8 bits = add(n, set1(127));
+    for (int half = 0; half < 2; ++half) bits.v[half] <<= 23;
+    F r;
+    std::memcpy(r.v, bits.v, sizeof(r.v));
+    return r;
+  }
+  MNV2_INLINE void narrow(In* p) const { store_bytes(p, kLanes); }
+  static MNV2_INLINE I32x8 load_in(const In* p) { return load_bytes(p, kLanes); }
+  MNV2_INLINE void store_bytes(uint8_t* p, int64_t n) const {
+    for (int i = 0; i < kLanes; ++i)
+      if (i < n) p[i] = uint8_t((*this)[i]);
+  }
+  static MNV2_INLINE I32x8 load_bytes(const uint8_t* p, int64_t n) {
+    return of_lanes([&](int i) { return i < n ? int32_t(p[i]) : 0; });
+  }
+  static MNV2_INLINE void widen(const uint8_t* x, int64_t n, In* out) {
+    std::memcpy(out, x, size_t(n));
+  }
+};
+
+}  // namespace
+
+#define V_KEEP "+m"
+#include "../kernel/window.h"
+#include "kernel.h"
+
+constinit const Kernels kKernels = kernels_of_vectors<I32x8>();
+
+}  // namespace mnv2_fused::cpu::int8::portable

@@ -1,0 +1,35 @@
+"""The AVX-512 kernels on 8-bit integers, on any x86-64 with AVX2: their intrinsics emulated."""
+
+import platform
+import shutil
+import subprocess
+
+import pytest
+from support.source_tree import ROOT
+
+pytestmark = pytest.mark.slow
+
+HERE = ROOT / "tests/int8"
+OPTIONS = ["-std=c++20", "-O1", "-mavx2", "-ffp-contract=off"]
+EMULATED = ["-DMNV2_EMULATED_AVX512", "-include", str(HERE / "emulated_avx512.h")]
+
+
+@pytest.mark.skipif(not HERE.is_dir(), reason="needs the source tree")
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
+def test_avx512_equals_the_portable_kernels(tmp_path):
+    kernels = ROOT / "csrc/cpu/int8"
+    builds = [
+        subprocess.Popen(["g++", *OPTIONS, *options, "-c", source, "-o", tmp_path / f"{source.stem}.o"])
+        for source, options in (
+            (kernels / "avx512_vnni.cpp", EMULATED),
+            (kernels / "portable.cpp", []),
+            (HERE / "int8_kernel_check.cpp", []),
+            (ROOT / "csrc/cpu/plan.cpp", []),
+            (ROOT / "csrc/block.cpp", []),
+        )
+    ]
+    assert [build.wait() for build in builds] == [0] * len(builds)
+    program = tmp_path / "check"
+    subprocess.run(["g++", *tmp_path.glob("*.o"), "-o", program], check=True)
+    found = subprocess.run([program], capture_output=True, text=True)
+    assert found.stdout == "100 of 100 equal\n", found.stdout + found.stderr
