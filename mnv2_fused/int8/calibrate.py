@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layers import Quantizer
+from .modules import QuantizedLayer
 from .observers import best_quantizer
 from .reports import LayerError
 from .scales import Scales, Seen, scales_of
-from .simulate import Simulation
+from .simulate import Means, Simulation
 from .structure import Structure, Unit
 
 _CHUNK = 16 * 224 * 224  # pixels of images in one float pass: what is in memory at a time
@@ -23,19 +22,28 @@ _KEPT = 32 * 224 * 224  # pixels of the images that biases are corrected on
 _MOST_KEPT = 64
 
 
-@dataclass
 class _Producers:
     """Whose results layers were given, by the tensors themselves."""
 
-    made: dict[int, tuple[Tensor, Unit]] = field(default_factory=dict)  # tensors are held, so that no id comes twice
-    of: dict[str, set[str | None]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        # Of this pass: tensors are held, so that no id comes twice.
+        self.made: dict[int, tuple[Tensor, int, QuantizedLayer]] = {}
+        self.of: dict[QuantizedLayer, set[QuantizedLayer | None]] = {}
 
-    def note(self, unit: Unit, x: Tensor) -> bool:
-        """Whether ``x`` is always the result of one layer, up to now."""
+    def add(self, layer: QuantizedLayer, y: Tensor) -> None:
+        self.made[id(y)] = y, _version(y), layer
+
+    def note(self, layer: QuantizedLayer, x: Tensor) -> bool:
+        """Whether ``x`` is always the result of one other layer, up to now, and was not written to since."""
         found = self.made.get(id(x))
-        seen = self.of.setdefault(unit.name, set())
-        seen.add(None if found is None else found[1].name)
-        return found is not None and len(seen) == 1
+        producer = found[2] if found is not None and found[1] == _version(x) else None
+        seen = self.of.setdefault(layer, set())
+        seen.add(producer)
+        return producer is not None and len(seen) == 1
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 class Kept:
@@ -67,26 +75,28 @@ class Calibration:
 
     def __init__(self, structure: Structure, seed: int) -> None:
         self.structure = structure
-        self.seen = {unit.name: Seen(unit.source) for unit in structure.units}
+        self.seen = {unit.layer: Seen(unit.source) for unit in structure.units}
         self.producers = _Producers()
         self.kept = Kept(seed)
 
     def observe(self, images: Tensor) -> None:
         """A float pass over [N, C, H, W]."""
+        if len(images) == 0:
+            return
         for chunk in images.split(max(1, _CHUNK // math.prod(images.shape[2:]))):
             self._float_pass(chunk, self._observed)
         self.kept.add(images)
 
     def _observed(self, unit: Unit, x: Tensor) -> Tensor:
-        seen = self.seen[unit.name]
-        if not self.producers.note(unit, x):
+        seen = self.seen[unit.layer]
+        if not self.producers.note(unit.layer, x):
             seen.x.add(x)
         return unit.source.run(x, seen.see)
 
     def _float_pass(self, images: Tensor, call: Callable[[Unit, Tensor], Tensor]) -> Any:
         def noted(unit: Unit, x: Tensor) -> Tensor:
             y = call(unit, x)
-            self.producers.made[id(y)] = y, unit
+            self.producers.add(unit.layer, y)
             return y
 
         with self._standing_in(noted):
@@ -125,66 +135,63 @@ class Calibration:
                 vars(module).pop("forward", None)
 
     def finish(self) -> tuple[list[LayerError], Any, Any]:
-        """Gives every layer its values; errors on the kept images, and the model's float and int8 results on them.
+        """Gives every layer its values; its errors on the kept images, and the model's float and int8 results on them.
 
         Raises ValueError where a layer did not run.
         """
         scales = self._scales()
         images = torch.stack(self.kept.images)
-        floats, means = {}, {}
-        expected = self._float_pass(images, lambda unit, x: self._kept_float(unit, x, floats, means))
-        errors: list[LayerError] = []
+        floats: dict[QuantizedLayer, tuple[Tensor, Means]] = {}
+        expected = self._float_pass(images, lambda unit, x: _kept_float(unit, x, floats))
+        errors: dict[QuantizedLayer, LayerError] = {}
 
         def corrected(unit: Unit, x: Tensor) -> Tensor:
-            if unit.name in done:  # called a second time
-                return done[unit.name](x)
+            y, means = floats[unit.layer]
+            again = unit.layer in errors
             ends = unit.ends_row and unit.source.ends_in_float
-            simulation = Simulation(unit.source, scales[unit.name], means[unit.name], ends)
-            layer, y = simulation.run(x[:, :, None, None] if x.dim() == 2 else x)
-            unit.layer.fill(layer)
-            errors.append(LayerError.of(unit.name, floats[unit.name], y))
-            done[unit.name] = lambda x: Simulation(unit.source, scales[unit.name], {}, ends).run(x)[1]
-            return y
+            simulation = Simulation(unit.source, scales[unit.layer], {} if again else means, ends)
+            layer, given = simulation.run(x[:, :, None, None] if x.dim() == 2 else x)
+            if not again:
+                unit.layer.fill(layer)
+                errors[unit.layer] = LayerError.of(y, given)
+            return given
 
-        done: dict[str, Callable[[Tensor], Tensor]] = {}
         given = self._float_pass(images, corrected)
-        return errors, expected, given
+        return [errors[unit.layer] for unit in self.structure.units], expected, given
 
-    def _kept_float(self, unit: Unit, x: Tensor, floats: dict[str, Tensor], means: dict[str, Any]) -> Tensor:
-        of_unit: dict[str, Tensor] = {}
-
-        def see(name: str, value: Tensor) -> None:
-            if name in _CORRECTED:
-                of_unit[name] = value.mean((0, 2, 3), dtype=torch.float64)
-
-        y = unit.source.run(x, see)
-        if unit.source.spec is not None and unit.source.spec.residual:
-            of_unit["project"] += of_unit["x"]
-        if unit.name not in floats:
-            floats[unit.name], means[unit.name] = y, of_unit
-        return y
-
-    def _scales(self) -> dict[str, Scales]:
-        scales: dict[str, Scales] = {}
-        units = {unit.name: unit for unit in self.structure.units}
-
-        def of(name: str) -> Scales:
-            if name in scales:
-                return scales[name]
-            producers = self.producers.of.get(name)
-            if producers is None:
+    def _scales(self) -> dict[QuantizedLayer, Scales]:
+        for unit in self.structure.units:
+            if unit.layer not in self.producers.of:
                 raise ValueError(
-                    f"the calibration images did not reach {name or 'the model'}: calibrate on what runs it, or "
-                    f"leave it float with skip=({name!r},)"
+                    f"the calibration images did not reach {unit.name or 'the model'}: calibrate on what runs it, or "
+                    f"leave it float with skip=({unit.name!r},)"
                 )
-            producer = next(iter(producers)) if len(producers) == 1 else None
-            x: Quantizer = best_quantizer(self.seen[name].x) if producer is None else of(producer).y
-            scales[name] = scales_of(self.seen[name], x)
-            return scales[name]
+        scales: dict[QuantizedLayer, Scales] = {}
 
-        for name in units:
-            of(name)
-        return scales
+        def of(layer: QuantizedLayer) -> Scales:
+            if layer not in scales:
+                seen, producers = self.seen[layer], self.producers.of[layer]
+                producer = next(iter(producers)) if len(producers) == 1 else None
+                x = best_quantizer(seen.x) if producer is None else of(producer).y
+                scales[layer] = scales_of(seen, x)
+            return scales[layer]
+
+        return {layer: of(layer) for layer in self.seen}
+
+
+def _kept_float(unit: Unit, x: Tensor, floats: dict[QuantizedLayer, tuple[Tensor, Means]]) -> Tensor:
+    """Float's result, kept with its means at the first call."""
+    means: dict[str, Tensor] = {}
+
+    def see(name: str, value: Tensor) -> None:
+        if name in _CORRECTED:
+            means[name] = value.mean((0, 2, 3), dtype=torch.float64)
+
+    y = unit.source.run(x, see)
+    if unit.source.spec is not None and unit.source.spec.residual:
+        means["project"] += means["x"]
+    floats.setdefault(unit.layer, (y, means))
+    return y
 
 
 _CORRECTED = ("x", "expand", "depthwise", "reduce", "excite", "project")

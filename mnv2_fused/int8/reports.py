@@ -16,13 +16,12 @@ from .modules import is_quantized
 class LayerError:
     """How far one layer's result is from float's, with all layers before it on integers, too."""
 
-    name: str
     sqnr: float  # dB: the power of float's result over that of the difference
     error: float  # the largest difference
 
     @staticmethod
-    def of(name: str, expected: Tensor, given: Tensor) -> LayerError:
-        return LayerError(name, sqnr(expected, given), float((expected - given).abs().max()))
+    def of(expected: Tensor, given: Tensor) -> LayerError:
+        return LayerError(sqnr(expected, given), float((expected - given).abs().max()))
 
 
 def sqnr(expected: Tensor, given: Tensor) -> float:

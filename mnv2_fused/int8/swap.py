@@ -49,9 +49,9 @@ def quantize(
     images do not reach.
     """
     _check_calibration(calibration)
-    structure = _structure(model, skip, rows)
-    calibrated = Calibration(structure, seed)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        structure = _structure(model, skip, rows)
+        calibrated = Calibration(structure, seed)
         for i, images in enumerate(_batches(calibration)):
             _check_images(images, i)
             try:
@@ -63,13 +63,13 @@ def quantize(
         if calibrated.kept.count == 0:
             raise ValueError("calibration holds no images; give 100 to 300, and a new iterator for each call")
         errors, expected, given = calibrated.finish()
-    found = {error.name: error for error in errors}
-    report = _report(structure)
-    layers = tuple(
-        dataclasses.replace(row, sqnr=found[row.name].sqnr, error=found[row.name].error) if row.quantized else row
-        for row in report.layers
+    floats = _report(structure)
+    measured = tuple(
+        dataclasses.replace(row, sqnr=found.sqnr, error=found.error)
+        for row, found in zip(floats.quantized, errors, strict=True)
     )
-    report = QuantizedReport(layers).with_results(len(calibrated.kept.images), expected, given)
+    report = QuantizedReport((*measured, *floats.unquantized))
+    report = report.with_results(len(calibrated.kept.images), expected, given)
     vars(structure.model)[ATTRIBUTE] = report
     return structure.model
 
@@ -80,7 +80,8 @@ def quantized_like(model: nn.Module, *, skip: Collection[str] = (), rows: bool =
     ``skip`` and ``rows`` as :func:`quantize` was given them. Its forward raises RuntimeError until then. Raises as
     :func:`quantize` does for a model or for ``skip``.
     """
-    structure = _structure(model, skip, rows)
+    with torch.inference_mode(False), torch.no_grad():
+        structure = _structure(model, skip, rows)
     vars(structure.model)[ATTRIBUTE] = _report(structure)
     return structure.model
 
@@ -104,8 +105,7 @@ def _structure(model: nn.Module, skip: Collection[str], rows: bool) -> Structure
     nothing = "fuse() fused nothing: "
     reasons = [str(w.message).removeprefix(nothing) for w in said if str(w.message).startswith(nothing)]
     fused.eval().requires_grad_(False)
-    with torch.inference_mode(False), torch.no_grad():
-        structure = build(fused, skip, rows)
+    structure = build(fused, skip, rows)
     if not structure.units:
         reasons += [f"{row.name or 'model'}: {row.reason}" for row in structure.unquantized]
         raise ValueError(f"there is nothing to quantise: {'; '.join(reasons) or NOT_FOUND}")

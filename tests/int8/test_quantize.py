@@ -12,7 +12,7 @@ from torch import nn
 
 import mnv2_fused
 from mnv2_fused import BlockSpec, fuse, models, quantize, quantized_like, quantized_report
-from mnv2_fused.int8.modules import QuantizedBlock, QuantizedRow
+from mnv2_fused.int8.modules import QuantizedBlock, QuantizedRow, QuantizedStage
 from mnv2_fused.testing import fit_batch_norm
 
 # Of every kind that layers on integers compute.
@@ -171,6 +171,7 @@ NAN[1, 0, 0, 0] = float("nan")
     [
         ([], ValueError, "calibration holds no images; give 100 to 300"),
         (iter(()), ValueError, "calibration holds no images"),
+        ([torch.empty(0, 3, 32, 32)], ValueError, "calibration holds no images"),
         (3, TypeError, "must be an iterable of batches, got a int"),
         ("images", TypeError, "must be an iterable of batches, got a str"),
         ([NAN], ValueError, "batch 0 has 1 values that are NaN or infinite"),
@@ -259,6 +260,29 @@ def test_own_networks(name):
     assert report.quantized[0].sqnr > 20
 
 
+def stages_of(model):
+    for module in model.modules():
+        if isinstance(module, QuantizedStage):
+            yield module.stage
+
+
+def stays_below(stage):
+    """How far a stage's quotients can go, whatever is in its input."""
+    sums = 255 * stage.weight.flatten(1).abs().double().sum(1) + stage.bias.abs().double()
+    return sums.max(), (sums * stage.multiplier * (1 if stage.scale is None else stage.scale)).max()
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_sums_and_quotients_fit_an_int32(name):
+    """Also where images differ so little that channels hardly do, and where batch norms made up large weights."""
+    torch.manual_seed(0)
+    model = fit_batch_norm(getattr(models, name)(width_mult=0.35).eval(), smooth(4, 3, 64) * 1e-3)
+    for images in (smooth(4, 3, 64), torch.zeros(2, 3, 64, 64)):
+        found = [stays_below(stage) for stage in stages_of(quantize(model, [images]))]
+        assert max(sums for sums, _ in found) < 2**31
+        assert max(quotient for _, quotient in found) < 2**29
+
+
 def test_channels_that_are_never_used():
     """Weights of 0 and channels without values give finite numbers, and what biases say."""
     model = Block(BlockSpec(8, 24, 12))
@@ -272,6 +296,33 @@ def test_channels_that_are_never_used():
     int8 = quantize(model, [x])
     assert all(t.isfinite().all() for t in int8.state_dict().values())
     assert sqnr(model(x), int8(x)) > 30
+
+
+def test_a_block_at_several_places():
+    """Each place has scales of its own; nothing that another module wrote to counts as another block's result."""
+    torch.manual_seed(0)
+    first, second, shared = (Block(BlockSpec(8, 24, 8)) for _ in range(3))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([first, second, shared])
+
+        def forward(self, x):
+            y = self.blocks[0](x)
+            y *= 30
+            return self.blocks[2](self.blocks[2](self.blocks[1](y)) * 10)
+
+    x = smooth(8, 8, 16)
+    for model in (Net(), nn.Sequential(first, shared, second, shared, first)):
+        assert sqnr(model(x), quantize(model, [x])(x)) > 20
+
+
+def test_in_inference_mode():
+    with torch.inference_mode():
+        int8 = quantize(fitted(), [smooth(8, 3, 64)])
+    assert not any(t.is_inference() for t in int8.buffers())
+    assert int8(smooth(1, 3, 64)).shape == (1, 10)
 
 
 def test_a_large_bias_fits():
