@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from support import flat
 from support.int8 import Block, calibration, quantized, smooth, sqnr
 from support.models import fitted
 from torch import nn
@@ -341,3 +342,20 @@ def test_exports():
     assert {"quantize", "quantized_like", "quantized_report", "QuantizedReport"} <= set(mnv2_fused.__all__)
     with pytest.raises(ValueError, match="is not quantised"):
         quantized_report(fitted())
+
+
+def test_flat_layers():
+    """Blocks whose layers lie among others' in one Sequential."""
+    torch.manual_seed(0)
+    layers = [*flat.stem(), *flat.separable(8, 12), *flat.separable(12, 16, 2), *flat.separable(16, 16), *flat.head(16)]
+    model = fit_batch_norm(nn.Sequential(*layers).eval(), smooth(16, 3, 64))
+    x = smooth(8, 3, 64)
+    report = quantized_report(quantize(model, [x]))
+    assert not report.unquantized
+    names = [row.name for row in report.quantized]
+    assert names[1] == "9-14" and len(names) == len(set(names))
+    int8 = quantize(model, [x], skip=("10",))
+    assert [row.name for row in quantized_report(int8).unquantized] == ["9-14"]
+    assert sqnr(model(x), int8(x)) > 20
+    with pytest.raises(ValueError, match="it needs rows=True"):
+        quantize(model, [x], rows=False)
