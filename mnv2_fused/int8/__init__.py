@@ -1,7 +1,6 @@
 """Inverted residuals in 8-bit integers: ``quantize``."""
 
 from .reports import LayerError, QuantizedLayerReport, QuantizedReport, quantized_report
-from .run import run
 from .swap import quantize, quantized_like
 
 __all__ = [
@@ -11,5 +10,4 @@ __all__ = [
     "quantize",
     "quantized_like",
     "quantized_report",
-    "run",
 ]

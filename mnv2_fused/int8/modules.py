@@ -17,7 +17,7 @@ from ..sequence.frozen import Whole
 from ..tensors import check_tensor
 from .floats import FloatLayer
 from .layers import FUNCTIONS, Int8Layer, Quantizer, Squeeze, Stage
-from .run import run
+from .run import Row
 
 _AGAIN = "call mnv2_fused.quantize(model, images) again, on the original model"  # as the end of a sentence
 
@@ -106,6 +106,7 @@ class QuantizedLayer(_Quantized):
         for name in (*zeros, "y_zero"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int32))
         self._layer: Int8Layer | None = None
+        self._row: Row | None = None
         self._start()
 
     def fill(self, layer: Int8Layer) -> None:
@@ -167,7 +168,10 @@ class QuantizedLayer(_Quantized):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run(x, self, [self.int8_layer()])
+        layer = self.int8_layer()
+        if self._row is None or self._row.layers[0] is not layer:
+            self._row = Row([layer])
+        return _run(x, self, self._row)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._layer = None
@@ -178,7 +182,7 @@ class QuantizedLayer(_Quantized):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layer": None}
+        return self.__dict__ | {"_layer": None, "_row": None}
 
     def extra_repr(self) -> str:
         x, y = (self._buffers[name] for name in ("x_scale", "y_scale"))
@@ -193,7 +197,7 @@ def _set(t: Tensor | None, value: Any) -> None:
             t.copy_(value if isinstance(value, Tensor) else torch.tensor(value))
 
 
-def _run(x: Tensor, first: QuantizedLayer, layers: list[Int8Layer]) -> Tensor:
+def _run(x: Tensor, first: QuantizedLayer, row: Row) -> Tensor:
     check_tensor(x)
     if x.dtype is not torch.float32:
         raise TypeError(f"a quantised model takes float32, got x of {x.dtype}; convert it with x.float()")
@@ -208,7 +212,7 @@ def _run(x: Tensor, first: QuantizedLayer, layers: list[Int8Layer]) -> Tensor:
             f"x must be [N, {first.in_channels}, H, W], got {list(x.shape)}"
             + ("; add a batch with x[None]" if x.dim() == 3 else "")
         )
-    return run(x, layers)
+    return row(x)
 
 
 class QuantizedRow(_Quantized, Whole):
@@ -222,18 +226,19 @@ class QuantizedRow(_Quantized, Whole):
     def __init__(self, layers: list[QuantizedLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self._row: list[Int8Layer] = []
+        self._row: Row | None = None
         self._start()
 
     def forward(self, x: Tensor) -> Tensor:
         found: list[Any] = list(self.layers)
-        row = [layer.int8_layer() for layer in found]
-        if len(row) != len(self._row) or any(a is not b for a, b in zip(row, self._row, strict=True)):
-            self._row = row
-        return _run(x, found[0], self._row)
+        now = [layer.int8_layer() for layer in found]
+        row = self._row
+        if row is None or len(now) != len(row.layers) or any(a is not b for a, b in zip(now, row.layers, strict=True)):
+            row = self._row = Row(now)
+        return _run(x, found[0], row)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_row": []}
+        return self.__dict__ | {"_row": None}
 
 
 class QuantizedModel(Whole):

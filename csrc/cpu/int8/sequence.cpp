@@ -195,7 +195,6 @@ class Row {
                  uint8_t* out) {
     const BlockShape& s = l.block;
     if (s.dilation != 1) fail("dilation must be 1 on 8-bit integers, got ", s.dilation);
-    if (s.activates_sum && s.residual) fail("no kernel on 8-bit integers activates a sum");
     const Kernels& k = kernels();
     const int64_t hidden = s.hidden_panels() * kPanel;
     const int64_t dots = ceil_div(s.kernel, k.depth);
@@ -212,6 +211,8 @@ class Row {
           reader_.stage(product_bytes(hidden, round_up(Scratch::terms(s), k.depth)), hidden);
     call.depthwise = reader_.stage(hidden * s.kernel * dots * k.depth * k.element, hidden);
     call.project = reader_.stage(product_bytes(s.out_channels, hidden), s.out_channels);
+    if (s.activates_sum && s.residual && call.project.activation.kind != Activation::kIdentity)
+      fail("only a clip may follow the sum with x on 8-bit integers");
     call.y = out;
     const Machine machine{threads_, k.lanes, 4, k.element, k.depth, cpu::l2_bytes()};
     const Plan plan = plan_of(s, machine);
