@@ -12,7 +12,7 @@ from torch import nn
 from ..convert.find import blocks_of
 from ..convert.unknown import unknown_blocks
 from ..encoding import LayerKind
-from ..module import FusedBlock
+from ..module import FusedBlock, FusedFlat
 from ..module.in_place import become
 from ..sequence import RunsFused
 from ..sequence.find import Layer, layers_of
@@ -83,6 +83,8 @@ def build(fused: nn.Module, skip: Collection[str], rows: bool) -> Structure:
             found.keep(name, "block", why)
         elif isinstance(block, FusedBlock) and (objection := block.fallback_reason()) is not None:
             found.keep(name, "block", objection)
+        elif isinstance(block, FusedFlat) and not rows:
+            found.keep(name, str(block.spec), "its layers lie among others' in one Sequential: it needs rows=True")
     for row in unknown_blocks(fused, (block for _, block, _ in blocks_of(fused))):
         for name in row.names:
             found.keep(name, row.kind, row.reason)
@@ -140,11 +142,15 @@ class _Found:
 
     def _name(self, layer: Layer) -> str:
         last = layer.modules[-1]
+        if isinstance(last, FusedFlat):
+            first, *_, end = (self.names[part] for part in last.parts)
+            return f"{first}-{end.rpartition('.')[2]}"
         module = last if isinstance(last, FusedBlock) else layer.linear or layer.modules[0]
         return self.names.get(module, "")
 
     def _skips(self, layer: Layer) -> bool:
-        for name in (self.names.get(module) for module in layer.modules):
+        modules = [part for m in layer.modules for part in (m.parts if isinstance(m, FusedFlat) else (m,))]
+        for name in map(self.names.get, modules):
             if name is not None and any(name == s or name.startswith(f"{s}.") or s == "" for s in self.skip):
                 return True
         return False
