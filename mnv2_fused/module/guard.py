@@ -163,5 +163,21 @@ def watched_entries(module: nn.Module, private: bool = False) -> Iterator[tuple[
         yield vars(config), "tf_padding"
 
 
+def unwatched_values(module: nn.Module) -> dict[str, Any]:
+    """What :func:`watched_entries` leaves out of its attributes, for ``==``: objects are equal where they are the same."""
+    watched = {name for _, name in watched_entries(module)}
+    names = vars(module).keys() - watched - _OF_ANY_MODULE - set(getattr(module, "OWN", ()))
+    return {name: _comparable(vars(module)[name]) for name in names}
+
+
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value), [_comparable(entry) for entry in value]
+    return value if type(value) in (bool, int, float, str, types.NoneType) else id(value)
+
+
 def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None

@@ -24,7 +24,7 @@ from ..fold import BlockWeights, conv_norms, eps_of
 from ..reference import in_torch
 from .chain import Chain, Recipe, require
 from .fused_block import FusedBlock, block_of, fallback_reason_of
-from .guard import watched_entries
+from .guard import unwatched_values, watched_entries
 from .in_place import FusedInPlace, name_clash
 from .parameters import parameters_of
 from .reading import Around, Parts, Unfusable, full_name
@@ -117,8 +117,9 @@ _recipes: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Recipe
 def _recipes_of_equals(block: nn.Module, structure: list[Any]) -> dict[Any, Recipe | str]:
     """What was found of another block of this structure; nothing where integers in buffers may decide as well."""
     if all(t.is_floating_point() or "running_var" in m._buffers for m in block.modules() for t in _tensors_of(m)):
-        for known, found in list(_recipes.values()):
-            if _same(known, structure):
+        unwatched = [unwatched_values(m) for m in block.modules()]
+        for other, (known, found) in list(_recipes.items()):
+            if _same(known, structure) and [unwatched_values(m) for m in other.modules()] == unwatched:
                 return found
     return {}
 

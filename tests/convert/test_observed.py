@@ -921,3 +921,32 @@ def test_a_block_that_has_a_name_of_ours_is_left_alone():
     with pytest.warns(UserWarning, match="its backend has a name that fused blocks use"):
         fused = fuse(block)
     assert type(fused) is NamedAsOurs and fused.backend == 2.0
+
+
+class _Options:
+    def __init__(self, activates):
+        self.activates = activates
+
+
+class _LooksIntoAnObject(nn.Module):
+    """Of two such blocks only what an attribute's object holds differs."""
+
+    def __init__(self, activates):
+        super().__init__()
+        self.options = _Options(activates)
+        self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pw = nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        y = self.pw(F.relu(self.dw(x)))
+        return F.relu(y) if self.options.activates else y
+
+
+def test_blocks_that_differ_inside_an_object_are_each_looked_at():
+    torch.manual_seed(0)
+    model = nn.Sequential(_LooksIntoAnObject(True), nn.Sigmoid(), nn.Conv2d(16, 8, 1), _LooksIntoAnObject(False)).eval()
+    fused = fuse(model)
+    assert len(report(fused).fused) == 2
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
