@@ -164,7 +164,7 @@ def watched_entries(module: nn.Module, private: bool = False) -> Iterator[tuple[
 
 
 def unwatched_values(module: nn.Module) -> dict[str, Any]:
-    """What :func:`watched_entries` leaves out of its attributes, for ``==``: objects are equal where they are the same."""
+    """Attributes that :func:`watched_entries` leaves out, for ``==``: objects are equal where they are the same."""
     watched = {name for _, name in watched_entries(module)}
     names = vars(module).keys() - watched - _OF_ANY_MODULE - set(getattr(module, "OWN", ()))
     return {name: _comparable(vars(module)[name]) for name in names}
