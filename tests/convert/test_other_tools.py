@@ -200,7 +200,7 @@ def test_a_quantiser_that_traces_sees_the_convolutions(name):
     fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     mapping = pytest.importorskip("torch.ao.quantization").get_default_qconfig_mapping("x86")
     observers = []
-    for model in (original(name), fuse(original(name))):
+    for model in (copy.deepcopy(original(name)), fuse(original(name))):  # whose modules are told things
         prepared = fx.prepare_fx(model, mapping, (make_x(1),))
         observers.append(sum("Observer" in type(m).__name__ for m in prepared.modules()))
     assert observers[0] == observers[1] > 10
