@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from ..encoding import LayerKind
 from ..module import FusedBlock
-from ..module.observed import FusedObserved
+from ..module.extra_arguments import ExtraArguments
 from ..sequence.frozen import Whole
 from ..tensors import check_tensor
 from .floats import FloatLayer
 from .layers import FUNCTIONS, Int8Layer, Quantizer, Squeeze, Stage
 from .run import Row
 
+_LEAVE_FLOAT = "leave the block float with mnv2_fused.quantize(model, images, skip=(its name,))"
 _AGAIN = "call mnv2_fused.quantize(model, images) again, on the original model"  # as the end of a sentence
 
 
@@ -267,44 +267,16 @@ class QuantizedBlock(nn.Module):
         self.layer = layer
         self.tail = nn.Sequential(*(block.get_submodule(name) for name in around.tail)) if around else None
         self.shortcut = around is not None and around.shortcut
-        # What forward takes beside x is asked of the block, without its weights; in a tuple, so that it is no child.
-        self._asked = (_without_values(block),) if isinstance(block, FusedObserved) else ()
-        self._allowed: set[Any] = set()
+        self._extra = ExtraArguments(block)
         self.training = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
         if args or kwargs:
-            self._check(args, kwargs)
+            self._extra.check(args, kwargs, _LEAVE_FLOAT)
         y = self.layer(x if self.leading is None else self.leading(x))
         if self.tail is not None:
             y = self.tail(y)
         return y + x if self.shortcut else y
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises TypeError where these arguments may change a result in eval."""
-        call = args, tuple(sorted(kwargs.items()))
-        try:
-            if call in self._allowed:
-                return
-        except TypeError:  # of what has no hash
-            pass
-        if not any(block.allows(args, kwargs) for block in self._asked):
-            given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
-            raise TypeError(
-                f"a quantised block takes x, and what changes nothing in eval, got {given}; leave the block float with "
-                "mnv2_fused.quantize(model, images, skip=(its name,))"
-            )
-        self._allowed.add(call)
-
-
-def _without_values(block: FusedObserved) -> FusedObserved:
-    """A copy on the meta device, without hooks."""
-    tensors = [*block.parameters(), *block.buffers()]
-    other = copy.deepcopy(block, {id(t): t.detach().to("meta") for t in tensors})
-    for module in other.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return other
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import backends, ops
 from ..fold import PackedWeights
 from ..module.compiled import op_choices
+from ..module.extra_arguments import ExtraArguments
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
 from ..module.parameters import first_weight, fold_and_pack
@@ -121,9 +122,12 @@ class FrozenBlock(_Frozen):
         around = block._around
         self.tail = nn.Sequential(*(block.get_submodule(name) for name in around.tail)) if around else None
         self.shortcut = around is not None and around.shortcut
+        self.extra = ExtraArguments(block)
         self.training = False
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [N, C_in, H, W] -> [N, C_out, H', W']
+        if args or kwargs:
+            self.extra.check(args, kwargs, "use the model without frozen=True")
         self._check(x)
         outer = x
         if self.leading is not None:

@@ -7,12 +7,14 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.models import fitted, fused_model, make_x, near
 from torch import nn
 
 import mnv2_fused
 from mnv2_fused import FusedInvertedResidual, fuse, models, unfuse
 from mnv2_fused.sequence import FrozenRow
+from mnv2_fused.sequence.frozen import FrozenBlock
 from mnv2_fused.testing import perturb_batch_norm
 
 
@@ -230,3 +232,42 @@ def test_hooks_still_run(where):
         assert near(frozen(x), expected)
         hooked._forward_hooks.clear()
         assert not near(model(x), expected)
+
+
+class _TakesRates(nn.Module):
+    """A network whose blocks are given a rate that changes nothing in eval, as EfficientNets do; or a scale."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.pw = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x, drop_connect_rate=None, scale=1.0):
+            y = self.pw(F.relu(self.dw(x)))
+            if drop_connect_rate and self.training:
+                y = F.dropout(y, drop_connect_rate)
+            return x + (y if scale == 1.0 else y * scale)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x, **rest):
+        for i, block in enumerate(self.blocks):
+            x = block(x, drop_connect_rate=0.1 * i, **rest)
+        return x
+
+
+def test_arguments_that_change_nothing_in_eval_are_taken():
+    torch.manual_seed(0)
+    model = _TakesRates().eval()
+    frozen = fuse(model, frozen=True)
+    x = torch.randn(2, 8, 9, 7)
+    with torch.inference_mode():
+        for copied in (frozen, copy.deepcopy(frozen)):
+            assert all(type(block) is FrozenBlock for block in copied.blocks)
+            torch.testing.assert_close(copied(x), model(x))
+            torch.testing.assert_close(copied(x, scale=1.0), model(x))
+            with pytest.raises(TypeError, match=r"scale=0.5; use the model without frozen=True"):
+                copied(x, scale=0.5)
