@@ -104,11 +104,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("instruction_set", [] { return std::string(cpu::active().name); });
   m.def("set_instruction_set", &cpu::set_active);
-  // Elements side by side in packed weights of 8-bit integers, and bytes of each.
-  m.def("int8_layout", [] {
-    const cpu::int8::Kernels& kernels = cpu::active().integers();
-    return std::pair(kernels.depth, kernels.element);
-  });
   m.def("l2_bytes", &cpu::l2_bytes);
   m.def("advise_huge_pages", &cpu::advise_huge_pages);
   m.def("poison_new_memory", &cpu::poison_new_memory);

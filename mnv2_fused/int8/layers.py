@@ -214,7 +214,8 @@ def _run_block(q: Tensor, layer: Int8Layer, spec: BlockSpec) -> Tensor:
     depthwise = layer.depthwise
     assert depthwise is not None
     padding = spec.padding_of(*q.shape[2:])
-    sums = convolution(q, depthwise.weight[:, None], padding, zero, stride=spec.strides, groups=q.shape[1])
+    options = {"stride": spec.strides, "dilation": spec.dilation, "groups": q.shape[1]}
+    sums = convolution(q, depthwise.weight[:, None], padding, zero, **options)
     d = depthwise.requantize(sums)
     if layer.squeeze is not None:
         d = _gated(d, depthwise, layer.squeeze)

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
 from ..activations import ACTIVATIONS
 from ..activations import GATES as GATE_NAMES
 from ..encoding import LayerKind, block_values
-from .layers import Int8Layer, Quantizer, Squeeze, Stage
+from ..spec import BlockSpec
+from .layers import HIGHEST, Int8Layer, Quantizer, Squeeze, Stage
 
-_PANEL, _LINE = 16, 64
+_PANEL, _QUAD, _LINE = 16, 4, 64
+_MOST = 2.0**31 * 0.999  # of values before they are rounded to an int32, in float32
 
 
 def geometry_of(layers: list[Int8Layer]) -> list[int]:
@@ -37,19 +38,14 @@ def geometry_of(layers: list[Int8Layer]) -> list[int]:
     return values
 
 
-def pack(layers: list[Int8Layer], depth: int, element: int) -> Tensor:
-    """The weights of ``layers`` for kernels that read ``depth`` elements of ``element`` bytes side by side: [bytes]."""
+def pack(layers: list[Int8Layer]) -> Tensor:
+    """The weights of ``layers``, of one layout for all instruction sets: [bytes]."""
     x, y = layers[0].x, layers[-1].y or Quantizer(1.0, 0)
     inverse = float(torch.ones((), dtype=torch.float32) / x.scale)
     parts = [_bytes(struct.pack("<fifi", inverse, x.zero, y.scale, y.zero))]
     for layer in layers:
-        parts += _layer(layer, depth, element)
+        parts += _layer(layer)
     return torch.cat([F.pad(part, (0, -part.numel() % _LINE)) for part in parts])
-
-
-def layout() -> tuple[int, int]:
-    """Depth and bytes of an element, of the instruction set in use."""
-    return backends._C.int8_layout()
 
 
 def _bytes(data: bytes) -> Tensor:
@@ -60,7 +56,7 @@ def _view(t: Tensor) -> Tensor:
     return t.contiguous().flatten().view(torch.uint8)
 
 
-def _layer(layer: Int8Layer, depth: int, element: int) -> list[Tensor]:
+def _layer(layer: Int8Layer) -> list[Tensor]:
     squeeze = layer.squeeze
     pool_zero = layer.y.zero if layer.pool_scale is not None and layer.y is not None else 0
     header = struct.pack(
@@ -77,29 +73,38 @@ def _layer(layer: Int8Layer, depth: int, element: int) -> list[Tensor]:
         weight = layer.expand.weight
         if weight.dim() == 4:  # of a stem: rows, columns, channels, as they lie in x
             weight = weight.permute(0, 2, 3, 1).flatten(1)
-        parts += _stage(layer.expand, _product(weight, depth, element, depth))
-    if layer.depthwise is not None:
-        parts += _stage(layer.depthwise, _taps(layer.depthwise.weight, depth, element))
-    parts += _stage(layer.project, _product(layer.project.weight, depth, element))
+        parts += _stage(layer.expand, _product(weight, _QUAD))
+    if layer.depthwise is not None and layer.spec is not None:
+        parts += _stage(layer.depthwise, _taps(layer.depthwise.weight, layer.spec))
+    parts += _stage(layer.project, _product(layer.project.weight))
     if squeeze is not None:
-        parts += _squeeze(squeeze, depth, element)
+        parts += _squeeze(squeeze)
     if layer.pool_scale is not None:
         parts.append(_channels(layer.pool_scale))
     return parts
 
 
-def _squeeze(squeeze: Squeeze, depth: int, element: int) -> list[Tensor]:
+def _squeeze(squeeze: Squeeze) -> list[Tensor]:
     parts = [_channels(squeeze.mean_scale), _channels(squeeze.gated_scale)]
     for stage in (squeeze.reduce, squeeze.excite):
-        parts += _stage(stage, _product(stage.weight, depth, element))
+        parts += _stage(stage, _product(stage.weight))
     return parts
 
 
 def _stage(stage: Stage, weight: Tensor) -> list[Tensor]:
     scale = torch.ones_like(stage.multiplier) if stage.scale is None else stage.scale
     vectors = [_channels(t) for t in (stage.bias, stage.multiplier, stage.low, stage.high, scale)]
-    header = _bytes(struct.pack("<ii", stage.zero, ACTIVATIONS.index(stage.activation)))
-    return [header, _view(weight), *vectors]
+    header = struct.pack("<iii", stage.zero, ACTIVATIONS.index(stage.activation), int(_saturates(stage)))
+    return [_bytes(header), _view(weight), *vectors]
+
+
+def _saturates(stage: Stage) -> bool:
+    """Whether bounds are those of a uint8, and no value leaves an int32 before they apply."""
+    if stage.activation != "identity":
+        return False
+    most = HIGHEST * stage.weight.double().abs().flatten(1).sum(1) + stage.bias.double().abs()
+    within = (most * stage.multiplier.double().abs() < _MOST).all()
+    return bool(within and (stage.low == -stage.zero).all() and (stage.high == HIGHEST - stage.zero).all())
 
 
 def _channels(t: Tensor) -> Tensor:
@@ -107,21 +112,26 @@ def _channels(t: Tensor) -> Tensor:
     return _view(F.pad(t, (0, -t.numel() % _PANEL)))
 
 
-def _stored(t: Tensor, element: int) -> Tensor:
-    return t.to(torch.int8 if element == 1 else torch.int16)
-
-
-def _product(weight: Tensor, depth: int, element: int, multiple: int = _PANEL) -> Tensor:
-    """[C, K] -> [C/16, K/depth, 16, depth], with K up to a multiple."""
+def _product(weight: Tensor, multiple: int = _PANEL) -> Tensor:
+    """[C, K] -> [C/16, K/4, 16, 4], with K up to a multiple."""
     c, k = weight.shape
     padded = F.pad(weight, (0, -k % multiple, 0, -c % _PANEL))
-    panels = padded.view(-1, _PANEL, padded.shape[1] // depth, depth)
-    return _stored(panels.permute(0, 2, 1, 3), element)
+    return padded.view(-1, _PANEL, padded.shape[1] // _QUAD, _QUAD).permute(0, 2, 1, 3)
 
 
-def _taps(weight: Tensor, depth: int, element: int) -> Tensor:
-    """[E, k, k] -> [E/16, k, dots, 16, depth]: of each row the last taps first, zeros before the first tap."""
+def _taps(weight: Tensor, spec: BlockSpec) -> Tensor:
+    """[E, k, k] -> [E/16, k, phases, dots, 16, 4]: the taps of a row where they lie in quads of columns.
+
+    Quads begin at every second column, so at stride 1 there are two phases: the first tap at the first column of its
+    quad, or at the second. Dilated, a quad has one tap alone.
+    """
     e, k, _ = weight.shape
-    padded = F.pad(weight, (-k % depth, 0, 0, 0, 0, -e % _PANEL))
-    dots = padded.view(-1, _PANEL, k, padded.shape[2] // depth, depth).flip(3)
-    return _stored(dots.permute(0, 2, 3, 1, 4), element)
+    phases, dots = (2 if spec.strides[1] == 1 else 1), (k if spec.dilation > 1 else -(-(k + 1) // _QUAD))
+    padded = F.pad(weight, (0, 0, 0, 0, 0, -e % _PANEL)).view(-1, _PANEL, k, k)
+    taps = weight.new_zeros(padded.shape[0], k, phases, dots, _PANEL, _QUAD)
+    for phase in range(phases):
+        for tap in range(k):
+            column = phase + tap * spec.dilation
+            dot, byte = (tap, column % 2) if spec.dilation > 1 else divmod(column, _QUAD)
+            taps[:, :, phase, dot, :, byte] = padded[..., tap].transpose(1, 2)
+    return taps

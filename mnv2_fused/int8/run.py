@@ -12,11 +12,11 @@ from torch import Tensor
 from .. import backends
 from ..encoding import LayerKind
 from .layers import Int8Layer, run_reference
-from .packing import geometry_of, layout, pack
+from .packing import geometry_of, pack
 
 
 class Row:
-    """Layers in a row, packed once for the instruction set in use.
+    """Layers in a row, packed once.
 
     x float32 [N, C, H, W] -> float32 [N, C_out, H', W'] in channels_last, behind a linear layer [N, C_out].
     """
@@ -24,7 +24,7 @@ class Row:
     def __init__(self, layers: list[Int8Layer]) -> None:
         self.layers = layers
         self.flat = layers[-1].kind is LayerKind.LINEAR
-        self._packed: tuple[tuple[int, int], Tensor, list[int]] | None = None
+        self._packed: tuple[Tensor, list[int]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         asked = os.environ.get("MNV2_FUSED_BACKEND") == "eager"
@@ -38,10 +38,9 @@ class Row:
         return y.flatten(1) if self.flat else y
 
     def _weights(self) -> tuple[Tensor, list[int]]:
-        now = layout()
-        if self._packed is None or self._packed[0] != now:
-            self._packed = now, pack(self.layers, *now), geometry_of(self.layers)
-        return self._packed[1:]
+        if self._packed is None:
+            self._packed = pack(self.layers), geometry_of(self.layers)
+        return self._packed
 
 
 @functools.cache

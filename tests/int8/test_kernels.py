@@ -8,7 +8,7 @@ from support.random_int8 import random_block, random_head
 from mnv2_fused import BlockSpec
 from mnv2_fused.encoding import LayerKind
 from mnv2_fused.int8.layers import run_reference
-from mnv2_fused.int8.packing import geometry_of, layout, pack
+from mnv2_fused.int8.packing import geometry_of, pack
 from mnv2_fused.testing import instruction_set, threads
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -20,7 +20,7 @@ def image(*shape, seed=1):
 
 
 def run(x, layers):
-    weights = pack(layers, *layout())
+    weights = pack(layers)
     y = torch.ops.mnv2_fused.int8_sequence(x, weights, geometry_of(layers))
     return y.flatten(1) if layers[-1].kind is LayerKind.LINEAR else y
 
@@ -47,6 +47,9 @@ SPECS = [
     BlockSpec(24, 72, 40, stride=(1, 2)),
     BlockSpec(16, 48, 16, padding=(2, 0, 1, 2)),
     BlockSpec(48, 200, 72, stride=2),
+    BlockSpec(24, 72, 40, dilation=2),
+    BlockSpec(16, 40, 16, dilation=3, kernel=5),
+    BlockSpec(13, 13, 13, dilation=5, expand=False, residual=True),
     BlockSpec(16, 48, 16, residual=True, activates_sum=True, out_activation="relu"),
 ]
 SIZES = [(1, 14, 14), (3, 9, 17), (2, 1, 1), (1, 33, 2)]
@@ -133,14 +136,14 @@ def test_threads_strides_and_batches_change_no_bit(isa):
 
 def test_opcheck():
     layers = [random_block(BlockSpec(24, 144, 24, residual=True))]
-    weights = pack(layers, *layout())
+    weights = pack(layers)
     for x in (image(2, 24, 6, 5), image(2, 24, 6, 5).contiguous()):
         torch.library.opcheck(torch.ops.mnv2_fused.int8_sequence.default, (x, weights, geometry_of(layers)))
 
 
 def test_bad_weights_are_named():
     layers = [random_block(BlockSpec(24, 144, 24, residual=True))]
-    weights, geometry = pack(layers, *layout()), geometry_of(layers)
+    weights, geometry = pack(layers), geometry_of(layers)
     op, x = torch.ops.mnv2_fused.int8_sequence, image(1, 24, 6, 5)
     for bad, message in (
         ((x, weights[:-64], geometry), "ends early"),
@@ -153,9 +156,6 @@ def test_bad_weights_are_named():
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*bad)
-    dilated = [random_block(BlockSpec(24, 144, 24, dilation=2))]
-    with pytest.raises(RuntimeError, match="dilation must be 1"):
-        op(x, pack(dilated, *layout()), geometry_of(dilated))
 
 
 @by_isa

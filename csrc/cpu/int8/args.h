@@ -17,16 +17,28 @@ namespace mnv2_fused::cpu::int8 {
 
 constexpr int64_t kProductRows = 32;  // of a ProductArgs that run together
 constexpr int32_t kHighest = 255;     // of a uint8
+constexpr int64_t kQuad = 4;          // elements that one dot product of a lane takes
+constexpr int64_t kMostStemChannels = 16;
 
 // A convolution's weights and what follows its sums. Vectors are [C/16 * 16].
 struct Stage {
-  const void*
-      weight;  // of a product [C/16][K/depth][16][depth], of a depthwise [C/16][k][quads][16][depth]
+  // Of a product [C/16][K/4][16][4], of a depthwise [C/16][k][phases][dots][16][4].
+  const int8_t* weight;
   const int32_t* bias;
   const float *multiplier, *low, *high, *scale;
   int32_t zero;
   ActivationFunction activation;  // identity: low and high are all
+  // Whether low and high are a uint8's own ends, and no rounded value leaves an int32: a conversion that
+  // saturates is then all that bounds a value.
+  bool saturates;
 };
+
+// Dot products that a row of taps takes: dilated, one for each tap.
+constexpr int64_t row_dots(int64_t kernel, int64_t dilation) {
+  return dilation > 1 ? kernel : ceil_div(kernel + 1, kQuad);
+}
+// Places that a row's first tap may have in the ring's pairs of columns.
+inline int64_t phases(const BlockShape& s) { return s.stride_across() == 1 ? 2 : 1; }
 
 // Squeeze-and-excite, see layers.py.
 struct Squeeze {
@@ -48,6 +60,8 @@ struct BlockCall {
   Pass pass = Pass::kLast;
   const float* factors = nullptr;  // [N][E/16 * 16], the last pass's factors of d
   int32_t* pooled = nullptr;       // [tasks][E/16 * 16], sums of d - zero of each tile
+  // What the pool's pass keeps of d for the last, or null: [N][pixels][E/16 * 16], by tiles, groups, bands.
+  char* cached = nullptr;
 };
 
 // Rows of uint8 times a matrix: 1x1 convolution of pixels, or a linear layer of images.
@@ -61,16 +75,31 @@ struct ProductArgs {
   int32_t* sums = nullptr;  // [out/16 * 16]: sums of q - zero over the rows
 };
 
+// The ring of expanded rows: [panels of the group][rows][1 + halves][16] quads, each the bytes of four
+// columns of a channel. Quad h of a row begins at column 2h of the window, so a column is in two of them.
+// The first, of columns -2 to 1, is there to be written alone.
+struct Ring {
+  int64_t halves;  // quads of a row that are read
+
+  Ring(const BlockShape& s, int64_t tile_cols)
+      : halves(ceil_div((tile_cols - 1) * s.stride_across() + s.extent(), 2)) {}
+  // In quads:
+  int64_t row() const { return (halves + 1) * kPanel; }
+  int64_t panel(int64_t rows) const { return rows * row(); }
+};
+
 // Bytes of one worker's scratch, part by part.
 struct Scratch {
-  int64_t ring, sums, depthwise, rows;
+  int64_t ring, padding, sums, depthwise, row;
 
-  Scratch(const BlockShape& s, const Plan& p, int64_t depth, int64_t element)
-      : ring(room(p.expanded_elements(s) * 4)),
+  Scratch(const BlockShape& s, const Plan& p, int64_t element)
+      : ring(room(p.group / kPanel * Ring(s, p.tile_cols).panel(p.ring_rows(s)) * 4)),
+        padding(room(Ring(s, p.tile_cols).row() * 4)),
         sums(room(p.tile_rows * p.tile_cols * round_up(s.out_channels, kPanel) * 4)),
-        depthwise(room(p.depthwise_elements() * element)),
-        rows(room(p.ring_rows(s) * p.in_cols(s) * round_up(terms(s), depth) * element + 64)) {}
-  int64_t total() const { return ring + sums + depthwise + rows; }
+        // Pixels are stored by fours.
+        depthwise(room((p.depthwise_elements() + 3 * kPanel) * element)),
+        row(room(Ring(s, p.tile_cols).halves * 2 * round_up(terms(s), kPanel) * element)) {}
+  int64_t total() const { return ring + padding + sums + depthwise + row; }
 
   // Products that an expanded element sums.
   static int64_t terms(const BlockShape& s) {
@@ -82,8 +111,7 @@ struct Scratch {
 };
 
 struct Kernels {
-  int64_t depth;    // elements side by side in packed weights
-  int64_t element;  // bytes of such an element
+  int64_t element;  // bytes of an activation where products read it
   int64_t lanes;    // sums in a vector
   void (*run_tile)(const BlockCall&, const Plan&, int64_t task, char* scratch);
   void (*run_product)(const ProductArgs&, int64_t begin, int64_t end, char* scratch);  // rows
@@ -96,6 +124,9 @@ struct Kernels {
 };
 
 namespace avx512_vnni {
+extern const Kernels kKernels;
+}
+namespace avx2_vnni {
 extern const Kernels kKernels;
 }
 namespace avx2 {

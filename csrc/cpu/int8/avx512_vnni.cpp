@@ -27,8 +27,9 @@ struct I32x16 {
   using T = int32_t;
   using In = uint8_t;
   using Half = I32x16;
+  using Value = I32x16;    // four uint8 in a lane
+  using Weights = I32x16;  // four int8
   static constexpr int64_t kLanes = 16;
-  static constexpr int64_t kDepth = 4;
   static constexpr int kRegisters = 32;
   __m512i v;
 
@@ -64,19 +65,33 @@ struct I32x16 {
   MNV2_INLINE void store(T* p) const { _mm512_storeu_si512(p, v); }
   static MNV2_INLINE I32x16 set1(T s) { return {_mm512_set1_epi32(s)}; }
   static MNV2_INLINE I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
-  // a: four uint8 in a lane, b: four int8.
-  static MNV2_INLINE I32x16 dot(I32x16 sum, I32x16 a, I32x16 b) {
+  static MNV2_INLINE I32x16 dot(I32x16 sum, Value a, Weights b) {
     return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
   }
-  static MNV2_INLINE I32x16 weights(const In* p) { return {_mm512_loadu_si512(p)}; }
-  static MNV2_INLINE I32x16 broadcast(const In* p) {
+  static MNV2_INLINE Weights weights(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static MNV2_INLINE Value value(const T* p) { return load(p); }
+  static MNV2_INLINE Value broadcast(const In* p) {
     int quad;
     std::memcpy(&quad, p, sizeof(quad));
     return {_mm512_set1_epi32(quad)};
   }
-  // The lanes' columns moved on by one, `last` behind them.
-  static MNV2_INLINE I32x16 push(I32x16 lanes, I32x16 last) {
-    return {_mm512_or_si512(_mm512_srli_epi32(lanes.v, 8), _mm512_slli_epi32(last.v, 24))};
+
+  // Two pixels of 16 channels in 16 bits: in each 128-bit part, four channels of one, then of the other.
+  struct Pair {
+    __m512i v;
+    static MNV2_INLINE Pair set1(int16_t s) { return {_mm512_set1_epi16(s)}; }
+    static MNV2_INLINE Pair add(Pair a, Pair b) { return {_mm512_adds_epi16(a.v, b.v)}; }
+  };
+  static MNV2_INLINE Pair pair(I32x16 a, I32x16 b) { return {_mm512_packs_epi32(a.v, b.v)}; }
+  static MNV2_INLINE I32x16 quads(Pair a, Pair b) {
+    const __m512i by_channel =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    return {_mm512_shuffle_epi8(_mm512_packus_epi16(a.v, b.v), by_channel)};
+  }
+  static MNV2_INLINE void store_pixels(Pair a, Pair b, In* p) {
+    const __m512i by_pixel =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(by_pixel, _mm512_packus_epi16(a.v, b.v)));
   }
   static MNV2_INLINE F to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
   static MNV2_INLINE F power_of_two(I32x16 n) {
@@ -89,20 +104,17 @@ struct I32x16 {
   static MNV2_INLINE I32x16 load_in(const In* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
+  static MNV2_INLINE __mmask16 first(int64_t n) { return __mmask16((1 << n) - 1); }
   MNV2_INLINE void store_bytes(uint8_t* p, int64_t n) const {
-    if (n >= kLanes) return narrow(p);
-    uint8_t bytes[kLanes];
-    narrow(bytes);
-    std::memcpy(p, bytes, size_t(n));
+    n >= kLanes ? narrow(p) : _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(v));
   }
   static MNV2_INLINE I32x16 load_bytes(const uint8_t* p, int64_t n) {
     if (n >= kLanes) return load_in(p);
-    uint8_t bytes[kLanes]{};
-    std::memcpy(bytes, p, size_t(n));
-    return load_in(bytes);
+    return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p))};
   }
-  static MNV2_INLINE void widen(const uint8_t* x, int64_t n, In* out) {
-    std::memcpy(out, x, size_t(n));
+  static MNV2_INLINE void widen(const uint8_t* x, In* out) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
 };
 

@@ -1,110 +1,162 @@
-// depthwise: taps of one row of the kernel as dot products over the lanes' columns, the last taps first;
-// columns before the first tap have weights of 0.
+// depthwise: taps of one row of the kernel as dot products over quads of columns, see columns.h.
+//
+// A quad begins at every second column. Of stride 1 the first tap lies in the first of its columns at even
+// outputs and in the second at odd ones: weights are packed for both phases.
 #pragma once
 
-#include "requantize.h"
+#include "product.h"
 
 namespace {
 
-// Dot products that K taps of a row take.
-template <class V, int K>
-constexpr int kDots = (K + V::kDepth - 1) / V::kDepth;
-constexpr int kDepthwiseCols = 7;
+// Outputs of a row that run together: as many as there are registers for, and fewer at its end.
+template <class V, class T>
+using ColumnCounts =
+    std::conditional_t < T::kDilated || V::kRegisters<16, std::integer_sequence<int, 4, 2, 1>,
+                                                      std::integer_sequence<int, 8, 7, 4, 2, 1>>;
 
 template <class V>
 struct DepthwiseRow {
-  const int32_t* rows[kMostKernelSize];
-  const typename V::In* weights;  // [k][dots][16][depth], this vector's lanes
+  const int32_t* rows[kMostKernelSize];  // quad 0
+  const int8_t* weights;                 // [k][phases][dots][16][4], this vector's lanes
   const Stage* stage;
   int64_t channel;
   typename V::In* out;  // [pixels][16]
   int32_t* sums;        // of q - zero, or null
 };
 
-template <class V, int K, int S, int C, bool kClips>
-MNV2_INLINE void depthwise_cols(const DepthwiseRow<V>& t, int64_t first) {
+// A row of K taps, `S` columns between outputs and `dilation` between taps.
+template <int K, int S, bool kSpread>
+struct Taps {
+  static constexpr int kKernel = K, kStride = S;
+  static constexpr bool kDilated = kSpread;
+  static constexpr int kDots = int(row_dots(K, kSpread ? 2 : 1));
+  static constexpr int kPhases = S == 1 ? 2 : 1;
+  static constexpr int kRow = kPhases * kDots * kPanel * kQuad;  // weights
+  int64_t dilation;
+
+  // Quad that dot product `dot` reads of output `col`.
+  MNV2_INLINE int64_t quad(int64_t col, int64_t dot) const {
+    return kDilated ? (col * S + dot * dilation) / 2 : col * S / 2 + 2 * dot;
+  }
+};
+
+template <class V, class T, int C, Bound kBound>
+MNV2_INLINE void depthwise_cols(const DepthwiseRow<V>& t, T taps, int64_t first) {
+  using Pair = typename V::Pair;
   V acc[C];
   const V bias = V::load(t.stage->bias + t.channel);
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = bias; });
-  for (int ky = 0; ky < K; ++ky) {
-    const int32_t* const row = t.rows[ky] + (first * S + K - 1) * kPanel;
-    unrolled<kDots<V, K>>([&](auto d) MNV2_INLINE_LAMBDA {
-      const V w = V::weights(t.weights + (ky * kDots<V, K> + d) * kPanel * V::kDepth);
+  const int8_t* w = t.weights;
+  for (int ky = 0; ky < T::kKernel; ++ky, w += T::kRow) {
+    const int32_t* const row = t.rows[ky] + first * T::kStride / 2 * kPanel;
+    unrolled<T::kDots>([&](auto dot) MNV2_INLINE_LAMBDA {
+      typename V::Weights weights[T::kPhases];
+      unrolled<T::kPhases>([&](auto phase) MNV2_INLINE_LAMBDA {
+        weights[phase] = V::weights(w + (phase * T::kDots + dot) * kPanel * kQuad);
+      });
       unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
-        acc[c] = V::dot(acc[c], V::load(row + (c * S - d * V::kDepth) * kPanel), w);
+        const typename V::Value quad = V::value(row + taps.quad(c, dot) * kPanel);
+        acc[c] = V::dot(acc[c], quad, weights[c % T::kPhases]);
       });
     });
   }
-  V total = V::set1(0);
-  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
-    const V q = requantize<V, kClips>(acc[c], *t.stage, t.channel);
-    total = V::add(total, q);
-    q.narrow(t.out + (first + c) * kPanel);
+  requantize<V, kBound>(acc, *t.stage, t.channel);
+  if (t.sums) {
+    V total = V::load(t.sums);
+    unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { total = V::add(total, acc[c]); });
+    total.store(t.sums);
+  }
+  const auto value = [&](auto c) MNV2_INLINE_LAMBDA {
+    if constexpr (c >= C)
+      return V::set1(0);
+    else
+      return acc[c];
+  };
+  unrolled<(C + 3) / 4>([&](auto four) MNV2_INLINE_LAMBDA {
+    constexpr int c = 4 * int(four);
+    const auto pair = [&](auto at) MNV2_INLINE_LAMBDA {
+      const V a = value(std::integral_constant<int, at>{});
+      const V b = value(std::integral_constant<int, at + 1>{});
+      return pair_of<V>(a, b, t.stage->zero);
+    };
+    const Pair low = pair(std::integral_constant<int, c>{});
+    const Pair high = pair(std::integral_constant<int, c + 2>{});
+    V::store_pixels(low, high, t.out + (first + c) * kPanel);
   });
-  if (t.sums) V::add(V::load(t.sums), V::add(total, V::set1(-C * t.stage->zero))).store(t.sums);
 }
 
-template <class V, int K, int S, bool kClips>
-void depthwise_row(const DepthwiseRow<V>& t, int64_t cols) {
+template <class V, class T, Bound kBound>
+void depthwise_row(const DepthwiseRow<V>& t, T taps, int64_t cols) {
   int64_t col = 0;
-  for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
-    depthwise_cols<V, K, S, kDepthwiseCols, kClips>(t, col);
-  unrolled<kDepthwiseCols - 1>([&](auto c) MNV2_INLINE_LAMBDA {
-    if (cols - col == c + 1) depthwise_cols<V, K, S, c + 1, kClips>(t, col);
-  });
+  [&]<int... C>(std::integer_sequence<int, C...>) {
+    const auto run = [&]<int kCount>(std::integral_constant<int, kCount>) {
+      for (; cols - col >= kCount; col += kCount)
+        depthwise_cols<V, T, kCount, kBound>(t, taps, col);
+    };
+    (run(std::integral_constant<int, C>{}), ...);
+  }(ColumnCounts<V, T>{});
 }
 
-// Rows of a band: from the ring to d, [group/16][band pixels][16].
-template <class V>
-void depthwise(const Window<uint8_t>& w, const Stage& stage, const int32_t* ring, typename V::In* d,
-               int32_t* sums, Group group, Band band) {
-  const BlockShape& s = w.shape;
+// Calls f with the taps of a block.
+template <class F>
+void with_taps(const BlockShape& s, F f) {
   unrolled<kKernelSizeCount>([&](auto size) MNV2_INLINE_LAMBDA {
     constexpr int K = int(kKernelSizes[size]);
     if (s.kernel != K) return;
-    const auto run = [&]<int S, bool kClips>(std::integral_constant<int, S>,
-                                             std::bool_constant<kClips>) {
+    if (s.dilation > 1) return f(Taps<K, 1, true>{s.dilation});  // of stride 1 alone
+    s.stride_across() == 1 ? f(Taps<K, 1, false>{1}) : f(Taps<K, 2, false>{1});
+  });
+}
+
+// Rows of a band: from the ring to d, [group/16][band pixels][16]. padding: quad 0 of a row of it.
+template <class V>
+void depthwise(const Window<uint8_t>& w, const Stage& stage, const int32_t* ring, const Ring& of,
+               const int32_t* padding, typename V::In* d, int32_t* sums, Group group, Band band) {
+  const BlockShape& s = w.shape;
+  with_taps(s, [&]<class T>(T taps) {
+    with_bound(stage, sums != nullptr, [&](auto bound) {
       for (int64_t v = 0; v < ceil_div(group.channels, kPanel) * kPerPanel<V>; ++v) {
         const int64_t vector = group.first / V::kLanes + v;
         const int64_t in_panel = v % kPerPanel<V> * V::kLanes;
         DepthwiseRow<V> t{};
         t.stage = &stage;
         t.channel = vector * V::kLanes;
-        t.weights = static_cast<const typename V::In*>(stage.weight) +
-                    vector / kPerPanel<V> * K * kDots<V, K> * kPanel * V::kDepth +
-                    in_panel * V::kDepth;
+        t.weights = stage.weight + vector / kPerPanel<V> * T::kKernel * T::kRow + in_panel * kQuad;
         t.sums = sums ? sums + t.channel : nullptr;
-        const int32_t* const in = ring + v / kPerPanel<V> * w.panel + in_panel;
+        const int32_t* const panel =
+            ring + v / kPerPanel<V> * of.panel(w.ring_rows) + in_panel + kPanel;
         for (int64_t r = 0; r < band.rows; ++r) {
-          for (int64_t ky = 0; ky < K; ++ky)
-            t.rows[ky] = in + w.ring_offset((band.row + r) * s.stride + ky);
+          for (int64_t ky = 0; ky < T::kKernel; ++ky) {
+            const int64_t row = (band.row + r) * s.stride + ky * s.dilation;
+            t.rows[ky] =
+                row < w.top || row >= w.bottom ? padding : panel + row % w.ring_rows * of.row();
+          }
           t.out = d + (v / kPerPanel<V> * band.rows + r) * w.cols * kPanel + in_panel;
-          depthwise_row<V, K, S, kClips>(t, w.cols);
+          depthwise_row<V, T, bound()>(t, taps, w.cols);
         }
       }
-    };
-    const auto by_stride = [&](auto clip) {
-      s.stride_across() == 1 ? run(std::integral_constant<int, 1>{}, clip)
-                             : run(std::integral_constant<int, 2>{}, clip);
-    };
-    clips(stage) ? by_stride(std::true_type{}) : by_stride(std::false_type{});
+    });
   });
 }
 
-// d = round(clip((d - zero) * factor)) + zero, in place.
+// d = round(clip((d - zero) * factor)) + zero, from `d` to `out`; both may be one.
 template <class V>
-void multiply_by_factors(typename V::In* d, int64_t panels, int64_t pixels, const float* factors,
-                         int32_t zero) {
+void multiply_by_factors(const typename V::In* d, typename V::In* out, int64_t panels,
+                         int64_t pixels, const float* factors, int32_t zero) {
   using F = typename V::F;
   const F low = F::set1(float(-zero)), high = F::set1(float(kHighest - zero));
   for (int64_t v = 0; v < panels * kPerPanel<V>; ++v) {
     const F factor = F::load(factors + v * V::kLanes);
-    typename V::In* at = d + v / kPerPanel<V> * pixels * kPanel + v % kPerPanel<V> * V::kLanes;
-    for (int64_t i = 0; i < pixels; ++i, at += kPanel) {
-      const F value = V::to_float(V::add(V::load_in(at), V::set1(-zero)));
-      const F r = F::min(F::max(F::mul(value, factor), low), high);
-      V::add(F::round(r), V::set1(zero)).narrow(at);
-    }
+    const int64_t at = v / kPerPanel<V> * pixels * kPanel + v % kPerPanel<V> * V::kLanes;
+    const auto value = [&](int64_t pixel) MNV2_INLINE_LAMBDA {
+      const F centred = V::to_float(V::add(V::load_in(d + at + pixel * kPanel), V::set1(-zero)));
+      return F::round(F::min(F::max(F::mul(centred, factor), low), high));
+    };
+    int64_t i = 0;
+    for (; i + 4 <= pixels; i += 4)
+      V::store_pixels(pair_of<V>(value(i), value(i + 1), zero),
+                      pair_of<V>(value(i + 2), value(i + 3), zero), out + at + i * kPanel);
+    for (; i < pixels; ++i) V::add(value(i), V::set1(zero)).narrow(out + at + i * kPanel);
   }
 }
 

@@ -19,71 +19,67 @@ void run_tile(const BlockCall& a, const Plan& plan, int64_t task, char* scratch)
   at.x_row = a.x_row;
   at.x_col = a.x_col;
   const Window<uint8_t> w(at, plan, task);
-  const Scratch parts(s, plan, V::kDepth, sizeof(In));
+  const Ring of(s, w.cols);
+  const Scratch parts(s, plan, sizeof(In));
   auto* const ring = reinterpret_cast<int32_t*>(scratch);
-  auto* const sums = reinterpret_cast<int32_t*>(scratch + parts.ring);
-  auto* const d = reinterpret_cast<In*>(scratch + parts.ring + parts.sums);
-  auto* const rows = reinterpret_cast<In*>(scratch + parts.ring + parts.sums + parts.depthwise);
-  const int64_t terms = Scratch::terms(s), pitch = round_up(terms, V::kDepth);
+  auto* const padding = reinterpret_cast<int32_t*>(scratch + parts.ring);
+  auto* const sums = reinterpret_cast<int32_t*>(scratch + parts.ring + parts.padding);
+  auto* const d = reinterpret_cast<In*>(scratch + parts.ring + parts.padding + parts.sums);
+  auto* const x =
+      reinterpret_cast<In*>(scratch + parts.ring + parts.padding + parts.sums + parts.depthwise);
+  const int64_t terms = Scratch::terms(s), cols = w.image_cols();
   const int64_t hidden = s.hidden_panels() * kPanel, out_pitch = round_up(s.out_channels, kPanel);
-  const int32_t zero = s.expand == Expand::kNone ? a.x_zero : a.expand.zero;
-  const V padding = padding_lanes<V>(zero);
-  const auto pad = [&](int32_t* p, int64_t pixels) {
-    for (int64_t i = 0; i < pixels * kPanel; i += V::kLanes) padding.store(p + i);
-  };
-  pad(ring, plan.expanded_elements(s) / kPanel);
+  pad<V>(padding, of.row(), s.expand == Expand::kNone ? a.x_zero : a.expand.zero);
   int32_t* const pooled = a.pass == Pass::kPool ? a.pooled + task * hidden : nullptr;
   if (pooled)
     for (int64_t c = 0; c < hidden; c += V::kLanes) V::set1(0).store(pooled + c);
   const int64_t image = task / (plan.tiles_across(s) * plan.tiles_down(s));
+  // This tile's part of what is kept between passes.
+  const int64_t before = (image * s.out_height() + w.row) * s.out_width() + w.col * w.rows;
+  In* const kept = a.cached ? reinterpret_cast<In*>(a.cached) + before * hidden : nullptr;
   for (int64_t first = 0; first < s.hidden_channels; first += plan.group) {
     const Group group{first, least(plan.group, s.hidden_channels - first)};
     const int64_t panels = ceil_div(group.channels, kPanel);
     int64_t done = 0;
     for (int64_t row = 0; row < w.rows; row += plan.band_rows) {
       const Band band{row, least(plan.band_rows, w.rows - row)};
-      for (int64_t r = done; r < w.rows_under(band); ++r) {
-        int32_t* const ring_row = ring + w.ring_offset(r);
-        if (r < w.top || r >= w.bottom) {
-          for (int64_t p = 0; p < panels; ++p) pad(ring_row + p * w.panel, w.in_cols);
-          continue;
-        }
-        const uint8_t* const x = s.expand == Expand::kStem ? nullptr : w.x_row(r);
-        switch (s.expand) {
-          case Expand::kNone:
-            copy_row<V>(w, x, group, ring_row, zero);
-            break;
-          case Expand::kPointwise:
-            load_row<V>(x, a.x_col, w.image_cols(), terms, rows);
-            expand_row<V>(w, rows, pitch, a.expand, group, ring_row);
-            break;
-          case Expand::kStem:
-            load_stem_row<V>(w, r, a.x_zero, rows);
-            expand_row<V>(w, rows, pitch, a.expand, group, ring_row);
-            break;
-        }
-        pad_row<V>(w, group, ring_row, zero);
-      }
-      done = w.rows_under(band);
-      depthwise<V>(w, a.depthwise, ring, d, pooled, group, band);
-      if (pooled) continue;
       const int64_t pixels = band.rows * w.cols;
+      In* const of_band = kept ? kept + (first * w.rows + row * panels * kPanel) * w.cols : nullptr;
+      if (pooled || !of_band) {
+        const RowRange rows = w.inside_image({done, w.rows_under(band)});
+        for (int64_t r = rows.from; r < rows.to; ++r) {
+          const RingRow to{ring + r % w.ring_rows * of.row(), of.row(), of.panel(w.ring_rows)};
+          switch (s.expand) {
+            case Expand::kNone:
+              copy_row<V>(w.x_row(r), a.x_col, w.left, cols, a.x_zero, group, to);
+              break;
+            case Expand::kPointwise:
+              load_pixels<V>(w.x_row(r), a.x_col, cols, terms, x);
+              expand_row<V>({x, cols * kPanel}, w.left, cols, terms, a.expand, group, to);
+              break;
+            case Expand::kStem:
+              load_stem_row<V>(w, r, a.x_zero, x);
+              expand_row<V>({x, cols * kPanel}, w.left, cols, terms, a.expand, group, to);
+              break;
+          }
+        }
+        done = w.rows_under(band);
+        depthwise<V>(w, a.depthwise, ring, of, padding + kPanel, d, pooled, group, band);
+        if (of_band) std::memcpy(of_band, d, size_t(panels * pixels * kPanel) * sizeof(In));
+      }
+      if (pooled) continue;
       if (a.factors)
-        multiply_by_factors<V>(d, panels, pixels, a.factors + image * hidden + first,
-                               a.depthwise.zero);
+        multiply_by_factors<V>(of_band ? of_band : d, d, panels, pixels,
+                               a.factors + image * hidden + first, a.depthwise.zero);
       project<V>(d, pixels, a.project, group, hidden, s.out_channels,
                  sums + row * w.cols * out_pitch);
     }
   }
   if (pooled) return;
-  const auto finish = [&]<bool kClips>(std::bool_constant<kClips>) {
-    for (int64_t r = 0; r < w.rows; ++r)
-      for (int64_t c = 0; c < w.cols; ++c)
-        finish_pixel<V, kClips>(sums + (r * w.cols + c) * out_pitch, a.project, s.out_channels,
-                                s.residual ? w.residual(r, c) : nullptr, a.x_zero, a.residual_scale,
-                                a.y + w.out + (r * s.out_width() + c) * s.out_channels);
-  };
-  clips(a.project) ? finish(std::true_type{}) : finish(std::false_type{});
+  finish<V>(
+      {sums, out_pitch, w.rows, w.cols, a.y + w.out, s.out_width() * s.out_channels, s.out_channels,
+       s.residual ? w.residual(0, 0) : nullptr, a.x_row, a.x_col, a.x_zero, a.residual_scale},
+      a.project, s.out_channels);
 }
 
 // Rows [begin, end), a few at a time. scratch: kProductRows rows of terms and of sums.
@@ -94,36 +90,74 @@ void run_product(const ProductArgs& a, int64_t begin, int64_t end, char* scratch
   auto* const x = reinterpret_cast<In*>(scratch);
   auto* const sums = reinterpret_cast<int32_t*>(
       scratch + round_up(kProductRows * pitch * int64_t(sizeof(In)), 64));
-  const int64_t panels = pitch / kPanel;
   for (int64_t row = begin; row < end; row += kProductRows) {
     const int64_t rows = least(end - row, kProductRows);
-    // Panels of 16 terms, as the project stage reads them.
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t p = 0; p < panels; ++p) {
-        In* const to = x + (p * rows + r) * kPanel;
-        const int64_t count = least(a.in - p * kPanel, kPanel);
-        V::widen(a.x + (row + r) * a.in + p * kPanel, count, to);
-        for (int64_t k = count; k < kPanel; ++k) to[k] = 0;
-      }
+    load_pixels<V>(a.x + row * a.in, a.in, rows, a.in, x);
     project<V>(x, rows, a.stage, {0, a.in}, pitch, a.out, sums);
+    if (a.y)
+      finish<V>({sums, out_pitch, 1, rows, a.y + row * a.pitch, 0, a.pitch, nullptr, 0, 0, 0, 0},
+                a.stage, a.out);
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t* const of_row = sums + r * out_pitch;
       if (a.real) {
         for (int64_t c = 0; c < a.out; c += V::kLanes)
           V::F::mul(V::to_float(V::load(of_row + c)), V::F::load(a.stage.multiplier + c))
               .store(a.real + (row + r) * a.pitch + c, least(a.out - c, V::kLanes));
-      } else if (a.y) {
-        uint8_t* const y = a.y + (row + r) * a.pitch;
-        clips(a.stage) ? finish_pixel<V, true>(of_row, a.stage, a.out, nullptr, 0, 0, y)
-                       : finish_pixel<V, false>(of_row, a.stage, a.out, nullptr, 0, 0, y);
-      } else {
-        const V zero = V::set1(-a.stage.zero);
-        for (int64_t c = 0; c < out_pitch; c += V::kLanes) {
-          const V sum = V::load(of_row + c);
-          const V q = clips(a.stage) ? requantize<V, true>(sum, a.stage, c)
-                                     : requantize<V, false>(sum, a.stage, c);
-          V::add(V::load(a.sums + c), V::add(q, zero)).store(a.sums + c);
-        }
+      } else if (a.sums) {
+        with_bound(a.stage, true, [&](auto bound) {
+          for (int64_t c = 0; c < out_pitch; c += V::kLanes) {
+            V q[1] = {V::load(of_row + c)};
+            requantize<V, bound()>(q, a.stage, c);
+            V::add(V::load(a.sums + c), q[0]).store(a.sums + c);
+          }
+        });
+      }
+    }
+  }
+}
+
+// How x becomes uint8.
+template <class V>
+struct Quantize {
+  typename V::F scale, low, high;
+  V zero;
+
+  MNV2_INLINE V operator()(typename V::F x) const {
+    using F = typename V::F;
+    return V::add(F::round(F::min(F::max(F::mul(x, scale), low), high)), zero);
+  }
+  // Values side by side.
+  MNV2_INLINE void run(const float* x, int64_t count, uint8_t* q) const {
+    int64_t i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes)
+      (*this)(V::F::load(x + i)).store_bytes(q + i, V::kLanes);
+    if (i == count) return;
+    float rest[V::kLanes]{};
+    std::memcpy(rest, x + i, size_t(count - i) * sizeof(float));
+    (*this)(V::F::load(rest)).store_bytes(q + i, count - i);
+  }
+};
+
+// Pixels of `kChannels` planes, or of `channels` where it is 0.
+template <class V, int kChannels>
+void quantize_planes(const Quantize<V>& quantize, const float* x, int64_t cols, int64_t channels,
+                     int64_t channel_step, uint8_t* q) {
+  constexpr int64_t kCols = 64;
+  if constexpr (kChannels > 0) {
+    uint8_t planes[kChannels][kCols];
+    for (int64_t col = 0; col < cols; col += kCols, q += kCols * kChannels) {
+      const int64_t n = least(cols - col, kCols);
+      for (int c = 0; c < kChannels; ++c) quantize.run(x + col + c * channel_step, n, planes[c]);
+      for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < kChannels; ++c) q[i * kChannels + c] = planes[c][i];
+    }
+  } else {
+    uint8_t plane[kCols];
+    for (int64_t col = 0; col < cols; col += kCols, q += kCols * channels) {
+      const int64_t n = least(cols - col, kCols);
+      for (int64_t c = 0; c < channels; ++c) {
+        quantize.run(x + col + c * channel_step, n, plane);
+        for (int64_t i = 0; i < n; ++i) q[i * channels + c] = plane[i];
       }
     }
   }
@@ -133,24 +167,20 @@ template <class V>
 void quantize_row(const float* x, int64_t cols, int64_t channels, int64_t col_step,
                   int64_t channel_step, float inverse_scale, int32_t zero, uint8_t* q) {
   using F = typename V::F;
-  constexpr int64_t kPixels = 64;
-  const F scale = F::set1(inverse_scale), low = F::set1(float(-zero)),
-          high = F::set1(float(kHighest - zero));
-  float some[kPixels * 4 + V::kLanes] = {};
-  const int64_t together = channels <= 4 ? kPixels : 1,
-                step = channels <= 4 ? channels : kPixels * 4;
-  for (int64_t col = 0; col < cols; col += together)
-    for (int64_t c = 0; c < channels; c += step) {
-      const int64_t n = least(cols - col, together), m = least(channels - c, step), count = n * m;
-      const float* const first = x + col * col_step + c * channel_step;
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t k = 0; k < m; ++k) some[i * m + k] = first[i * col_step + k * channel_step];
-      uint8_t* const to = q + col * channels + c;
-      for (int64_t i = 0; i < count; i += V::kLanes) {
-        const F v = F::min(F::max(F::mul(F::load(some + i), scale), low), high);
-        V::add(F::round(v), V::set1(zero)).store_bytes(to + i, least(count - i, V::kLanes));
-      }
-    }
+  const Quantize<V> quantize{F::set1(inverse_scale), F::set1(float(-zero)),
+                             F::set1(float(kHighest - zero)), V::set1(zero)};
+  if (channel_step == 1 && col_step == channels) return quantize.run(x, cols * channels, q);
+  if (channel_step == 1) {
+    for (int64_t col = 0; col < cols; ++col)
+      quantize.run(x + col * col_step, channels, q + col * channels);
+  } else if (col_step == 1) {
+    channels == 3 ? quantize_planes<V, 3>(quantize, x, cols, channels, channel_step, q)
+                  : quantize_planes<V, 0>(quantize, x, cols, channels, channel_step, q);
+  } else {
+    for (int64_t col = 0; col < cols; ++col)
+      for (int64_t c = 0; c < channels; ++c)
+        quantize.run(x + col * col_step + c * channel_step, 1, q + col * channels + c);
+  }
 }
 
 // sums and scale: [count/16 * 16].
@@ -181,10 +211,13 @@ void gate(const float* v, int64_t count, Gate kind, const float* scale, float* f
 
 template <class V>
 constexpr Kernels kernels_of_vectors() {
-  return {V::kDepth,      int64_t{sizeof(typename V::In)},
-          V::kLanes,      run_tile<V>,
-          run_product<V>, quantize_row<V>,
-          mean<V>,        gate<V>};
+  return {int64_t{sizeof(typename V::In)},
+          V::kLanes,
+          run_tile<V>,
+          run_product<V>,
+          quantize_row<V>,
+          mean<V>,
+          gate<V>};
 }
 
 }  // namespace

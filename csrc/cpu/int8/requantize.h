@@ -41,22 +41,45 @@ MNV2_INLINE typename V::F function_of(typename V::F v, Activation a) {
   return F::div(v, sigmoid_divisor<V>(v));  // kSilu: the driver lets no other through
 }
 
-// kClips: the stage has no function.
-template <class V, bool kClips>
+// What bounds a stage's values: the conversion to bytes alone, low and high, or these behind a function.
+enum class Bound { kSaturation, kClip, kFunction };
+
+// Calls f(std::integral_constant<Bound, ...>). exact: whether values are summed before they are bytes.
+template <class F>
+MNV2_INLINE void with_bound(const Stage& s, bool exact, F f) {
+  if (s.activation.kind != Activation::kIdentity)
+    return f(std::integral_constant<Bound, Bound::kFunction>{});
+  if (s.saturates && !exact) return f(std::integral_constant<Bound, Bound::kSaturation>{});
+  f(std::integral_constant<Bound, Bound::kClip>{});
+}
+
+// q - zero, by saturation not yet within its bounds.
+template <class V, Bound kBound>
 MNV2_INLINE V requantize(V sum, const Stage& s, int64_t channel, typename V::F added, bool adds) {
   using F = typename V::F;
   F v = F::mul(V::to_float(sum), F::load(s.multiplier + channel));
-  if constexpr (!kClips)
+  if constexpr (kBound == Bound::kFunction)
     v = F::mul(function_of<V>(v, s.activation.kind), F::load(s.scale + channel));
   if (adds) v = F::add(v, added);
-  v = F::min(F::max(v, F::load(s.low + channel)), F::load(s.high + channel));
-  return V::add(F::round(v), V::set1(s.zero));
+  if constexpr (kBound != Bound::kSaturation)
+    v = F::min(F::max(v, F::load(s.low + channel)), F::load(s.high + channel));
+  return F::round(v);
 }
-template <class V, bool kClips>
-MNV2_INLINE V requantize(V sum, const Stage& s, int64_t channel) {
-  return requantize<V, kClips>(sum, s, channel, V::F::set1(0), false);
+// The same of several vectors of one channel. Functions run in a loop, since unrolled they are long.
+template <class V, Bound kBound, int kCount>
+MNV2_INLINE void requantize(V (&sums)[kCount], const Stage& s, int64_t channel) {
+  const auto one = [&](V sum) MNV2_INLINE_LAMBDA {
+    return requantize<V, kBound>(sum, s, channel, V::F::set1(0), false);
+  };
+  if constexpr (kBound == Bound::kFunction) {
+    int32_t values[kCount * V::kLanes];
+    unrolled<kCount>([&](auto i) MNV2_INLINE_LAMBDA { sums[i].store(values + i * V::kLanes); });
+    for (int32_t* at = values; at != values + kCount * V::kLanes; at += V::kLanes)
+      one(V::load(at)).store(at);
+    unrolled<kCount>([&](auto i) MNV2_INLINE_LAMBDA { sums[i] = V::load(values + i * V::kLanes); });
+  } else {
+    unrolled<kCount>([&](auto i) MNV2_INLINE_LAMBDA { sums[i] = one(sums[i]); });
+  }
 }
-
-inline bool clips(const Stage& s) { return s.activation.kind == Activation::kIdentity; }
 
 }  // namespace

@@ -34,7 +34,7 @@ struct LayerHeader {
 };
 // At the beginning of a stage's.
 struct StageHeader {
-  int32_t zero, activation;
+  int32_t zero, activation, saturates;
 };
 
 // Reads a row of weights part by part.
@@ -66,7 +66,8 @@ class Reader {
     Stage s{};
     s.zero = h.zero;
     s.activation = {kind, kNegativeSlope};
-    s.weight = take(weight_bytes);
+    s.saturates = h.saturates != 0;
+    s.weight = reinterpret_cast<const int8_t*>(take(weight_bytes));
     s.bias = reinterpret_cast<const int32_t*>(take(round_up(channels, kPanel) * 4));
     for (const float** at : {&s.multiplier, &s.low, &s.high, &s.scale}) *at = floats(channels);
     return s;
@@ -80,9 +81,7 @@ class Reader {
 
 const Kernels& kernels() { return cpu::active().integers(); }
 
-int64_t product_bytes(int64_t out, int64_t terms) {
-  return round_up(out, kPanel) * terms * kernels().element;
-}
+int64_t product_bytes(int64_t out, int64_t terms) { return round_up(out, kPanel) * terms; }
 // Terms of what run_product reads.
 int64_t in_panels(int64_t in) { return round_up(in, kPanel); }
 
@@ -90,7 +89,7 @@ Plan plan_of(const BlockShape& shape, const Machine& machine) {
   struct Key {
     BlockShape shape;
     Machine machine;
-    size_t hash() const { return hash_of({machine.threads, machine.depth}, hash_of(shape)); }
+    size_t hash() const { return hash_of({machine.threads, machine.lanes}, hash_of(shape)); }
     bool operator==(const Key&) const = default;
   };
   static PlanCache<Key, Plan> plans;
@@ -121,7 +120,7 @@ int64_t product_scratch(int64_t in, int64_t out) {
 // The channels from panel `first` on.
 Stage from_panel(const Stage& s, int64_t first, int64_t terms) {
   Stage part = s;
-  part.weight = static_cast<const char*>(s.weight) + product_bytes(first * kPanel, terms);
+  part.weight += product_bytes(first * kPanel, terms);
   part.bias += first * kPanel;
   for (const float** at : {&part.multiplier, &part.low, &part.high, &part.scale})
     *at += first * kPanel;
@@ -194,10 +193,12 @@ class Row {
   void run_block(const LayerShape& l, const LayerHeader& h, const Sizes& x, const uint8_t* in,
                  uint8_t* out) {
     const BlockShape& s = l.block;
-    if (s.dilation != 1) fail("dilation must be 1 on 8-bit integers, got ", s.dilation);
+    if (s.expand == Expand::kStem && s.in_channels > kMostStemChannels)
+      fail("a stem takes at most ", kMostStemChannels, " channels on 8-bit integers, got ",
+           s.in_channels);
     const Kernels& k = kernels();
     const int64_t hidden = s.hidden_panels() * kPanel;
-    const int64_t dots = ceil_div(s.kernel, k.depth);
+    const int64_t dots = phases(s) * row_dots(s.kernel, s.dilation);
     BlockCall call{};
     call.shape = s;
     call.x = in;
@@ -208,15 +209,15 @@ class Row {
     call.residual_scale = h.residual_scale;
     if (s.expand != Expand::kNone)
       call.expand =
-          reader_.stage(product_bytes(hidden, round_up(Scratch::terms(s), k.depth)), hidden);
-    call.depthwise = reader_.stage(hidden * s.kernel * dots * k.depth * k.element, hidden);
+          reader_.stage(product_bytes(hidden, round_up(Scratch::terms(s), kQuad)), hidden);
+    call.depthwise = reader_.stage(hidden * s.kernel * dots * kQuad, hidden);
     call.project = reader_.stage(product_bytes(s.out_channels, hidden), s.out_channels);
     if (s.activates_sum && s.residual && call.project.activation.kind != Activation::kIdentity)
       fail("only a clip may follow the sum with x on 8-bit integers");
     call.y = out;
-    const Machine machine{threads_, k.lanes, 4, k.element, k.depth, cpu::l2_bytes()};
+    const Machine machine{threads_, k.lanes, 4, k.element, kQuad, cpu::l2_bytes()};
     const Plan plan = plan_of(s, machine);
-    const Scratch parts(s, plan, k.depth, k.element);
+    const Scratch parts(s, plan, k.element);
     const int64_t slice = round_up(parts.total(), 256);
     const Tensor scratch = buffer(slice * plan.workers);
     auto* const first = static_cast<char*>(scratch.mutable_data_ptr());
