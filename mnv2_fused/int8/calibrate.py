@@ -157,6 +157,8 @@ class Calibration:
             return given
 
         given = self._float_pass(images, corrected)
+        for module in (*self.structure.rows, *errors):
+            module.pack()
         return [errors[unit.layer] for unit in self.structure.units], expected, given
 
     def _scales(self) -> dict[QuantizedLayer, Scales]:
