@@ -7,17 +7,21 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..convert.find import blocks_of
 from ..convert.unknown import unknown_blocks
 from ..encoding import LayerKind
-from ..module import FusedBlock, FusedFlat
+from ..module import FusedBlock, FusedFlat, reading
 from ..module.in_place import become
 from ..sequence import RunsFused
 from ..sequence.find import Layer, layers_of
 from ..sequence.frozen import hooked_as, replaced
 from ..sequence.fused import ordinary_class
+from ..sequence.joined import Joined
+from ..sequence.seen import RunsAsSeen
 from .floats import FloatLayer, float_layer
 from .modules import QuantizedBlock, QuantizedLayer, QuantizedModel, QuantizedRow
 
@@ -49,6 +53,7 @@ class Structure:
     units: list[Unit] = field(default_factory=list)
     rows: list[QuantizedRow] = field(default_factory=list)
     unquantized: list[Unquantized] = field(default_factory=list)
+    seen: RunsAsSeen | None = None  # the network in float, where ``model`` is what its forward was seen to run
 
 
 _WHAT = {
@@ -88,11 +93,27 @@ def build(fused: nn.Module, skip: Collection[str], rows: bool) -> Structure:
     for row in unknown_blocks(fused, (block for _, block, _ in blocks_of(fused))):
         for name in row.names:
             found.keep(name, row.kind, row.reason)
+    if rows and isinstance(fused, RunsAsSeen) and _runs_a_row(fused):
+        found.structure.seen = fused
     swaps: dict[nn.Module, nn.Module] = {}
     found.collect(fused, swaps)
     structure = dataclasses.replace(found.structure, model=replaced(fused, swaps))
     _let_go(structure.model)
     return structure
+
+
+# Of images that a network is shown before there are any, so that what becomes of it depends on nothing else: two, in
+# case forward asks; both leave more than one pixel at a 32nd of the size.
+_SHOWN = ((64, 64), (96, 64))
+
+
+def _runs_a_row(network: RunsAsSeen) -> bool:
+    """Whether its forward, of whatever class, runs modules in a row; then ``network`` knows which."""
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+    try:
+        return all(network.runs_a_row(torch.zeros(2, channels, *size)) for size in _SHOWN)
+    except Exception:  # whatever a forward that anybody wrote does with images of another size
+        return False
 
 
 class _Found:
@@ -146,10 +167,10 @@ class _Found:
             first, *_, end = (self.names[part] for part in last.parts)
             return f"{first}-{end.rpartition('.')[2]}"
         module = last if isinstance(last, FusedBlock) else layer.linear or layer.modules[0]
-        return self.names.get(module, "")
+        return self.names.get(module.parts[0] if isinstance(module, Joined) else module, "")
 
     def _skips(self, layer: Layer) -> bool:
-        modules = [part for m in layer.modules for part in (m.parts if isinstance(m, FusedFlat) else (m,))]
+        modules = [part for m in layer.modules for part in (m.parts if isinstance(m, FusedFlat | Joined) else (m,))]
         for name in map(self.names.get, modules):
             if name is not None and any(name == s or name.startswith(f"{s}.") or s == "" for s in self.skip):
                 return True
@@ -158,6 +179,8 @@ class _Found:
     def _steps(self, module: RunsFused, swaps: dict[nn.Module, nn.Module]) -> list[nn.Module]:
         """What ``module`` runs, in order; nothing where no row of it holds a block."""
         children, _ = module.fusable_children()
+        plain = [child if child is None else self._plain(child) for child in children]
+        children = list(Joined.in_row(module, plain))
         found = list(layers_of(children))
         in_layers = [m for entry in found if isinstance(entry, Layer) for m in entry.modules]
         if None in children or not any(isinstance(m, FusedBlock) for m in in_layers):
@@ -171,13 +194,30 @@ class _Found:
                     row.append(made)
                     continue
             self._end(row, steps)
-            for m in entry.modules if isinstance(entry, Layer) else [entry]:
+            for m in _apart(entry.modules) if isinstance(entry, Layer) else [entry]:
                 assert m is not None
                 if not isinstance(entry, Layer):
                     self.collect(m, swaps)
                 steps.append(replaced(m, swaps))
         self._end(row, steps)
         return steps
+
+    def _plain(self, module: nn.Module) -> nn.Module:
+        """torch's own 1x1 convolution on the same weights for one of a subclass, which may pad but does not here."""
+        if not isinstance(module, nn.Conv2d) or type(module) is nn.Conv2d or module.weight.shape[2:] != (1, 1):
+            return module
+        if next(reading.inner_objections([*module.modules()]), None) is not None:
+            return module
+        for size in _SHOWN:
+            x = torch.randn(1, module.in_channels, *size, generator=torch.Generator().manual_seed(0))
+            expected = F.conv2d(x, module.weight, module.bias) if module.groups == 1 else x
+            if not torch.equal(module(x), expected):
+                return module
+        plain = nn.Conv2d(module.in_channels, module.out_channels, 1, bias=False, device="meta")
+        plain._parameters = module._parameters
+        plain.training = module.training
+        self.names[plain] = self.names.get(module, "")
+        return plain
 
     def _end(self, row: list[QuantizedLayer], steps: list[nn.Module]) -> None:
         if not row:
@@ -188,6 +228,11 @@ class _Found:
         steps.append(made)
         self.structure.rows.append(made)
         row.clear()
+
+
+def _apart(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    for m in modules:
+        yield from m.parts if isinstance(m, Joined) else (m,)
 
 
 def _let_go(model: nn.Module) -> None:
