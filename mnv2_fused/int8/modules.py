@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..encoding import LayerKind
@@ -293,6 +295,60 @@ class QuantizedRow(_Packs, Whole):
 
     def _layers(self) -> list[Any]:
         return list(self.layers)
+
+
+class Unfold(nn.Module):
+    """[N, C, H, W] -> [N, C k k, H', W']: what lies under each output of a k x k convolution.
+
+    ``padding``: left, right, top, bottom, or "same" as TensorFlow pads.
+    """
+
+    def __init__(self, kernel: int, stride: int, padding: tuple[int, int, int, int] | str) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.training = False
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Unfold | None:
+        """Of a convolution that may pad in its forward: in the way in which it is seen to do so, or None."""
+        kernel, stride = conv.weight.shape[-1], tuple(conv.stride)
+        if kernel not in (1, 3) or stride not in ((1, 1), (2, 2)) or tuple(conv.dilation) != (1, 1):
+            return None
+        if kernel == 1 and stride != (1, 1):
+            return None
+        drawn = torch.Generator().manual_seed(0)
+        images = [torch.randn(1, conv.in_channels, *size, generator=drawn) for size in _SIZES]
+        given = [conv(x) for x in images]
+        paddings: list[Any] = ["same", *itertools.product(range(kernel), repeat=4)]
+        for padding in paddings:
+            found = cls(kernel, stride[0], padding)
+            made = (F.conv2d(found.pad(x), conv.weight, conv.bias, stride) for x in images)
+            if all(_alike(a, b) for a, b in zip(given, made, strict=True)):
+                return found
+        return None
+
+    def pad(self, x: Tensor) -> Tensor:
+        around = self.padding
+        if isinstance(around, str):
+            sides = [max((-(-n // self.stride) - 1) * self.stride + self.kernel - n, 0) for n in x.shape[2:]]
+            (above, left), (below, right) = (n // 2 for n in sides), (n - n // 2 for n in sides)
+            around = left, right, above, below
+        return F.pad(x, around)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pad(x)
+        sizes = ((n - self.kernel) // self.stride + 1 for n in x.shape[2:])
+        return F.unfold(x, self.kernel, stride=self.stride).unflatten(2, tuple(sizes))
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel}x{self.kernel}, stride {self.stride}, padding {self.padding}"
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+_SIZES = ((16, 16), (17, 15), (16, 17))  # padding may differ with their remainders
 
 
 class QuantizedModel(Whole):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..convert.find import blocks_of
@@ -22,8 +21,8 @@ from ..sequence.frozen import hooked_as, replaced
 from ..sequence.fused import ordinary_class
 from ..sequence.joined import Joined
 from ..sequence.seen import RunsAsSeen
-from .floats import FloatLayer, float_layer
-from .modules import QuantizedBlock, QuantizedLayer, QuantizedModel, QuantizedRow
+from .floats import FloatLayer, behind_unfold, float_layer
+from .modules import QuantizedBlock, QuantizedLayer, QuantizedModel, QuantizedRow, Unfold
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,8 @@ class _Found:
 
     def __init__(self, structure: Structure, names: dict[nn.Module, str], skip: frozenset[str], rows: bool) -> None:
         self.structure, self.names, self.skip, self.rows = structure, names, skip, rows
+        self.stand_ins: dict[nn.Module, nn.Conv2d] = {}  # convolutions of subclasses, by what stands for them
+        self.unfolds: dict[nn.Module, Unfold] = {}  # of stems among them
 
     def keep(self, name: str, what: str, reason: str) -> None:
         self.structure.unquantized.append(Unquantized(name, what, reason))
@@ -150,6 +151,8 @@ class _Found:
     def _layer(self, layer: Layer, ends_row: bool) -> QuantizedLayer | None:
         """None where it stays float."""
         name, source = self._name(layer), float_layer(layer)
+        if isinstance(source, FloatLayer) and self._unfold(layer) is not None:
+            source = behind_unfold(source)
         if self._skips(layer):
             source = "skip names it"
         if isinstance(source, str):
@@ -160,6 +163,11 @@ class _Found:
         made = QuantizedLayer(source)
         self.structure.units.append(Unit(name, made, source, ends_row))
         return made
+
+    def _unfold(self, layer: Layer) -> Unfold | None:
+        """What x of a stem goes through, where no kernel pads as it does."""
+        first = layer.modules[0]
+        return self.unfolds.get(first.parts[0]) if isinstance(first, Joined) else None
 
     def _name(self, layer: Layer) -> str:
         last = layer.modules[-1]
@@ -191,11 +199,13 @@ class _Found:
             if isinstance(entry, Layer):
                 made = self._layer(entry, False)
                 if made is not None:
+                    if (unfold := self._unfold(entry)) is not None:
+                        self._end(row, steps)
+                        steps.append(unfold)
                     row.append(made)
                     continue
             self._end(row, steps)
-            for m in _apart(entry.modules) if isinstance(entry, Layer) else [entry]:
-                assert m is not None
+            for m in self._apart(entry):
                 if not isinstance(entry, Layer):
                     self.collect(m, swaps)
                 steps.append(replaced(m, swaps))
@@ -203,21 +213,29 @@ class _Found:
         return steps
 
     def _plain(self, module: nn.Module) -> nn.Module:
-        """torch's own 1x1 convolution on the same weights for one of a subclass, which may pad but does not here."""
-        if not isinstance(module, nn.Conv2d) or type(module) is nn.Conv2d or module.weight.shape[2:] != (1, 1):
+        """What layers are found by in the place of a convolution of a subclass: torch's own, on the same weights."""
+        if not isinstance(module, nn.Conv2d) or type(module) is nn.Conv2d or module.groups != 1:
             return module
         if next(reading.inner_objections([*module.modules()]), None) is not None:
             return module
-        for size in _SHOWN:
-            x = torch.randn(1, module.in_channels, *size, generator=torch.Generator().manual_seed(0))
-            expected = F.conv2d(x, module.weight, module.bias) if module.groups == 1 else x
-            if not torch.equal(module(x), expected):
-                return module
-        plain = nn.Conv2d(module.in_channels, module.out_channels, 1, bias=False, device="meta")
+        if (found := Unfold.of(module)) is None:
+            return module
+        kernel = module.weight.shape[-1]
+        plain = nn.Conv2d(module.in_channels, module.out_channels, kernel, kernel // 2 + 1, kernel // 2, device="meta")
         plain._parameters = module._parameters
         plain.training = module.training
         self.names[plain] = self.names.get(module, "")
+        self.stand_ins[plain] = module
+        if kernel > 1:
+            self.unfolds[plain] = found
         return plain
+
+    def _apart(self, entry: Layer | nn.Module | None) -> Iterator[nn.Module]:
+        """The network's own modules."""
+        for m in entry.modules if isinstance(entry, Layer) else [entry]:
+            assert m is not None
+            for part in m.parts if isinstance(m, Joined) else (m,):
+                yield self.stand_ins.get(part, part)
 
     def _end(self, row: list[QuantizedLayer], steps: list[nn.Module]) -> None:
         if not row:
@@ -228,11 +246,6 @@ class _Found:
         steps.append(made)
         self.structure.rows.append(made)
         row.clear()
-
-
-def _apart(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    for m in modules:
-        yield from m.parts if isinstance(m, Joined) else (m,)
 
 
 def _let_go(model: nn.Module) -> None:

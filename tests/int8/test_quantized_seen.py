@@ -11,15 +11,31 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from mnv2_fused import quantize, quantized_like, quantized_report
-from mnv2_fused.int8.modules import QuantizedBlock, QuantizedModel, QuantizedRow
+from mnv2_fused.int8.modules import QuantizedBlock, QuantizedModel, QuantizedRow, Unfold
 from mnv2_fused.testing import fit_batch_norm
 
 
 class Same(nn.Conv2d):
-    """Pads as TensorFlow does, for even sizes."""
+    """Pads as TensorFlow does."""
+
+    def forward(self, x):
+        total = [
+            max((-(-n // s) - 1) * s + k - n, 0)
+            for n, s, k in zip(x.shape[2:], self.stride, self.kernel_size, strict=True)
+        ]
+        return super().forward(F.pad(x, (total[1] // 2, -(-total[1] // 2), total[0] // 2, -(-total[0] // 2))))
+
+
+class Static(nn.Conv2d):
+    """Pads so for even sizes, whatever the size."""
 
     def forward(self, x):
         return super().forward(F.pad(x, (0, 1, 0, 1)) if self.kernel_size[0] > 1 else x)
+
+
+class Reflects(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1), mode="reflect") if self.kernel_size[0] > 1 else x)
 
 
 class Network(nn.Module):
@@ -74,11 +90,24 @@ def test_without_rows_it_stays_of_its_class():
     assert near(int8, model) and int8.features(X).shape == (4, 64, 12, 12)
 
 
-def test_a_stem_that_pads_otherwise_stays_float_and_a_head_does_not():
-    model = Network(Same, padding=0)
+@pytest.mark.parametrize("conv", [Same, Static])
+def test_a_stem_that_pads_otherwise_runs_on_what_lies_under_it(conv):
+    model = Network(conv, padding=0)
+    int8 = quantize(model, IMAGES)
+    assert [type(step) for step in int8.children()] == [Unfold, QuantizedRow] and near(int8, model)
+    assert [row.name for row in quantized_report(int8).layers][::5] == ["blocks.0", "classifier"]
+    for x in (smooth(2, 3, 64)[..., :61], smooth(2, 3, 64)[..., :63, :]):  # odd sizes
+        assert sqnr(model(x), int8(x)) > 20
+    with torch.no_grad():
+        program = torch.export.export(int8, (X,), dynamic_shapes=({0: torch.export.Dim("images", min=2)},))
+        assert torch.equal(program.module()(X[:3]), int8(X[:3]))
+
+
+def test_a_stem_that_no_layer_computes_stays_float_and_the_head_does_not():
+    model = Network(Reflects, padding=0)
     int8 = quantize(model, IMAGES)
     assert type(int8) is QuantizedModel and near(int8, model)
-    assert [type(step) for step in int8.children()] == [Same, nn.BatchNorm2d, nn.ReLU6, QuantizedRow]
+    assert [type(step) for step in int8.children()] == [Reflects, nn.BatchNorm2d, nn.ReLU6, QuantizedRow]
     assert [row.name for row in quantized_report(int8).quantized][-2:] == ["head", "classifier"]
 
 
@@ -89,8 +118,7 @@ def test_what_skip_names_stays_float(skip, conv):
     int8 = quantize(model, IMAGES, skip=(skip,))
     assert near(int8, model)
     kept = [row.name for row in quantized_report(int8).unquantized]
-    stem_alone = skip == "stem" and conv is Same
-    assert kept == ([] if stem_alone else ["blocks.0" if skip == "stem" else skip])
+    assert kept == ["blocks.0" if skip == "stem" else skip]
     assert quantized_like(model, skip=(skip,)).state_dict().keys() == int8.state_dict().keys()
 
 
