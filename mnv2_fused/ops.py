@@ -113,9 +113,20 @@ def sequence_row(x: Tensor, weights: Tensor, layers: Tensor, flat: bool) -> Tens
         return _row_op(x, weights, layers, flat)
 
 
+def int8_row(x: Tensor, weights: Tensor, layers: Sequence[int]) -> Tensor:
+    """``mnv2_fused::int8_sequence`` where nothing records; see :mod:`mnv2_fused.int8.packing`."""
+    if torch.compiler.is_compiling():
+        return torch.ops.mnv2_fused.int8_sequence.default(x, weights, layers)
+    if torch.is_inference_mode_enabled():
+        return _int8_op(x, weights, layers)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _int8_op(x, weights, layers)
+
+
 def sequence_fake(x: Tensor, weights: Tensor, layers: Sequence[int], tf32: bool = False) -> Tensor:
     """An uninitialised result, as the kernels give it: channels_last."""
     torch._check(x.dim() == 4, lambda: f"x must be [N, C, H, W], got {list(x.shape)}")
+    torch._check(x.shape[1] == layers[1], lambda: f"x must have {layers[1]} channels, got {x.shape[1]}")
     if weights.device != x.device:
         raise RuntimeError(f"x is on {x.device} but the packed weights are on {weights.device}; move one with .to()")
     *_, (values, _, _, size) = sizes_of_layers(x.shape[2:], layers)
@@ -259,7 +270,10 @@ if backends._C is not None:
         if _name != "sequence_row":  # the shape of whose result is in a tensor's values
             torch.library.register_fake(f"mnv2_fused::{_name}", sequence_fake)
     # The way there costs microseconds with cold caches, as does each call in Python around what torch calls in C++.
-    _row_op = getattr(torch.ops.mnv2_fused.sequence_row.default, "_op", torch.ops.mnv2_fused.sequence_row.default)
+    _row_op, _int8_op = (
+        getattr(op.default, "_op", op.default)
+        for op in (torch.ops.mnv2_fused.sequence_row, torch.ops.mnv2_fused.int8_sequence)
+    )
     _library = torch.library.Library("mnv2_fused", "IMPL")
     _library.impl("inverted_residual", autocast_rule(torch.ops.mnv2_fused.inverted_residual.default), "AutocastCPU")
     _op = torch.ops.mnv2_fused.inverted_residual_cuda.default

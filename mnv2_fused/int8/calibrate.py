@@ -20,6 +20,7 @@ from .structure import Structure, Unit
 _CHUNK = 16 * 224 * 224  # pixels of images in one float pass: what is in memory at a time
 _KEPT = 32 * 224 * 224  # pixels of the images that biases are corrected on
 _MOST_KEPT = 64
+_MOST_SIZES = 16  # of images: each is one float pass more
 
 
 class _Producers:
@@ -78,14 +79,28 @@ class Calibration:
         self.seen = {unit.layer: Seen(unit.source) for unit in structure.units}
         self.producers = _Producers()
         self.kept = Kept(seed)
+        self.sizes: set[torch.Size] = set()  # of images whose way through a network that was seen was looked at
 
     def observe(self, images: Tensor) -> None:
         """A float pass over [N, C, H, W]."""
         if len(images) == 0:
             return
+        self._check_seen(images[:1])
         for chunk in images.split(max(1, _CHUNK // math.prod(images.shape[2:]))):
             self._float_pass(chunk, self._observed)
         self.kept.add(images)
+
+    def _check_seen(self, image: Tensor) -> None:
+        network = self.structure.seen
+        if network is None or image.shape in self.sizes or len(self.sizes) == _MOST_SIZES:
+            return
+        self.sizes.add(image.shape)
+        with self._standing_in(lambda unit, x: unit.source.run(x, lambda *_: None)):
+            if not network.runs_a_row(image):
+                raise ValueError(
+                    "what the model's forward runs depends on the size of images, and a row of layers does not: give "
+                    "rows=False"
+                )
 
     def _observed(self, unit: Unit, x: Tensor) -> Tensor:
         seen = self.seen[unit.layer]
@@ -157,6 +172,8 @@ class Calibration:
             return given
 
         given = self._float_pass(images, corrected)
+        for module in (*self.structure.rows, *errors):
+            module.pack()
         return [errors[unit.layer] for unit in self.structure.units], expected, given
 
     def _scales(self) -> dict[QuantizedLayer, Scales]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -151,6 +152,15 @@ def float_layer(layer: Layer) -> FloatLayer | str:
         project = _product_of(_folded(conv, norm))
     why = _activation_objection("output", activation)
     return why or FloatLayer(layer.kind, project, activation)
+
+
+def behind_unfold(stem: FloatLayer) -> FloatLayer:
+    """A stem and its block on the pixels under the stem, as channels: the stem is a 1x1 expansion of those."""
+    assert stem.spec is not None and stem.expand is not None
+    expand = _product_of(stem.expand)
+    activation = None if stem.stem_activation == stem.spec.activation else stem.stem_activation
+    spec = dataclasses.replace(stem.spec, in_channels=expand.weight.shape[1], expand=True, expand_activation=activation)
+    return dataclasses.replace(stem, kind=LayerKind.BLOCK, spec=spec, expand=expand)
 
 
 def _replace_stem(block: FloatLayer, stem: Affine, activation: str) -> FloatLayer:

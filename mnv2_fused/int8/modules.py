@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..encoding import LayerKind
 from ..module import FusedBlock
 from ..module.extra_arguments import ExtraArguments
+from ..ops import int8_row
 from ..sequence.frozen import Whole
 from ..tensors import check_tensor
 from .floats import FloatLayer
 from .layers import FUNCTIONS, Int8Layer, Quantizer, Squeeze, Stage
-from .run import Row
+from .run import Packed, run_unpacked
 
 _LEAVE_FLOAT = "leave the block float with mnv2_fused.quantize(model, images, skip=(its name,))"
 _AGAIN = "call mnv2_fused.quantize(model, images) again, on the original model"  # as the end of a sentence
@@ -24,6 +27,16 @@ _AGAIN = "call mnv2_fused.quantize(model, images) again, on the original model" 
 
 class _Quantized(nn.Module):
     """What runs on integers: on the CPU, in eval alone."""
+
+    is_part = False  # of what is packed as a whole
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_part:
+            raise RuntimeError(
+                f"a {type(self).__name__} is packed with the row it is part of: load values into the row or the model, "
+                "with strict=False where some of them stay"
+            )
+        return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantized:
         """Refuses a change of dtype or device: scales are float32, and integers have one meaning alone."""
@@ -51,6 +64,7 @@ class QuantizedStage(_Quantized):
 
     def __init__(self, shape: torch.Size, activation: str) -> None:
         super().__init__()
+        self.is_part = True
         channels = shape[0]
         self.activation = activation if activation in FUNCTIONS else "identity"
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
@@ -70,16 +84,96 @@ class QuantizedStage(_Quantized):
         return f"{list(self.stage.weight.shape)}, {self.activation}"
 
 
-class QuantizedLayer(_Quantized):
+class _Packs(_Quantized):
+    """What one call of the op computes, on weights that are packed when values change: a graph finds them there.
+
+    They are in no ``state_dict`` and no pickle, which hold the layers' own buffers.
+    """
+
+    geometry: tuple[int, ...] = ()  # the op's ``layers``
+
+    def __init__(self, first: LayerKind, in_channels: int, last: LayerKind) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.takes_flat, self.gives_flat = first is LayerKind.LINEAR, last is LayerKind.LINEAR
+        self.register_buffer("packed", None, persistent=False)
+        self.register_load_state_dict_post_hook(_pack)
+
+    def int8_layers(self) -> list[Int8Layer]:
+        """The layers that the buffers hold. Raises RuntimeError where nothing was calibrated or loaded."""
+        raise NotImplementedError
+
+    def has_values(self) -> bool:
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Takes over what the buffers hold: for whoever changed them."""
+        if self.is_part:
+            return
+        found = None
+        if self.has_values():
+            with torch.inference_mode(False), torch.no_grad():
+                found = Packed.of(self.int8_layers())
+        if found is None:
+            self.packed = None
+            return
+        self.geometry = found.geometry
+        if self.packed is None or self.packed.shape != found.weights.shape:
+            self.packed = found.weights
+        else:
+            with torch.no_grad():
+                self.packed.copy_(found.weights)  # where graphs and other processes look
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
+        packed = self._buffers["packed"]
+        if packed is None:
+            return run_unpacked(x, self.int8_layers())
+        y = int8_row(x, packed, self.geometry)
+        return y.flatten(1) if self.gives_flat else y
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """[N, C, H, W]."""
+        check_tensor(x)
+        if x.dtype is not torch.float32:
+            raise TypeError(f"a quantised model takes float32, got x of {x.dtype}; convert it with x.float()")
+        if not x.is_cpu:
+            raise RuntimeError(f"a quantised model runs on the CPU, got x on {x.device}; move it with x.cpu()")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a quantised model has no derivative; use torch.no_grad(), or the original model")
+        dims = x.dim()
+        if dims == 2 and self.takes_flat:
+            x, dims = x[:, :, None, None], 4
+        if dims != 4:  # channels are the op's to check, which is no value that a trace has to be told of
+            raise ValueError(
+                f"x must be [N, {self.in_channels}, H, W], got {list(x.shape)}"
+                + ("; add a batch with x[None]" if dims == 3 else "")
+            )
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": self._buffers | {"packed": None}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pack()
+
+
+def _pack(module: _Packs, _: Any) -> None:
+    module.pack()
+
+
+class QuantizedLayer(_Packs):
     """One layer: float32 x [N, C, H, W] -> float32, on integers in between.
 
-    ``float_layer`` tells of shapes alone: values come by :meth:`fill`, or from a ``state_dict``.
+    ``float_layer`` tells of shapes alone: values come by :meth:`fill`, or from a ``state_dict``. In a row it is packed
+    with the others: by itself it then packs at each call.
     """
 
     def __init__(self, float_layer: FloatLayer) -> None:
-        super().__init__()
         f = float_layer
-        self.kind, self.spec, self.in_channels = f.kind, f.spec, f.in_channels
+        super().__init__(f.kind, f.in_channels, f.kind)
+        self.kind, self.spec = f.kind, f.spec
         stages = {
             "expand": (f.expand, f.expanded_by),
             "depthwise": (f.depthwise, "identity" if f.spec is None else f.spec.activation),
@@ -105,12 +199,10 @@ class QuantizedLayer(_Quantized):
             self.register_buffer(name, torch.full(shape, math.nan))
         for name in (*zeros, "y_zero"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int32))
-        self._layer: Int8Layer | None = None
-        self._row: Row | None = None
         self._start()
 
     def fill(self, layer: Int8Layer) -> None:
-        """Takes over the values of ``layer``."""
+        """Takes over the values of ``layer``, but for what is packed."""
         y = layer.y or Quantizer(0.0, 0)
         values: dict[str, Any] = {"x_scale": layer.x.scale, "x_zero": layer.x.zero, "y_scale": y.scale}
         values |= {"y_zero": y.zero, "residual_scale": layer.residual_scale, "pool_scale": layer.pool_scale}
@@ -127,24 +219,24 @@ class QuantizedLayer(_Quantized):
                 assert of_stage is not None
                 for field, t in of_stage._buffers.items():
                     _set(t, getattr(stage, field))
-        self._layer = None
+
+    def has_values(self) -> bool:
+        return not math.isnan(self.get_buffer("x_scale"))
+
+    def int8_layers(self) -> list[Int8Layer]:
+        return [self.int8_layer()]
 
     def int8_layer(self) -> Int8Layer:
-        """The layer that the buffers hold, the same object until they are loaded anew.
+        """The layer that the buffers hold.
 
         Raises RuntimeError where nothing was calibrated or loaded.
         """
-        if self._layer is None:
-            self._layer = self._read()
-        return self._layer
-
-    def _read(self) -> Int8Layer:
-        value: dict[str, Any] = {n: t.item() if t.dim() == 0 else t for n, t in self._buffers.items() if t is not None}
-        if math.isnan(value["x_scale"]):
+        if not self.has_values():
             raise RuntimeError(
                 "this quantised layer has no values yet: load_state_dict() those of a model that mnv2_fused.quantize "
                 "made, or call mnv2_fused.quantize(model, images)"
             )
+        value: dict[str, Any] = {n: t.item() if t.dim() == 0 else t for n, t in self._buffers.items() if t is not None}
         stages: Any = {name: stage.stage for name, stage in self._modules.items() if isinstance(stage, QuantizedStage)}
         squeeze = None
         if "reduce" in stages and self.spec is not None:
@@ -167,23 +259,6 @@ class QuantizedLayer(_Quantized):
             **stages,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.int8_layer()
-        if self._row is None or self._row.layers[0] is not layer:
-            self._row = Row([layer])
-        return _run(x, self, self._row)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._layer = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantized:
-        self._layer = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layer": None, "_row": None}
-
     def extra_repr(self) -> str:
         x, y = (self._buffers[name] for name in ("x_scale", "y_scale"))
         assert x is not None and y is not None
@@ -197,25 +272,7 @@ def _set(t: Tensor | None, value: Any) -> None:
             t.copy_(value if isinstance(value, Tensor) else torch.tensor(value))
 
 
-def _run(x: Tensor, first: QuantizedLayer, row: Row) -> Tensor:
-    check_tensor(x)
-    if x.dtype is not torch.float32:
-        raise TypeError(f"a quantised model takes float32, got x of {x.dtype}; convert it with x.float()")
-    if not x.is_cpu:
-        raise RuntimeError(f"a quantised model runs on the CPU, got x on {x.device}; move it with x.cpu()")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError("a quantised model has no derivative; use torch.no_grad(), or the original model")
-    if x.dim() == 2 and first.kind is LayerKind.LINEAR:
-        x = x[:, :, None, None]
-    if x.dim() != 4 or x.shape[1] != first.in_channels:
-        raise ValueError(
-            f"x must be [N, {first.in_channels}, H, W], got {list(x.shape)}"
-            + ("; add a batch with x[None]" if x.dim() == 3 else "")
-        )
-    return row(x)
-
-
-class QuantizedRow(_Quantized, Whole):
+class QuantizedRow(_Packs, Whole):
     """Layers in a row: float32 x [N, C, H, W] -> float32, integers alone between the layers.
 
     The result is that of its ``layers`` one after the other, to the bit.
@@ -224,21 +281,74 @@ class QuantizedRow(_Quantized, Whole):
     layers: nn.ModuleList
 
     def __init__(self, layers: list[QuantizedLayer]) -> None:
-        super().__init__()
+        super().__init__(layers[0].kind, layers[0].in_channels, layers[-1].kind)
+        for layer in layers:
+            layer.is_part = True
         self.layers = nn.ModuleList(layers)
-        self._row: Row | None = None
         self._start()
 
-    def forward(self, x: Tensor) -> Tensor:
-        found: list[Any] = list(self.layers)
-        now = [layer.int8_layer() for layer in found]
-        row = self._row
-        if row is None or len(now) != len(row.layers) or any(a is not b for a, b in zip(now, row.layers, strict=True)):
-            row = self._row = Row(now)
-        return _run(x, found[0], row)
+    def has_values(self) -> bool:
+        return all(layer.has_values() for layer in self._layers())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_row": None}
+    def int8_layers(self) -> list[Int8Layer]:
+        return [layer.int8_layer() for layer in self._layers()]
+
+    def _layers(self) -> list[Any]:
+        return list(self.layers)
+
+
+class Unfold(nn.Module):
+    """[N, C, H, W] -> [N, C k k, H', W']: what lies under each output of a k x k convolution.
+
+    ``padding``: left, right, top, bottom, or "same" as TensorFlow pads.
+    """
+
+    def __init__(self, kernel: int, stride: int, padding: tuple[int, int, int, int] | str) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.training = False
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Unfold | None:
+        """Of a convolution that may pad in its forward: in the way in which it is seen to do so, or None."""
+        kernel, stride = conv.weight.shape[-1], tuple(conv.stride)
+        if kernel not in (1, 3) or stride not in ((1, 1), (2, 2)) or tuple(conv.dilation) != (1, 1):
+            return None
+        if kernel == 1 and stride != (1, 1):
+            return None
+        drawn = torch.Generator().manual_seed(0)
+        images = [torch.randn(1, conv.in_channels, *size, generator=drawn) for size in _SIZES]
+        given = [conv(x) for x in images]
+        paddings: list[Any] = ["same", *itertools.product(range(kernel), repeat=4)]
+        for padding in paddings:
+            found = cls(kernel, stride[0], padding)
+            made = (F.conv2d(found.pad(x), conv.weight, conv.bias, stride) for x in images)
+            if all(_alike(a, b) for a, b in zip(given, made, strict=True)):
+                return found
+        return None
+
+    def pad(self, x: Tensor) -> Tensor:
+        around = self.padding
+        if isinstance(around, str):
+            sides = [max((-(-n // self.stride) - 1) * self.stride + self.kernel - n, 0) for n in x.shape[2:]]
+            (above, left), (below, right) = (n // 2 for n in sides), (n - n // 2 for n in sides)
+            around = left, right, above, below
+        return F.pad(x, around)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pad(x)
+        sizes = ((n - self.kernel) // self.stride + 1 for n in x.shape[2:])
+        return F.unfold(x, self.kernel, stride=self.stride).unflatten(2, tuple(sizes))
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel}x{self.kernel}, stride {self.stride}, padding {self.padding}"
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+_SIZES = ((16, 16), (17, 15), (16, 17))  # padding may differ with their remainders
 
 
 class QuantizedModel(Whole):

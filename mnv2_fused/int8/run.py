@@ -5,42 +5,47 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import backends
 from ..encoding import LayerKind
+from ..ops import int8_row
 from .layers import Int8Layer, run_reference
 from .packing import geometry_of, pack
 
 
-class Row:
-    """Layers in a row, packed once.
+class Packed(NamedTuple):
+    """Layers in a row as :func:`mnv2_fused.ops.int8_row` takes them."""
 
-    x float32 [N, C, H, W] -> float32 [N, C_out, H', W'] in channels_last, behind a linear layer [N, C_out].
+    weights: Tensor  # [bytes]
+    geometry: tuple[int, ...]
+
+    @staticmethod
+    def of(layers: list[Int8Layer]) -> Packed | None:
+        """None where the reference has to run."""
+        if _asked_for_reference() or backends._C is None:
+            return None
+        return Packed(pack(layers), tuple(geometry_of(layers)))
+
+
+def run_unpacked(x: Tensor, layers: list[Int8Layer]) -> Tensor:
+    """x float32 [N, C, H, W] -> float32 [N, C_out, H', W'], behind a linear layer [N, C_out].
+
+    By the kernels, packed for this call, or by the reference.
     """
+    packed = Packed.of(layers)
+    if packed is None:
+        if not _asked_for_reference():
+            _warn_of_reference()
+        return run_reference(x, layers)
+    y = int8_row(x, *packed)
+    return y.flatten(1) if layers[-1].kind is LayerKind.LINEAR else y
 
-    def __init__(self, layers: list[Int8Layer]) -> None:
-        self.layers = layers
-        self.flat = layers[-1].kind is LayerKind.LINEAR
-        self._packed: tuple[Tensor, list[int]] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        asked = os.environ.get("MNV2_FUSED_BACKEND") == "eager"
-        if asked or backends._C is None:
-            if not asked:
-                _warn_of_reference()
-            return run_reference(x, self.layers)
-        weights, geometry = self._weights()
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.mnv2_fused.int8_sequence(x, weights, geometry)
-        return y.flatten(1) if self.flat else y
-
-    def _weights(self) -> tuple[Tensor, list[int]]:
-        if self._packed is None:
-            self._packed = pack(self.layers), geometry_of(self.layers)
-        return self._packed
+def _asked_for_reference() -> bool:
+    return os.environ.get("MNV2_FUSED_BACKEND") == "eager"
 
 
 @functools.cache

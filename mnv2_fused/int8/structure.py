@@ -7,19 +7,22 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..convert.find import blocks_of
 from ..convert.unknown import unknown_blocks
 from ..encoding import LayerKind
-from ..module import FusedBlock, FusedFlat
+from ..module import FusedBlock, FusedFlat, reading
 from ..module.in_place import become
 from ..sequence import RunsFused
 from ..sequence.find import Layer, layers_of
 from ..sequence.frozen import hooked_as, replaced
 from ..sequence.fused import ordinary_class
-from .floats import FloatLayer, float_layer
-from .modules import QuantizedBlock, QuantizedLayer, QuantizedModel, QuantizedRow
+from ..sequence.joined import Joined
+from ..sequence.seen import RunsAsSeen
+from .floats import FloatLayer, behind_unfold, float_layer
+from .modules import QuantizedBlock, QuantizedLayer, QuantizedModel, QuantizedRow, Unfold
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Structure:
     units: list[Unit] = field(default_factory=list)
     rows: list[QuantizedRow] = field(default_factory=list)
     unquantized: list[Unquantized] = field(default_factory=list)
+    seen: RunsAsSeen | None = None  # the network in float, where ``model`` is what its forward was seen to run
 
 
 _WHAT = {
@@ -88,6 +92,8 @@ def build(fused: nn.Module, skip: Collection[str], rows: bool) -> Structure:
     for row in unknown_blocks(fused, (block for _, block, _ in blocks_of(fused))):
         for name in row.names:
             found.keep(name, row.kind, row.reason)
+    if rows and isinstance(fused, RunsAsSeen) and _runs_a_row(fused):
+        found.structure.seen = fused
     swaps: dict[nn.Module, nn.Module] = {}
     found.collect(fused, swaps)
     structure = dataclasses.replace(found.structure, model=replaced(fused, swaps))
@@ -95,11 +101,27 @@ def build(fused: nn.Module, skip: Collection[str], rows: bool) -> Structure:
     return structure
 
 
+# Of images that a network is shown before there are any, so that what becomes of it depends on nothing else: two, in
+# case forward asks; both leave more than one pixel at a 32nd of the size.
+_SHOWN = ((64, 64), (96, 64))
+
+
+def _runs_a_row(network: RunsAsSeen) -> bool:
+    """Whether its forward, of whatever class, runs modules in a row; then ``network`` knows which."""
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+    try:
+        return all(network.runs_a_row(torch.zeros(2, channels, *size)) for size in _SHOWN)
+    except Exception:  # whatever a forward that anybody wrote does with images of another size
+        return False
+
+
 class _Found:
     """What was found so far."""
 
     def __init__(self, structure: Structure, names: dict[nn.Module, str], skip: frozenset[str], rows: bool) -> None:
         self.structure, self.names, self.skip, self.rows = structure, names, skip, rows
+        self.stand_ins: dict[nn.Module, nn.Conv2d] = {}  # convolutions of subclasses, by what stands for them
+        self.unfolds: dict[nn.Module, Unfold] = {}  # of stems among them
 
     def keep(self, name: str, what: str, reason: str) -> None:
         self.structure.unquantized.append(Unquantized(name, what, reason))
@@ -129,6 +151,8 @@ class _Found:
     def _layer(self, layer: Layer, ends_row: bool) -> QuantizedLayer | None:
         """None where it stays float."""
         name, source = self._name(layer), float_layer(layer)
+        if isinstance(source, FloatLayer) and self._unfold(layer) is not None:
+            source = behind_unfold(source)
         if self._skips(layer):
             source = "skip names it"
         if isinstance(source, str):
@@ -140,16 +164,21 @@ class _Found:
         self.structure.units.append(Unit(name, made, source, ends_row))
         return made
 
+    def _unfold(self, layer: Layer) -> Unfold | None:
+        """What x of a stem goes through, where no kernel pads as it does."""
+        first = layer.modules[0]
+        return self.unfolds.get(first.parts[0]) if isinstance(first, Joined) else None
+
     def _name(self, layer: Layer) -> str:
         last = layer.modules[-1]
         if isinstance(last, FusedFlat):
             first, *_, end = (self.names[part] for part in last.parts)
             return f"{first}-{end.rpartition('.')[2]}"
         module = last if isinstance(last, FusedBlock) else layer.linear or layer.modules[0]
-        return self.names.get(module, "")
+        return self.names.get(module.parts[0] if isinstance(module, Joined) else module, "")
 
     def _skips(self, layer: Layer) -> bool:
-        modules = [part for m in layer.modules for part in (m.parts if isinstance(m, FusedFlat) else (m,))]
+        modules = [part for m in layer.modules for part in (m.parts if isinstance(m, FusedFlat | Joined) else (m,))]
         for name in map(self.names.get, modules):
             if name is not None and any(name == s or name.startswith(f"{s}.") or s == "" for s in self.skip):
                 return True
@@ -158,6 +187,8 @@ class _Found:
     def _steps(self, module: RunsFused, swaps: dict[nn.Module, nn.Module]) -> list[nn.Module]:
         """What ``module`` runs, in order; nothing where no row of it holds a block."""
         children, _ = module.fusable_children()
+        plain = [child if child is None else self._plain(child) for child in children]
+        children = list(Joined.in_row(module, plain))
         found = list(layers_of(children))
         in_layers = [m for entry in found if isinstance(entry, Layer) for m in entry.modules]
         if None in children or not any(isinstance(m, FusedBlock) for m in in_layers):
@@ -168,16 +199,43 @@ class _Found:
             if isinstance(entry, Layer):
                 made = self._layer(entry, False)
                 if made is not None:
+                    if (unfold := self._unfold(entry)) is not None:
+                        self._end(row, steps)
+                        steps.append(unfold)
                     row.append(made)
                     continue
             self._end(row, steps)
-            for m in entry.modules if isinstance(entry, Layer) else [entry]:
-                assert m is not None
+            for m in self._apart(entry):
                 if not isinstance(entry, Layer):
                     self.collect(m, swaps)
                 steps.append(replaced(m, swaps))
         self._end(row, steps)
         return steps
+
+    def _plain(self, module: nn.Module) -> nn.Module:
+        """What layers are found by in the place of a convolution of a subclass: torch's own, on the same weights."""
+        if not isinstance(module, nn.Conv2d) or type(module) is nn.Conv2d or module.groups != 1:
+            return module
+        if next(reading.inner_objections([*module.modules()]), None) is not None:
+            return module
+        if (found := Unfold.of(module)) is None:
+            return module
+        kernel = module.weight.shape[-1]
+        plain = nn.Conv2d(module.in_channels, module.out_channels, kernel, kernel // 2 + 1, kernel // 2, device="meta")
+        plain._parameters = module._parameters
+        plain.training = module.training
+        self.names[plain] = self.names.get(module, "")
+        self.stand_ins[plain] = module
+        if kernel > 1:
+            self.unfolds[plain] = found
+        return plain
+
+    def _apart(self, entry: Layer | nn.Module | None) -> Iterator[nn.Module]:
+        """The network's own modules."""
+        for m in entry.modules if isinstance(entry, Layer) else [entry]:
+            assert m is not None
+            for part in m.parts if isinstance(m, Joined) else (m,):
+                yield self.stand_ins.get(part, part)
 
     def _end(self, row: list[QuantizedLayer], steps: list[nn.Module]) -> None:
         if not row:

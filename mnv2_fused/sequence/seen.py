@@ -206,10 +206,20 @@ class RunsAsSeen(RunsFused):
         if x.shape in self._shapes:
             y = self.run_fused(x)
             return ordinary(x) if y is None else y
-        if self._row == [] or not self._may_record(x):
+        if self._row == [] or backends._C is None or not self._may_record(x):
             return ordinary(x)
+        return self._look(x)
+
+    def runs_a_row(self, x: Tensor) -> bool:
+        """Whether forward runs modules in a row, the same ones for ``x`` as for all that it was given before."""
+        if x.shape not in self._shapes and self._row != [] and not self.training and self._may_record(x):
+            self._look(x)
+        return x.shape in self._shapes
+
+    def _look(self, x: Tensor) -> Any:
+        """The result of forward, of which it is noted what it runs."""
         before = _state(self)
-        result, row = record(self, ordinary, x)
+        result, row = record(self, super(RunsFused, self).__call__, x)
         if _state(self) != before:  # a call does more than give a result
             row = None
         if self._row is None or row == self._row:
@@ -224,7 +234,7 @@ class RunsAsSeen(RunsFused):
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
         quiet = not (backends.transformed() or torch_module._has_any_global_hook())
-        fits = backends._C is not None and x.dim() == 4 and "forward" not in vars(self)
+        fits = x.dim() == 4 and "forward" not in vars(self)
         return quiet and fits and not (has_hooks(self) or is_compiled(self))
 
     def fusable_children(self) -> tuple[list[nn.Module | None], list[nn.Module]]:
