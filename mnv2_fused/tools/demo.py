@@ -9,13 +9,11 @@ import copy
 import functools
 import importlib
 import math
-import pickle
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +33,8 @@ from ..testing import (
     ratio,
 )
 from ..testing import threads as torch_threads
+from .images import ImageError, Preprocessing, read_image
+from .named_models import downloaded, load_weights
 from .tables import aligned
 
 if TYPE_CHECKING:
@@ -51,29 +51,6 @@ class DemoError(Exception):
     """The demo cannot go on; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a network takes images, as in its training; the defaults are torchvision's."""
-
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue in [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"
-
-    def resize(self, image: Image, size: list[int]) -> Tensor:
-        """An image of PIL's, whatever its annotation; ``size`` is that of the shorter side, or [H, W]."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as T
-
-        # torchvision's functions are annotated for tensors, and take images and give images, too.
-        return T.resize(cast(Tensor, image), size, InterpolationMode(self.interpolation))
-
-    def to_input(self, image: Image | Tensor) -> Tensor:
-        """[1, 3, H, W], normalised; ``image`` is PIL's, whatever its annotation."""
-        from torchvision.transforms import functional as T
-
-        return T.normalize(T.to_tensor(cast("Image", image)), list(self.mean), list(self.std))[None]
-
-
 # As in TensorFlow, where EfficientNet-Lite was trained: (value - 127) / 128 of values up to 255.
 LITE0_PREPROCESSING = Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
 
@@ -86,7 +63,7 @@ class Network:
     weights: str  # what they are
     model: nn.Module  # in eval
     classes: list[str]  # their names, by index; none where weights are random
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 @dataclass
@@ -148,13 +125,10 @@ def load_images(paths: Sequence[str]) -> dict[str, Image]:
             Path(name).name: Image.fromarray(pixels)
             for name, pixels in zip(sample.filenames, sample.images, strict=True)
         }
-    images = {}
-    for path in paths:
-        try:
-            images[Path(path).name] = Image.open(path).convert("RGB")
-        except OSError as error:
-            raise DemoError(f"cannot read the image {path}: {error}") from error
-    return images
+    try:
+        return {Path(path).name: read_image(path) for path in paths}
+    except ImageError as error:
+        raise DemoError(str(error)) from error
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -181,24 +155,15 @@ def published_weights() -> tuple[dict[str, Tensor] | None, str]:
     """torchvision's state_dict, from its cache or the network, and its name; or None and why there is none."""
     from torchvision.models import MobileNet_V2_Weights
 
-    weights = MobileNet_V2_Weights.DEFAULT
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5)  # seconds; the download itself has no option for it
-    try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True), weights.name
-    except (OSError, RuntimeError) as error:  # unreachable, cut off, or not the file it should be
-        return None, str(error)
-    finally:
-        socket.setdefaulttimeout(before)
+    return downloaded(MobileNet_V2_Weights.DEFAULT)
 
 
 def _load(model: nn.Module, path: str, way_out: str) -> nn.Module:
     """The model with the state_dict at ``path``, in eval. Raises DemoError."""
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DemoError(f"cannot use the weights {path}: {reason}; {way_out}") from error
+        load_weights(model, path, way_out)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
     return model.eval()
 
 
