@@ -72,7 +72,7 @@ def machine() -> dict[str, str]:
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         family, model = fields.get("cpu family", "?"), fields.get("model", "?")
         processor = f"{fields.get('model name', processor)} (family {family}, model {model})"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     commit = ""
     if (root / ".git").exists() and shutil.which("git"):
         asked = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

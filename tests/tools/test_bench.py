@@ -193,6 +193,8 @@ def test_results_come_back_as_they_were_kept(tmp_path, row):
     assert everything["bench_block"] == [{"block": "1"}]
     assert everything["machine"]["torch"] == torch.__version__
     assert {"processor", "cores", "instruction set", "commit"} <= everything["machine"].keys()
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{7,}", everything["machine"]["commit"])
 
 
 @pytest.mark.parametrize(("ms", "shown"), [(7.254, "7.25 ms"), (10.06, "10.1 ms"), (123.4, "123 ms")])
