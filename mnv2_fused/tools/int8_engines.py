@@ -142,16 +142,6 @@ def one_by_one(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         yield from batch.contiguous().split(1)
 
 
-def sqnr(expected: Tensor, given: Tensor) -> float:
-    """Of logits [N, classes]: dB of float's power, less each class's mean over the images, over the difference's.
-
-    Logits that hardly depend on the image would look right without taking the mean away.
-    """
-    signal = (expected - expected.mean(0)).double().square().sum()
-    noise = (expected - given).double().square().sum()
-    return float(10 * torch.log10(signal / noise))
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Quantisers warn and draw bars as they like."""
