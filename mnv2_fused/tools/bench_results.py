@@ -31,8 +31,10 @@ class Row:
     milliseconds: dict[str, float] = field(default_factory=dict)  # median of a call, by engine
     over_fused: dict[str, float] = field(default_factory=dict)  # median over rounds of its time over fused's
     over_bfloat16: dict[str, float] = field(default_factory=dict)  # the same over fused bfloat16's
+    over_int8: dict[str, float] = field(default_factory=dict)  # the same over fused int8's
     peak_bytes: dict[str, int] = field(default_factory=dict)  # activations that torch's allocator held at most
     error: dict[str, float] = field(default_factory=dict)  # largest deviation from float64, first image
+    cosine: dict[str, float] = field(default_factory=dict)  # similarity of int8 engines' first result with float64's
     missing: dict[str, str] = field(default_factory=dict)  # engines that could not run, and why
 
 
@@ -50,10 +52,15 @@ def bfloat16(engine: str) -> str:
     return f"{engine} bfloat16"
 
 
+def int8(engine: str) -> str:
+    """How a row calls an engine that runs on 8-bit integers."""
+    return f"{engine} int8"
+
+
 def machine() -> dict[str, str]:
     """What a result was measured on: processor, instruction set, versions and commit."""
     versions = {"mnv2_fused": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    for package in ("torchvision", "onnxruntime", "openvino"):
+    for package in ("torchvision", "onnxruntime", "openvino", "nncf"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -65,7 +72,7 @@ def machine() -> dict[str, str]:
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         family, model = fields.get("cpu family", "?"), fields.get("model", "?")
         processor = f"{fields.get('model name', processor)} (family {family}, model {model})"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     commit = ""
     if (root / ".git").exists() and shutil.which("git"):
         asked = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .bench_results import V1, Results, Row, bfloat16
-from .engines import CHANNELS_LAST, FUSED, PEERS
+from .bench_results import V1, Results, Row, bfloat16, int8
+from .engines import CHANNELS_LAST, FROZEN, FUSED, PEERS
 
 
 def table(rows: Sequence[Row], engines: Sequence[str]) -> str:
@@ -23,15 +23,60 @@ def table(rows: Sequence[Row], engines: Sequence[str]) -> str:
                 continue
             of_bfloat16 = engine.endswith("bfloat16")
             over = (row.over_bfloat16 if of_bfloat16 else row.over_fused)[engine]
-            digits = 2 if ms < 10 else 1 if ms < 100 else 0
-            time = f"{ms:.{digits}f} ms"
+            time = _milliseconds(ms)
             cells.append(f"**{time}**" if engine in (FUSED, bfloat16(FUSED)) else f"{time}, {over:.2f}x")
         lines.append(f"| {row.case} | {row.threads} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f} ms"
+
+
 FLOAT32_COLUMNS = ("eager", CHANNELS_LAST, "torch.compile", *PEERS, FUSED)
 BFLOAT16_COLUMNS = tuple(bfloat16(e) for e in (CHANNELS_LAST, "OpenVINO", FUSED))
+INT8_ENGINES = (int8("ONNX Runtime"), int8("OpenVINO"), bfloat16(int8("OpenVINO")), int8(FUSED))
+# Each in what it is best at; those that were not measured are left out.
+INT8_COLUMNS = (
+    *(CHANNELS_LAST, FUSED, FROZEN, *map(bfloat16, ("OpenVINO", FUSED, FROZEN))),
+    *INT8_ENGINES,
+)
+
+
+def int8_table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per row, milliseconds per engine and how many times as long as fused int8 it takes."""
+    engines = [name for name in INT8_COLUMNS if any(name in row.milliseconds for row in rows)]
+    lines = ["| MobileNetV2 | threads | " + " | ".join(engines) + " |", "|---|---|" + "---|" * len(engines)]
+    for row in rows:
+        cells = []
+        for engine in engines:
+            ms = row.milliseconds.get(engine)
+            time = "" if ms is None else _milliseconds(ms)
+            over = "" if ms is None else f", {row.over_int8[engine]:.2f}x"
+            cells.append(f"**{time}**" if engine == int8(FUSED) else time + over)
+        lines.append(f"| {row.case} | {row.threads} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cosine_table(rows: Sequence[Row]) -> str:
+    """Markdown: how near int8 engines' results are to float64's."""
+    engines = [name for name in INT8_ENGINES if any(name in row.cosine for row in rows)]
+    lines = ["| cosine similarity with float64 | " + " | ".join(engines) + " |", "|---|" + "---|" * len(engines)]
+    for case, cosine in {row.case: row.cosine for row in rows}.items():
+        cells = (f"{cosine[name]:.4f}" if name in cosine else "" for name in engines)
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def int8_memory_table(rows: Sequence[Row]) -> str:
+    """Markdown: peak activation bytes of what torch runs."""
+    engines = (CHANNELS_LAST, FUSED, bfloat16(FUSED), int8(FUSED))
+    lines = ["| peak activation memory | " + " | ".join(engines) + " |", "|---|" + "---|" * len(engines)]
+    for row in rows:
+        if row.threads == 1 and all(name in row.peak_bytes for name in engines):
+            cells = (f"{row.peak_bytes[name] / 1e6:.2f} MB" for name in engines)
+            lines.append(f"| {row.case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def memory_table(rows: Sequence[Row], resident: dict[str, int]) -> str:
@@ -84,6 +129,8 @@ def tables(results: Results) -> list[str]:
     found = [table(main, FLOAT32_COLUMNS), table(main, BFLOAT16_COLUMNS)]
     if rest:
         found.append(table(rest, (CHANNELS_LAST, *PEERS, FUSED, *BFLOAT16_COLUMNS[1:])))
+    if quantized := [row for row in rows if row.over_int8]:
+        found += [int8_table(quantized), cosine_table(quantized), int8_memory_table(quantized)]
     found += [memory_table(main, results.resident), puzzle_table(main)]
     return [*found, growth_table(results.growth)] if results.growth else found
 
@@ -100,9 +147,9 @@ _COLOURS = {
 
 
 def _style(name: str) -> dict[str, Any]:
-    half = name.endswith(" bfloat16")
-    colour = _COLOURS.get(name.removesuffix(" bfloat16"), "#000000")
-    return {"color": colour, "alpha": 0.55 if half else 1.0}
+    colour = _COLOURS.get(name.removesuffix(" bfloat16").removesuffix(" int8"), "#000000")
+    style = {"color": colour, "alpha": 0.55 if name.endswith(" bfloat16") else 1.0}
+    return style | {"hatch": "//", "edgecolor": "white"} if " int8" in name else style
 
 
 def draw(results: Results, output: Path) -> None:
@@ -116,7 +163,8 @@ def draw(results: Results, output: Path) -> None:
     one = [row for row in results.rows if row.threads == 1 and V1 in row.milliseconds]
     figure, ((latency, memory), (growth, puzzle)) = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
 
-    names = [n for n in (*FLOAT32_COLUMNS, *BFLOAT16_COLUMNS) if any(n in row.milliseconds for row in one)]
+    columns = (*FLOAT32_COLUMNS, *BFLOAT16_COLUMNS, *INT8_ENGINES)
+    names = [name for name in columns if any(name in row.milliseconds for row in one)]
     height = 0.85 / len(names)
     for i, name in enumerate(names):
         at = [

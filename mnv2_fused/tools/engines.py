@@ -21,24 +21,28 @@ from ..convert import fuse
 
 Call = Callable[[], Any]
 
-FUSED, CHANNELS_LAST = "fused", "eager channels_last"
+FUSED, FROZEN, CHANNELS_LAST = "fused", "fused frozen", "eager channels_last"
 
 
 class EngineMissing(Exception):
     """An engine is not installed, or has no kernels for a dtype; the message says which."""
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
+    """Raises EngineMissing, which says how to get them."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise EngineMissing(f"{package} is not installed: pip install 'mnv2_fused[peers]'")
 
 
-def _channels_last(t: Any) -> Any:
+def channels_last(t: Any) -> Any:
+    """A tensor, or a model, in that memory format."""
     return t.to(memory_format=torch.channels_last)
 
 
-def _torch(model: nn.Module, x: Tensor) -> Call:
+def inference(model: nn.Module, x: Tensor) -> Call:
+    """The model as torch runs it where no gradients are asked for."""
+
     def call() -> Tensor:
         with torch.inference_mode():
             return model(x)
@@ -48,22 +52,22 @@ def _torch(model: nn.Module, x: Tensor) -> Call:
 
 def eager(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
     """The model as it is, in the contiguous layout."""
-    return _torch(copy.deepcopy(model).to(dtype), x.to(dtype))
+    return inference(copy.deepcopy(model).to(dtype), x.to(dtype))
 
 
 def eager_channels_last(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
     """The model as it is, weights and input in channels_last."""
-    return _torch(_channels_last(copy.deepcopy(model).to(dtype)), _channels_last(x.to(dtype)))
+    return inference(channels_last(copy.deepcopy(model).to(dtype)), channels_last(x.to(dtype)))
 
 
 def compiled(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
     """``torch.compile`` for inference: weights frozen into the graph, folded, packed by oneDNN."""
     from torch._inductor import config
 
-    x = _channels_last(x.to(dtype))
+    x = channels_last(x.to(dtype))
     with config.patch(freezing=True), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        module = torch.compile(_channels_last(copy.deepcopy(model).to(dtype)))
+        module = torch.compile(channels_last(copy.deepcopy(model).to(dtype)))
         module(x)
 
     def call() -> Tensor:
@@ -77,7 +81,7 @@ def onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -
     """ONNX Runtime with all graph optimisations, its threads in one pool of this size."""
     if dtype != torch.float32:
         raise EngineMissing(f"ONNX Runtime has no CPU kernels for {dtype}")
-    _require("onnxruntime", "onnx")
+    require("onnxruntime", "onnx")
     import onnxruntime as ort  # pyright: ignore[reportMissingImports]  # an optional peer
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -85,11 +89,18 @@ def onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(copy.deepcopy(model), (x,), path, opset_version=17, dynamo=False)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, onnx_options(threads), providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: x.numpy()}
     return lambda: session.run(None, inputs)[0]
+
+
+def onnx_options(threads: int) -> Any:
+    """Of an ONNX Runtime session: all graph optimisations, its threads in one pool."""
+    import onnxruntime as ort  # pyright: ignore[reportMissingImports]  # an optional peer
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return options
 
 
 def openvino(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
@@ -97,27 +108,43 @@ def openvino(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> C
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
     if precision is None:
         raise EngineMissing(f"OpenVINO runs float32 and bfloat16 here, not {dtype}")
-    _require("openvino")
+    require("openvino")
     logging.getLogger("openvino").setLevel(logging.ERROR)
     import openvino as ov  # pyright: ignore[reportMissingImports]  # an optional peer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = ov.convert_model(copy.deepcopy(model), example_input=x, input=[list(x.shape)])
-    options = {
+    compiled = ov.Core().compile_model(converted, "CPU", openvino_options(threads, precision))
+    return infer_openvino(compiled, x)
+
+
+def openvino_options(threads: int, precision: str) -> dict[str, Any]:
+    """Of a compiled model: for latency, in one stream; ``precision``, f32 or bf16, of what runs on floats."""
+    return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,
     }
-    request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
-    pixels = ov.Tensor(x.numpy(), shared_memory=True)
+
+
+def infer_openvino(compiled: Any, x: Tensor) -> Call:
+    """A call of a compiled model that copies neither images nor result."""
+    import openvino as ov  # pyright: ignore[reportMissingImports]  # an optional peer
+
+    request, pixels = compiled.create_infer_request(), ov.Tensor(x.contiguous().numpy(), shared_memory=True)
     return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)[0]
 
 
 def fused(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int, backend: str = "auto") -> Call:
     """``mnv2_fused.fuse(model)``."""
-    return _torch(fuse(copy.deepcopy(model).to(dtype), backend=backend), _channels_last(x.to(dtype)))
+    return inference(fuse(copy.deepcopy(model).to(dtype), backend=backend), channels_last(x.to(dtype)))
+
+
+def fused_frozen(model: nn.Module, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
+    """``mnv2_fused.fuse(model, frozen=True)``."""
+    return inference(fuse(copy.deepcopy(model).to(dtype), frozen=True), channels_last(x.to(dtype)))
 
 
 ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype, int], Call]] = {
@@ -127,6 +154,7 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype, int], Call]] = {
     "ONNX Runtime": onnxruntime,
     "OpenVINO": openvino,
     FUSED: fused,
+    FROZEN: fused_frozen,
 }
 PEERS = ("ONNX Runtime", "OpenVINO")
 

@@ -107,7 +107,7 @@ def test_names_in_a_row_are_in_its_files(name):
     ("name", "i"),
     [
         (name, i)
-        for name in ("README.md", "docs/api.md", "docs/how-it-works.md", "docs/extending.md")
+        for name in ("README.md", "docs/api.md", "docs/how-it-works.md", "docs/extending.md", "docs/quantize.md")
         for i in range(len(blocks(name, "python")))
     ],
 )

