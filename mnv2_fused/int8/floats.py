@@ -101,7 +101,7 @@ class FloatLayer:
         if left != right or top != bottom:
             e, around = F.pad(e, (left, right, top, bottom)), (0, 0)
         weight, bias = _float32(self.depthwise)
-        d = F.conv2d(e, weight[:, None], bias, spec.strides, around, groups=e.shape[1])
+        d = F.conv2d(e, weight[:, None], bias, spec.strides, around, spec.dilation, groups=e.shape[1])
         see("depthwise", d)
         d = function_of(spec.activation)(d)
         see("d", d)
@@ -139,6 +139,8 @@ def float_layer(layer: Layer) -> FloatLayer | str:
         conv, norm, act = conv_norm_activation(first)
         stem = reading.activation_of(act)
         why = _activation_objection("stem", stem)
+        if conv.in_channels > MOST_STEM_CHANNELS:
+            why = f"its stem takes {conv.in_channels} channels, int8 at most {MOST_STEM_CHANNELS}"
         # A block behind a stem has no expansion of its own.
         return why or _replace_stem(found, _folded(conv, norm), stem)
     linear = layer.linear
@@ -211,15 +213,11 @@ def _affine(stage: ConvNorm, eps: float) -> Affine:
 
 
 KNOWN = (*CLIPS, *FUNCTIONS)
-_KERNELS = (3, 5)
+MOST_STEM_CHANNELS = 16  # as csrc/cpu/int8/args.h has it
 
 
 def block_objection(spec: BlockSpec) -> str | None:
     """Why no layer on integers computes this block, or None where one does."""
-    if spec.kernel not in _KERNELS:
-        return f"its depthwise kernel is {spec.kernel}x{spec.kernel}, int8 has {' and '.join(map(str, _KERNELS))}"
-    if spec.dilation != 1:
-        return f"its depthwise convolution has dilation {spec.dilation}, int8 has 1"
     if spec.residual and spec.out_activation != "identity" and not spec.activates_sum:
         return f"its output has a {spec.out_activation} before x is added, int8 has none there"
     if spec.activates_sum and spec.out_activation not in CLIPS:

@@ -124,7 +124,7 @@ class Simulation:
         around = (top, left)
         if left != right or top != bottom:
             q, around = F.pad(q, (left, right, top, bottom)), (0, 0)
-        return F.conv2d(q, weight[:, None], None, spec.strides, around, groups=q.shape[1])
+        return F.conv2d(q, weight[:, None], None, spec.strides, around, spec.dilation, groups=q.shape[1])
 
     def _squeezed(self, d: Tensor) -> tuple[Squeeze, Tensor]:
         f, s = self.source, self.scales

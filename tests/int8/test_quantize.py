@@ -36,6 +36,8 @@ SPECS = [
     BlockSpec(16, 48, 16, residual=True, activation="relu", out_activation="relu6", activates_sum=True),
     BlockSpec(16, 48, 24, out_activation="hardswish"),
     BlockSpec(16, 48, 24, stride=(1, 2)),
+    BlockSpec(16, 48, 16, kernel=7, residual=True),
+    BlockSpec(16, 48, 24, dilation=2, padding="same"),
 ]
 
 
@@ -197,7 +199,7 @@ def test_calibrations_that_are_refused(batches, error, message):
         (lambda: copy.deepcopy(fitted()).half(), ValueError, r"torch.float16; call model.float\(\)"),
         (lambda: copy.deepcopy(fitted()).to("meta"), ValueError, r"on meta; call model.cpu\(\)"),
         (lambda: nn.Linear(3, 3), ValueError, "nothing to quantise: no inverted residual was found"),
-        (lambda: Block(BlockSpec(8, 24, 8, kernel=7)), ValueError, "nothing to quantise: .*kernel is 7x7"),
+        (lambda: Block(BlockSpec(8, 24, 8, activation="gelu")), ValueError, "nothing to quantise: .*has a gelu"),
     ],
 )
 def test_models_that_are_refused(model, error, message):
@@ -220,8 +222,6 @@ def test_skip_leaves_layers_float():
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (BlockSpec(8, 24, 8, kernel=7), "kernel is 7x7"),
-        (BlockSpec(8, 24, 8, dilation=2), "dilation 2"),
         (BlockSpec(8, 24, 8, activation="leaky_relu"), "has a leaky_relu"),
         (BlockSpec(8, 24, 8, activation="gelu"), "has a gelu"),
         (BlockSpec(8, 24, 8, residual=True, out_activation="relu"), "before x is added"),
@@ -360,3 +360,14 @@ def test_flat_layers():
     assert sqnr(model(x), int8(x)) > 20
     with pytest.raises(ValueError, match="it needs rows=True"):
         quantize(model, [x], rows=False)
+
+
+@pytest.mark.parametrize(("channels", "reason"), [(16, None), (17, "its stem takes 17 channels, int8 at most 16")])
+def test_stems_of_many_channels(channels, reason):
+    model = models.MobileNetV2(width_mult=0.35, num_classes=7).eval()
+    model.features[0][0] = nn.Conv2d(channels, model.features[0][0].out_channels, 3, 2, 1, bias=False)
+    x = smooth(4, channels, 32)
+    int8 = quantize(model, [x])
+    found = {row.name: row.reason for row in quantized_report(int8).unquantized}
+    assert set(found.values()) == ({reason} if reason else set())
+    assert sqnr(model(x), int8(x)) > 15

@@ -24,6 +24,15 @@ MNV2_INLINE void dot_steps(V (&acc)[R][N], const typename V::In* x, const int8_t
   });
 }
 
+// Tells the compiler that sums stay in registers from one turn of a loop to the next.
+template <class V, int R, int N>
+MNV2_INLINE void keep(V (&acc)[R][N]) {
+  if constexpr (V::kRegisters >= 16)
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+      unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { asm volatile("" : V_KEEP(acc[i][j].v)); });
+    });
+}
+
 // acc[i][j] += x[i] w[j] over `terms`, a multiple of kQuad. Moves w.
 template <class V, int R, int N>
 MNV2_INLINE void dot_products(V (&acc)[R][N], const PixelPanels<V>& x, const int8_t* (&w)[N],
@@ -32,6 +41,7 @@ MNV2_INLINE void dot_products(V (&acc)[R][N], const PixelPanels<V>& x, const int
   for (; terms >= kPanel; terms -= kPanel, p += x.panel) {
     dot_steps<V, kPanel / kQuad>(acc, p, w);
     unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { w[j] += kPanel * kPanel; });
+    keep(acc);
   }
   for (; terms > 0; terms -= kQuad, p += kQuad) {
     dot_steps<V, 1>(acc, p, w);
