@@ -95,12 +95,16 @@ struct Scratch {
   Scratch(const BlockShape& s, const Plan& p, int64_t element)
       : ring(room(p.group / kPanel * Ring(s, p.tile_cols).panel(p.ring_rows(s)) * 4)),
         padding(room(Ring(s, p.tile_cols).row() * 4)),
-        sums(room(p.tile_rows * p.tile_cols * round_up(s.out_channels, kPanel) * 4)),
+        sums(room(sum_rows(s, p) * p.tile_cols * round_up(s.out_channels, kPanel) * 4)),
         // Pixels are stored by fours.
         depthwise(room((p.depthwise_elements() + 3 * kPanel) * element)),
         row(room(Ring(s, p.tile_cols).halves * 2 * round_up(terms(s), kPanel) * element)) {}
   int64_t total() const { return ring + padding + sums + depthwise + row; }
 
+  // Output rows whose sums are there at once: a band's where one group is all, else the tile's.
+  static int64_t sum_rows(const BlockShape& s, const Plan& p) {
+    return p.groups(s) == 1 ? p.band_rows : p.tile_rows;
+  }
   // Products that an expanded element sums.
   static int64_t terms(const BlockShape& s) {
     return s.expand == Expand::kNone ? 1 : s.in_channels * (s.expand == Expand::kStem ? 9 : 1);

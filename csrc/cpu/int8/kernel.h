@@ -37,6 +37,14 @@ void run_tile(const BlockCall& a, const Plan& plan, int64_t task, char* scratch)
   // This tile's part of what is kept between passes.
   const int64_t before = (image * s.out_height() + w.row) * s.out_width() + w.col * w.rows;
   In* const kept = a.cached ? reinterpret_cast<In*>(a.cached) + before * hidden : nullptr;
+  const bool one_group = plan.groups(s) == 1;
+  const auto finish_rows = [&](int64_t row, int64_t rows) {
+    const int64_t y_row = s.out_width() * s.out_channels;
+    finish<V>(
+        {sums, out_pitch, rows, w.cols, a.y + w.out + row * y_row, y_row, s.out_channels,
+         s.residual ? w.residual(row, 0) : nullptr, a.x_row, a.x_col, a.x_zero, a.residual_scale},
+        a.project, s.out_channels);
+  };
   for (int64_t first = 0; first < s.hidden_channels; first += plan.group) {
     const Group group{first, least(plan.group, s.hidden_channels - first)};
     const int64_t panels = ceil_div(group.channels, kPanel);
@@ -71,15 +79,12 @@ void run_tile(const BlockCall& a, const Plan& plan, int64_t task, char* scratch)
       if (a.factors)
         multiply_by_factors<V>(of_band ? of_band : d, d, panels, pixels,
                                a.factors + image * hidden + first, a.depthwise.zero);
-      project<V>(d, pixels, a.project, group, hidden, s.out_channels,
-                 sums + row * w.cols * out_pitch);
+      int32_t* const of_rows = one_group ? sums : sums + row * w.cols * out_pitch;
+      project<V>(d, pixels, a.project, group, hidden, s.out_channels, of_rows);
+      if (one_group) finish_rows(row, band.rows);
     }
   }
-  if (pooled) return;
-  finish<V>(
-      {sums, out_pitch, w.rows, w.cols, a.y + w.out, s.out_width() * s.out_channels, s.out_channels,
-       s.residual ? w.residual(0, 0) : nullptr, a.x_row, a.x_col, a.x_zero, a.residual_scale},
-      a.project, s.out_channels);
+  if (!pooled && !one_group) finish_rows(0, w.rows);
 }
 
 // Rows [begin, end), a few at a time. scratch: kProductRows rows of terms and of sums.
