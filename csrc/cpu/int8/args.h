@@ -111,7 +111,11 @@ struct Scratch {
   }
 
  private:
+#ifdef MNV2_SCRATCH_GAP  // of checks: bytes behind every part that no kernel touches
+  static int64_t room(int64_t bytes) { return bytes + MNV2_SCRATCH_GAP; }
+#else
   static int64_t room(int64_t bytes) { return round_up(bytes, 64); }
+#endif
 };
 
 struct Kernels {

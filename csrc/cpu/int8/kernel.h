@@ -110,7 +110,7 @@ void run_product(const ProductArgs& a, int64_t begin, int64_t end, char* scratch
               .store(a.real + (row + r) * a.pitch + c, least(a.out - c, V::kLanes));
       } else if (a.sums) {
         with_bound(a.stage, true, [&](auto bound) {
-          for (int64_t c = 0; c < out_pitch; c += V::kLanes) {
+          for (int64_t c = 0; c < a.out; c += V::kLanes) {
             V q[1] = {V::load(of_row + c)};
             requantize<V, bound()>(q, a.stage, c);
             V::add(V::load(a.sums + c), q[0]).store(a.sums + c);

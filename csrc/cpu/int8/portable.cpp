@@ -7,7 +7,9 @@
 #include "args.h"
 
 #define MNV2_INLINE inline __attribute__((always_inline))
+#ifndef MNV2_MOST_ROWS
 #define MNV2_MOST_ROWS 4  // more are no faster without registers for them
+#endif
 
 namespace mnv2_fused::cpu::int8::portable {
 namespace {
