@@ -10,9 +10,8 @@
 #include <random>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef MNV2_SCRATCH_GAP
 #include <sanitizer/asan_interface.h>
-#define MNV2_SCRATCH_GAP 64
 #endif
 #include "../../csrc/cpu/int8/args.h"
 
@@ -91,7 +90,7 @@ class Room {
   Room(int64_t bytes, std::vector<int64_t> gaps) : gaps_(std::move(gaps)), memory_(size_t(bytes)) {
     static int fill = 0;
     std::fill(memory_.begin(), memory_.end(), char(fill = (fill + 85) % 256));
-#ifdef __SANITIZE_ADDRESS__
+#ifdef MNV2_SCRATCH_GAP
     for (const int64_t end : gaps_)
       __asan_poison_memory_region(data() + end - MNV2_SCRATCH_GAP, MNV2_SCRATCH_GAP);
   }
