@@ -120,7 +120,11 @@ struct I32x16 {
 
 }  // namespace
 
+#ifdef MNV2_EMULATED_AVX512
+#define V_KEEP "+m"
+#else
 #define V_KEEP "+v"
+#endif
 #include "../kernel/window.h"
 #include "kernel.h"
 
