@@ -176,9 +176,11 @@ bool same_block(const Kernels& a, const Kernels& b) {
   const Machine machine{1, between(1, 2) * 8, 4, 1, 4, 512 << 10};
   const Plan p = make_plan(s, machine);
   const bool own = one_in(3);
-  const Plan plan = make_plan(s, machine, own ? p.tile_rows : between(1, s.out_height()),
-                              own ? p.tile_cols : between(1, s.out_width()),
-                              own ? p.group : between(1, s.hidden_panels()) * kPanel, 1);
+  Plan plan = make_plan(s, machine, own ? p.tile_rows : between(1, s.out_height()),
+                        own ? p.tile_cols : between(1, s.out_width()),
+                        own ? p.group : between(1, s.hidden_panels()) * kPanel, 1);
+  // Plans of images so small have one band.
+  if (!own) plan.band_rows = between(1, plan.tile_rows);
   const int64_t channels = s.hidden_panels() * kPanel, terms = Scratch::terms(s);
   const int64_t dots = int8::phases(s) * int8::row_dots(s.kernel, s.dilation);
   OwnedStage first(channels * round_up(terms, int8::kQuad), channels, double(terms));

@@ -90,6 +90,21 @@ def test_values_at_the_ends_of_their_ranges(isa):
 
 
 @by_isa
+@pytest.mark.parametrize("squeeze", [0, 9])
+def test_bounds_that_are_those_of_a_uint8(squeeze, isa):
+    with instruction_set(isa):
+        for i, spec in enumerate(SPECS):
+            squeezed = BlockSpec(**{**spec.__dict__, "squeeze_channels": squeeze})
+            layer = random_block(squeezed, seed=i, full=True, squeeze=squeeze)
+            for name in ("expand", "depthwise", "project"):  # many values are beyond the bounds
+                stage = getattr(layer, name)
+                if stage is not None:
+                    louder = stage._replace(multiplier=stage.multiplier * 4)
+                    layer = type(layer)(**{**layer.__dict__, name: louder})
+            check(image(2, spec.in_channels, 9, 17), [layer])
+
+
+@by_isa
 @pytest.mark.parametrize("size", [(32, 32), (33, 31), (1, 2), (7, 64)])
 @pytest.mark.parametrize("channels", [3, 1, 5])
 def test_a_stem_and_its_block_equal_the_reference(size, channels, isa):

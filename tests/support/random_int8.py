@@ -7,8 +7,9 @@ from mnv2_fused.encoding import LayerKind
 from mnv2_fused.int8.layers import HIGHEST, Int8Layer, Quantizer, Squeeze, Stage
 
 
-def random_stage(shape, generator, *, activation="identity", terms=None, wide=False):
-    """``shape``: of the weight. ``wide``: weights, biases and multipliers at the ends of their ranges."""
+def random_stage(shape, generator, *, activation="identity", terms=None, wide=False, full=False):
+    """``shape``: of the weight. ``wide``: weights, biases and multipliers at the ends of their ranges. ``full``: bounds
+    are a uint8's own, which a conversion that saturates may stand for."""
 
     def integers(least, most, *size):
         return torch.randint(least, most + 1, size, generator=generator)
@@ -26,16 +27,18 @@ def random_stage(shape, generator, *, activation="identity", terms=None, wide=Fa
         multiplier = multiplier * 2.0 ** integers(-20, 3, channels)
     zero = int(integers(0, 120, 1)) if functions or activation == "identity" else 0
     low = torch.full((channels,), float(-zero))
-    high = float(HIGHEST - zero) - integers(0, 60, channels).float()
+    high = float(HIGHEST - zero) - (0 if full else 1) * integers(0, 60, channels).float()
     scale = (torch.rand(channels, generator=generator) + 0.5) * 30 if functions else None
     return Stage(weight.to(torch.int8), bias.to(torch.int32), multiplier, low, high, zero, activation, scale)
 
 
-def random_block(spec: BlockSpec, seed=0, stem=0, wide=False, activation="identity", squeeze=0, gate="hardsigmoid"):
-    """``stem``: channels of the image, of a stem in front."""
+def random_block(
+    spec: BlockSpec, seed=0, stem=0, wide=False, activation="identity", squeeze=0, gate="hardsigmoid", full=False
+):
+    """``stem``: channels of the image, of a stem in front. ``full``: of all stages, see ``random_stage``."""
     generator = torch.Generator().manual_seed(seed)
     e, k = spec.hidden_channels, spec.kernel
-    options = {"activation": activation, "wide": wide}
+    options = {"activation": activation, "wide": wide, "full": full}
     expand = None
     if stem:
         expand = random_stage((e, stem, 3, 3), generator, **options)
@@ -53,7 +56,7 @@ def random_block(spec: BlockSpec, seed=0, stem=0, wide=False, activation="identi
             torch.rand(e, generator=generator) + 0.5,
         )
     kind = LayerKind.STEM_AND_BLOCK if stem else LayerKind.BLOCK if spec.expand else LayerKind.BLOCK_WITHOUT_EXPAND
-    project = random_stage((spec.out_channels, e), generator, wide=wide)
+    project = random_stage((spec.out_channels, e), generator, wide=wide, full=full)
     return Int8Layer(
         kind,
         Quantizer(0.02, x_zero),
