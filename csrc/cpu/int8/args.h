@@ -46,6 +46,7 @@ struct Squeeze {
   const float* gated_scale;  // [E/16 * 16]
   int32_t mean_zero;
   Stage reduce, excite;
+  Gate gate;
 };
 
 struct BlockCall {

@@ -139,17 +139,20 @@ class Row {
     const Sizes sizes = sizes_of(x), last = layers_.back().y;
     const Tensor y = empty(last, ScalarType::Float, true);
     if (sizes[0] == 0) return y;
-    int64_t most = x.numel();
-    for (const LayerShape& l : layers_) most = std::max(most, l.y_elements());
-    const int64_t half = round_up(most, 256) + kLine;
-    const Tensor memory = buffer(2 * half);
+    // Layers read one buffer and write the other, in turn.
+    int64_t room[2] = {x.numel(), 0};
+    for (size_t i = 0; i < layers_.size(); ++i)
+      room[1 - i % 2] = std::max(room[1 - i % 2], layers_[i].y_elements());
+    const int64_t second = round_up(room[0], kLine) + kLine;
+    const Tensor memory = buffer(second + round_up(room[1], kLine) + kLine);
     auto* const first = static_cast<uint8_t*>(memory.mutable_data_ptr());
+    uint8_t* const buffers[2] = {first, first + second};
     quantize(x, first);
     Sizes now = sizes;
     for (size_t i = 0; i < layers_.size(); ++i) {
       const LayerShape& l = layers_[i];
-      const uint8_t* const in = first + (i % 2 ? half : 0);
-      uint8_t* const out = first + (i % 2 ? 0 : half);
+      const uint8_t* const in = buffers[i % 2];
+      uint8_t* const out = buffers[1 - i % 2];
       const LayerHeader h = reader_.header<LayerHeader>();
       if (h.real && (i + 1 < layers_.size() || l.kind != kLinear))
         fail("only the last layer, if it is linear, may be float32");
@@ -161,8 +164,7 @@ class Row {
     if (reader_.left() != 0)
       fail("the row of weights has ", reader_.left(), " bytes too many for these layers");
     if (!real_)
-      dequantize(first + (layers_.size() % 2 ? half : 0), static_cast<float*>(y.mutable_data_ptr()),
-                 y.numel());
+      dequantize(buffers[layers_.size() % 2], static_cast<float*>(y.mutable_data_ptr()), y.numel());
     return y;
   }
 
@@ -216,37 +218,75 @@ class Row {
       fail("only a clip may follow the sum with x on 8-bit integers");
     call.y = out;
     const Machine machine{threads_, k.lanes, 4, k.element, kQuad, cpu::l2_bytes()};
-    const Plan plan = plan_of(s, machine);
-    const Scratch parts(s, plan, k.element);
-    const int64_t slice = round_up(parts.total(), 256);
-    const Tensor scratch = buffer(slice * plan.workers);
+    if (s.squeeze_channels == 0) {
+      const Plan plan = plan_of(s, machine);
+      const Tensor scratch = scratch_of(s, plan);
+      return run_tiles(call, plan, scratch);
+    }
+    run_squeezed(call, machine, h);
+  }
+
+  // Of each worker, one slice.
+  static int64_t slice_of(const BlockShape& s, const Plan& plan) {
+    return round_up(Scratch(s, plan, kernels().element).total(), 256);
+  }
+  static Tensor scratch_of(const BlockShape& s, const Plan& plan) {
+    return buffer(slice_of(s, plan) * plan.workers);
+  }
+  static void run_tiles(const BlockCall& call, const Plan& plan, const Tensor& scratch) {
+    const int64_t slice = slice_of(call.shape, plan);
     auto* const first = static_cast<char*>(scratch.mutable_data_ptr());
-    const auto run_tiles = [&] {
-      for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
-        k.run_tile(call, plan, task, first + worker * slice);
-      });
-    };
-    if (s.squeeze_channels == 0) return run_tiles();
-    const Tensor pooled = buffer(plan.tasks * hidden * 4);
-    call.pooled = static_cast<int32_t*>(pooled.mutable_data_ptr());
-    call.pass = Pass::kPool;
-    run_tiles();
-    const Tensor factors = factors_of(s, h, plan, call.pooled);
-    call.pass = Pass::kLast;
-    call.factors = static_cast<const float*>(factors.const_data_ptr());
-    run_tiles();
+    for_tasks(plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
+      kernels().run_tile(call, plan, task, first + worker * slice);
+    });
+  }
+
+  // Squeeze-and-excite: the sums of d, factors of them, and the rest; some images at a time, so that what is
+  // kept of d stays small.
+  void run_squeezed(BlockCall call, const Machine& machine, const LayerHeader& h) {
+    BlockShape& s = call.shape;
+    const int64_t images = s.batch, hidden = s.hidden_panels() * kPanel;
+    const int64_t pixels = s.out_height() * s.out_width();
+    const Squeeze squeeze = read_squeeze(s, h);
+    const int64_t most = squeezed_together(s, machine);
+    for (int64_t image = 0; image < images; image += most) {
+      s.batch = std::min(most, images - image);
+      const Plan plan = plan_of(s, machine);
+      const Tensor scratch = scratch_of(s, plan), pooled = buffer(plan.tasks * hidden * 4);
+      const Tensor kept =
+          buffer(plan.caches_depthwise ? s.batch * pixels * hidden * kernels().element : 0);
+      call.cached = plan.caches_depthwise ? static_cast<char*>(kept.mutable_data_ptr()) : nullptr;
+      call.pooled = static_cast<int32_t*>(pooled.mutable_data_ptr());
+      call.pass = Pass::kPool;
+      run_tiles(call, plan, scratch);
+      const Tensor factors = factors_of(s, squeeze, plan, call.pooled);
+      call.pass = Pass::kLast;
+      call.factors = static_cast<const float*>(factors.const_data_ptr());
+      run_tiles(call, plan, scratch);
+      call.x += s.batch * call.x_image;
+      call.y += s.batch * pixels * s.out_channels;
+    }
+  }
+
+  Squeeze read_squeeze(const BlockShape& s, const LayerHeader& h) {
+    const int64_t hidden = s.hidden_panels() * kPanel, squeezed = s.squeeze_channels;
+    Squeeze c{};
+    c.mean_scale = reader_.floats(hidden);
+    c.gated_scale = reader_.floats(hidden);
+    c.mean_zero = h.mean_zero;
+    c.reduce = reader_.stage(product_bytes(squeezed, in_panels(s.hidden_channels)), squeezed);
+    c.excite =
+        reader_.stage(product_bytes(s.hidden_channels, in_panels(squeezed)), s.hidden_channels);
+    c.gate = Gate(check_kind("gate", h.gate, kGates));
+    if (c.gate == Gate::kHardsigmoidFifth) fail("no kernel on 8-bit integers has this gate");
+    return c;
   }
 
   // Of a squeeze-and-excite, [N][E/16 * 16].
-  Tensor factors_of(const BlockShape& s, const LayerHeader& h, const Plan& plan, int32_t* pooled) {
+  static Tensor factors_of(const BlockShape& s, const Squeeze& c, const Plan& plan,
+                           int32_t* pooled) {
     const Kernels& k = kernels();
     const int64_t hidden = s.hidden_panels() * kPanel, squeezed = s.squeeze_channels;
-    const float* const mean_scale = reader_.floats(hidden);
-    const float* const gated_scale = reader_.floats(hidden);
-    const Stage reduce =
-        reader_.stage(product_bytes(squeezed, in_panels(s.hidden_channels)), squeezed);
-    const Stage excite =
-        reader_.stage(product_bytes(s.hidden_channels, in_panels(squeezed)), s.hidden_channels);
     const int64_t tiles = plan.tiles_across(s) * plan.tiles_down(s);
     const int64_t scratch_bytes =
         std::max(product_scratch(s.hidden_channels, squeezed), product_scratch(squeezed, hidden));
@@ -255,8 +295,6 @@ class Row {
     const Tensor factors = buffer(s.batch * hidden * 4);
     auto* const first = static_cast<char*>(memory.mutable_data_ptr());
     auto* const result = static_cast<float*>(factors.mutable_data_ptr());
-    const auto gate = Gate(check_kind("gate", h.gate, kGates));
-    if (gate == Gate::kHardsigmoidFifth) fail("no kernel on 8-bit integers has this gate");
     torch::stable::parallel_for(0, s.batch, 1, [&](int64_t image, int64_t end) {
       for (; image < end; ++image) {
         char* const mine = first + image * (scratch_bytes + of_image);
@@ -265,16 +303,17 @@ class Row {
         auto* const v = reinterpret_cast<float*>(between + round_up(squeezed, kLine));
         int32_t* const sums = pooled + image * tiles * hidden;
         for (int64_t tile = 1; tile < tiles; ++tile)
-          for (int64_t c = 0; c < hidden; ++c) sums[c] += sums[tile * hidden + c];
-        k.mean(sums, hidden, mean_scale, float(s.out_height() * s.out_width()), h.mean_zero, mean);
-        ProductArgs a{mean, s.hidden_channels, squeezed, reduce, squeezed};
+          for (int64_t i = 0; i < hidden; ++i) sums[i] += sums[tile * hidden + i];
+        k.mean(sums, hidden, c.mean_scale, float(s.out_height() * s.out_width()), c.mean_zero,
+               mean);
+        ProductArgs a{mean, s.hidden_channels, squeezed, c.reduce, squeezed};
         a.y = between;
         k.run_product(a, 0, 1, mine);
-        ProductArgs b{between, squeezed, s.hidden_channels, excite, hidden};
+        ProductArgs b{between, squeezed, s.hidden_channels, c.excite, hidden};
         b.real = v;
         k.run_product(b, 0, 1, mine);
         std::fill(v + s.hidden_channels, v + hidden, 0.0f);
-        k.gate(v, hidden, gate, gated_scale, result + image * hidden);
+        k.gate(v, hidden, c.gate, c.gated_scale, result + image * hidden);
       }
     });
     return factors;
