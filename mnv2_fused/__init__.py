@@ -6,7 +6,7 @@ from . import models
 from .block import inverted_residual, pack
 from .convert import Report, fuse, report, unfuse
 from .fold import BlockWeights, PackedWeights
-from .int8 import QuantizedReport, quantize, quantized_like, quantized_report
+from .int8 import QuantizedReport, quantize, quantized_from, quantized_like, quantized_report
 from .module import FusedBlock, FusedInvertedResidual
 from .plans.cpu import Plan, plan
 from .plans.cuda import CudaPlan, cuda_plan
@@ -38,6 +38,7 @@ __all__ = [
     "pack",
     "plan",
     "quantize",
+    "quantized_from",
     "quantized_like",
     "quantized_report",
     "report",

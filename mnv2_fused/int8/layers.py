@@ -1,8 +1,9 @@
 """Layers on 8-bit integers: what every kernel computes, and the reference in plain torch that all of them equal.
 
-A tensor of real values is uint8 with one scale and zero point: real = (q - zero) * scale. Weights are int8 in
-[-127, 127] with one scale for each output channel and no zero point. Sums are int32 and exact. A :class:`Stage` is a
-convolution with what follows it, in float32 without fused multiply-adds, each operation rounded to nearest even:
+A tensor of real values is uint8 with one scale and zero point: real = (q - zero) * scale. Weights are int8 with one
+scale for each output channel and no zero point, in [-127, 127] where they are quantised here; kernels take -128, too,
+which torch's have. Sums are int32 and exact. A :class:`Stage` is a convolution with what follows it, in float32 without
+fused multiply-adds, each operation rounded to nearest even:
 
     v = float32(sum + bias) * multiplier
     v = function(v) * scale                      where the activation is no clip

@@ -18,6 +18,7 @@ from .calibrate import Calibration
 from .modules import is_quantized
 from .reports import ATTRIBUTE, QuantizedLayerReport, QuantizedReport
 from .structure import Structure, build, what_of
+from .torch_quantized import is_torch_quantized
 
 
 def quantize(
@@ -94,6 +95,10 @@ def _structure(model: nn.Module, skip: Collection[str], rows: bool) -> Structure
         raise ValueError("a frozen model has let its modules go; quantize the original model")
     if any(map(is_quantized, model.modules())):
         raise ValueError("the model is quantised already; quantize the original model")
+    if is_torch_quantized(model):
+        raise ValueError(
+            "torch quantised the model: mnv2_fused.quantized_from(model) reads it; or quantize the original"
+        )
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and t.dtype != torch.float32:
             raise ValueError(f"quantize takes models in float32, got {name} in {t.dtype}; call model.float() first")
