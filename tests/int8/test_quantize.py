@@ -364,8 +364,9 @@ def test_flat_layers():
 
 @pytest.mark.parametrize(("channels", "reason"), [(16, None), (17, "its stem takes 17 channels, int8 at most 16")])
 def test_stems_of_many_channels(channels, reason):
-    model = models.MobileNetV2(width_mult=0.35, num_classes=7).eval()
-    model.features[0][0] = nn.Conv2d(channels, model.features[0][0].out_channels, 3, 2, 1, bias=False)
+    model = models.mobilenet_v2(width_mult=0.35, num_classes=7).eval()
+    first = model.features[0][0]
+    model.features[0][0] = nn.Conv2d(channels, first.out_channels, 3, 2, 1, bias=False)
     x = smooth(4, channels, 32)
     int8 = quantize(model, [x])
     found = {row.name: row.reason for row in quantized_report(int8).unquantized}
