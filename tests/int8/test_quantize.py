@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from support import flat
+from support.devices import by_isa
 from support.int8 import Block, calibration, quantized, smooth, sqnr
 from support.models import fitted
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 import mnv2_fused
 from mnv2_fused import BlockSpec, fuse, models, quantize, quantized_like, quantized_report
 from mnv2_fused.int8.modules import QuantizedBlock, QuantizedRow, QuantizedStage
-from mnv2_fused.testing import fit_batch_norm
+from mnv2_fused.testing import fit_batch_norm, instruction_set, peak_activation_bytes, threads
 
 # Of every kind that layers on integers compute.
 SPECS = [
@@ -372,3 +373,11 @@ def test_stems_of_many_channels(channels, reason):
     found = {row.name: row.reason for row in quantized_report(int8).unquantized}
     assert set(found.values()) == ({reason} if reason else set())
     assert sqnr(model(x), int8(x)) > 15
+
+
+@by_isa
+def test_a_call_needs_little_memory(isa):
+    int8 = quantize(models.mobilenet_v2().eval(), smooth(2, 3, 64))
+    x = smooth(1, 3, 224).contiguous(memory_format=torch.channels_last)
+    with instruction_set(isa), threads(1), torch.inference_mode():
+        assert peak_activation_bytes(lambda: int8(x)) < 0.6e6
