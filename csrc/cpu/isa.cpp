@@ -75,8 +75,10 @@ const std::vector<Isa>& compiled() {
        avx512::kF32, avx512::kF64, avx512_bf16::kBf16, integers_of_avx512},
       // Widening pairs takes AVX2 as long as it takes AVX-512.
       {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16, integers_of_avx512},
+#ifdef MNV2_AVX_VNNI
       {"avx2_vnni", [] { return has_avx2() && __builtin_cpu_supports("avxvnni"); }, avx2::kF32,
        avx2::kF64, avx2::kBf16, integers_of<&int8::avx2_vnni::kKernels>},
+#endif
       {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16, integers_of<&int8::avx2::kKernels>},
 #endif
 #ifdef MNV2_NEON_BF16

@@ -4,6 +4,11 @@
 
 #include "../plan.h"
 
+// GCC has had these instructions since 11.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MNV2_AVX_VNNI
+#endif
+
 namespace mnv2_fused::cpu {
 
 template <>
@@ -135,9 +140,11 @@ struct Kernels {
 namespace avx512_vnni {
 extern const Kernels kKernels;
 }
+#ifdef MNV2_AVX_VNNI
 namespace avx2_vnni {
 extern const Kernels kKernels;
 }
+#endif
 namespace avx2 {
 extern const Kernels kKernels;
 }

@@ -1,13 +1,13 @@
 // 8-bit integers on AVX2 with AVX-VNNI, see vectors_256.h. No fused multiply-add: the target has none.
-#if defined(__x86_64__)
+#include "args.h"
+
+#ifdef MNV2_AVX_VNNI
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
-
-#include "args.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,avxvnni")
