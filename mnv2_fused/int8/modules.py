@@ -99,12 +99,16 @@ class _Packs(_Quantized):
         self.register_buffer("packed", None, persistent=False)
         self.register_load_state_dict_post_hook(_pack)
 
+    def _layers(self) -> list[QuantizedLayer]:
+        return [m for m in self.modules() if isinstance(m, QuantizedLayer)]
+
     def int8_layers(self) -> list[Int8Layer]:
         """The layers that the buffers hold. Raises RuntimeError where nothing was calibrated or loaded."""
-        raise NotImplementedError
+        return [layer.int8_layer() for layer in self._layers()]
 
     def has_values(self) -> bool:
-        raise NotImplementedError
+        """Whether something was calibrated or loaded."""
+        return not any(math.isnan(layer.get_buffer("x_scale")) for layer in self._layers())
 
     def pack(self) -> None:
         """Takes over what the buffers hold: for whoever changed them."""
@@ -220,12 +224,6 @@ class QuantizedLayer(_Packs):
                 for field, t in of_stage._buffers.items():
                     _set(t, getattr(stage, field))
 
-    def has_values(self) -> bool:
-        return not math.isnan(self.get_buffer("x_scale"))
-
-    def int8_layers(self) -> list[Int8Layer]:
-        return [self.int8_layer()]
-
     def int8_layer(self) -> Int8Layer:
         """The layer that the buffers hold.
 
@@ -286,15 +284,6 @@ class QuantizedRow(_Packs, Whole):
             layer.is_part = True
         self.layers = nn.ModuleList(layers)
         self._start()
-
-    def has_values(self) -> bool:
-        return all(layer.has_values() for layer in self._layers())
-
-    def int8_layers(self) -> list[Int8Layer]:
-        return [layer.int8_layer() for layer in self._layers()]
-
-    def _layers(self) -> list[Any]:
-        return list(self.layers)
 
 
 class Unfold(nn.Module):

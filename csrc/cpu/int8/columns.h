@@ -18,8 +18,8 @@ struct Columns {
   int32_t* at;  // the next quad
   Pair before;  // its first pair
 
-  // ring_row: quad -1 of the row. left: columns of padding, whose pair begins the first quad.
   Columns() = default;
+  // ring_row: quad -1 of the row. left: columns of padding in front, of which an odd one is the caller's.
   MNV2_INLINE Columns(int32_t* ring_row, int64_t left, Pair padding)
       : at(ring_row), before(padding) {
     for (int64_t i = 0; i < left / 2; ++i) push(padding);
@@ -34,13 +34,13 @@ struct Columns {
   }
 };
 
-// Pairs of the bytes `q - zero` and of those that are q.
+// The pair of two vectors of q - zero.
 template <class V>
 MNV2_INLINE typename V::Pair pair_of(V first, V second, int32_t zero) {
   return V::Pair::add(V::pair(first, second), V::Pair::set1(int16_t(zero)));
 }
 
-// A quad of padding, everywhere in a row.
+// Padding in all of a row.
 template <class V>
 void pad(int32_t* quads, int64_t count, int32_t zero) {
   const auto padding = V::Pair::set1(int16_t(zero));

@@ -10,9 +10,10 @@ namespace {
 
 // Outputs of a row that run together: as many as there are registers for, and fewer at its end.
 template <class V, class T>
-using ColumnCounts =
-    std::conditional_t < T::kDilated || V::kRegisters<16, std::integer_sequence<int, 4, 2, 1>,
-                                                      std::integer_sequence<int, 8, 7, 4, 2, 1>>;
+constexpr bool kFew = T::kDilated || (V::kRegisters < 16);
+template <class V, class T>
+using ColumnCounts = std::conditional_t<kFew<V, T>, std::integer_sequence<int, 4, 2, 1>,
+                                        std::integer_sequence<int, 8, 7, 4, 2, 1>>;
 
 template <class V>
 struct DepthwiseRow {

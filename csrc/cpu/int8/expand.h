@@ -83,8 +83,8 @@ void expand_row(const PixelPanels<V>& x, int64_t left, int64_t cols, int64_t ter
   with_bound(stage, false, [&](auto bound) {
     for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
       with_vectors<V>(n, [&](auto N) {
-        const auto table = expand_table<V, N, bound()>(Rows<V, N>{});
-        constexpr int64_t kMost = max_rows<V>(N) / 2 * 2;
+        constexpr int kMost = max_rows<V>(N) / 2 * 2;
+        const auto table = expand_table<V, N, bound()>(std::make_integer_sequence<int, kMost>{});
         Columns<V> columns[N];
         for (int j = 0; j < N; ++j) columns[j] = {row.begin<V>(vector + j), left, padding};
         ExpandTile<V> t{x,       round_up(terms, kQuad), &stage, group.first / V::kLanes + vector,

@@ -21,12 +21,12 @@ void run_tile(const BlockCall& a, const Plan& plan, int64_t task, char* scratch)
   const Window<uint8_t> w(at, plan, task);
   const Ring of(s, w.cols);
   const Scratch parts(s, plan, sizeof(In));
-  auto* const ring = reinterpret_cast<int32_t*>(scratch);
-  auto* const padding = reinterpret_cast<int32_t*>(scratch + parts.ring);
-  auto* const sums = reinterpret_cast<int32_t*>(scratch + parts.ring + parts.padding);
-  auto* const d = reinterpret_cast<In*>(scratch + parts.ring + parts.padding + parts.sums);
-  auto* const x =
-      reinterpret_cast<In*>(scratch + parts.ring + parts.padding + parts.sums + parts.depthwise);
+  const auto take = [&](int64_t bytes) { return std::exchange(scratch, scratch + bytes); };
+  auto* const ring = reinterpret_cast<int32_t*>(take(parts.ring));
+  auto* const padding = reinterpret_cast<int32_t*>(take(parts.padding));
+  auto* const sums = reinterpret_cast<int32_t*>(take(parts.sums));
+  auto* const d = reinterpret_cast<In*>(take(parts.depthwise));
+  auto* const x = reinterpret_cast<In*>(take(parts.row));
   const int64_t terms = Scratch::terms(s), cols = w.image_cols();
   const int64_t hidden = s.hidden_panels() * kPanel, out_pitch = round_up(s.out_channels, kPanel);
   pad<V>(padding, of.row(), s.expand == Expand::kNone ? a.x_zero : a.expand.zero);
