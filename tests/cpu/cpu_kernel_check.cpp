@@ -10,7 +10,23 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/int8/args.h"
 #include "../../csrc/cpu/isa.h"
+
+// Kernels on 8-bit integers have a check of their own: the table of instruction sets is linked without them.
+namespace mnv2_fused::cpu::int8 {
+#define NOT_LINKED(isa)        \
+  namespace isa {              \
+  const Kernels kKernels = {}; \
+  }
+NOT_LINKED(avx512_vnni)
+#ifdef MNV2_AVX_VNNI
+NOT_LINKED(avx2_vnni)
+#endif
+NOT_LINKED(avx2)
+NOT_LINKED(portable)
+#undef NOT_LINKED
+}  // namespace mnv2_fused::cpu::int8
 
 using namespace mnv2_fused;
 using namespace mnv2_fused::cpu;

@@ -5,12 +5,23 @@ import dataclasses
 import pytest
 import torch
 from cuda_emulation.cases import (
+    DILATED,
+    FIVE,
+    OUT_BLOCKS,
+    PADDED,
     PRECISIONS,
+    SQUEEZED,
+    STEMMED,
+    STRIDED,
+    UNEVEN,
+    UNEXPANDED,
+    WIDE,
     check,
     compiled_kernels,
     emulated,
     image_of,
     input_of,
+    noticed,
     planned,
     spreads,
     stem_of,
@@ -504,3 +515,17 @@ def test_blocks_in_a_row(kernels, precision, stem):
     assert torch.equal(y, x)
     with pytest.raises(RuntimeError, match=r"weights\(\) is not what is joined"):
         emulated_sequence(kernels[precision], image, join(rows)[:-64], specs, plans, first and "relu6")
+
+
+@by_precision
+@pytest.mark.parametrize(
+    "spec", [PADDED, WIDE, STRIDED, UNEXPANDED, OUT_BLOCKS, UNEVEN, DILATED, FIVE, SQUEEZED], ids=str
+)
+def test_nothing_is_noticed_of_the_kernel_itself(kernels, spec, precision):
+    assert not noticed(kernels[precision], spec, precision)
+
+
+@by_precision
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+def test_nothing_is_noticed_of_the_kernel_behind_a_stem(kernels, activation, precision):
+    assert not noticed(kernels[precision], STEMMED, precision, activation)

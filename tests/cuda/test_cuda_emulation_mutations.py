@@ -6,24 +6,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cuda_emulation.cases import (
+    DILATED,
+    FIVE,
+    GELU,
+    GELU_TANH,
+    LEAKY,
+    OUT_BLOCKS,
+    PADDED,
     PRECISIONS,
-    check,
-    compiled_kernels,
-    emulated,
-    image_of,
+    SQUEEZED,
+    STEMMED,
+    STRIDED,
+    SUMMED,
+    UNEVEN,
+    UNEXPANDED,
+    WIDE,
     input_of,
+    noticed,
     planned,
-    spreads,
-    stem_of,
-    verdict,
 )
 from cuda_emulation.emulation import CSRC, compiled_kernel, loaded
 
-from mnv2_fused import BlockSpec
-from mnv2_fused.testing import random_weights, threads
+from mnv2_fused.testing import threads
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
-by_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,32 +38,6 @@ def one_thread():
     with threads(1):
         yield
 
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    return compiled_kernels(tmp_path_factory.mktemp("kernels"))
-
-
-PADDED = BlockSpec(20, 40, 20, residual=True)  # channels that fill no panel
-WIDE = BlockSpec(16, 48, 24)  # results in whole vectors
-STRIDED = BlockSpec(20, 40, 20, stride=2)
-UNEXPANDED = BlockSpec(24, 24, 20, expand=False)
-OUT_BLOCKS = BlockSpec(8, 16, 180)
-UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_activation="relu")
-DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
-LEAKY = BlockSpec(20, 40, 20, activation="leaky_relu", negative_slope=0.2)
-SUMMED = BlockSpec(
-    *(20, 40, 20),
-    residual=True,
-    activation="relu",
-    expand_activation="silu",
-    out_activation="hardswish",
-    activates_sum=True,
-)
-GELU, GELU_TANH = (BlockSpec(20, 40, 20, activation=name) for name in ("gelu", "gelu_tanh"))
-FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
-SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
-STEMMED = BlockSpec(20, 20, 24, expand=False)
 
 # Source text and its replacement, by what is broken. Each text stands once in the kernel's source. Precision and block
 # that must show the change are float32 and PADDED, except those of SHOWN_BY.
@@ -227,28 +207,6 @@ def shown_by(name):
     return precision, spec, activation
 
 
-def noticed(library, spec, precision, activation=None):
-    """Whether anything is wrong: finite and infinite input, splits, tiles that do not fit, images of two blocks."""
-    kernels, weights = {precision: library}, random_weights(spec, expand_bias=5)
-    stem = activation and stem_of(spec, 3, activation)
-    x = image_of(2, 3, (12, 13), precision) if stem else input_of(spec, 2, (6, 7), precision)
-    infinite = x.clone()
-    infinite[1, 0, 3, 3] = float("inf")
-    for splits in (1, 2) if spec.hidden_channels > 16 else (1,):
-        forced = {"tile_cols": 5, "splits": splits}
-        try:
-            y = emulated(kernels, x, weights, spec, precision, stem=stem, **forced)
-            right = spreads(kernels, infinite, weights, spec, precision, stem, **forced)
-            if stem:  # of two images a thread block
-                whole = {"images": 2, "tile_rows": 6, "tile_cols": 7}
-                right = right and check(kernels, x, weights, spec, precision, stem, **whole) is not None
-        except (RuntimeError, AssertionError):
-            return True
-        if not (right and verdict(y, x, weights, spec, precision, stem).ok):
-            return True
-    return False
-
-
 def changed_kernel(name, folder):
     """The library of a changed source, with the one kernel that small plans of the block need."""
     original, replacement = MUTATIONS[name]
@@ -279,17 +237,3 @@ def changed_kernels(request, tmp_path_factory):
 def test_a_broken_kernel_is_noticed(changed_kernels, name):
     precision, spec, activation = shown_by(name)
     assert noticed(changed_kernels[name].result(), spec, precision, activation)
-
-
-@by_precision
-@pytest.mark.parametrize(
-    "spec", [PADDED, WIDE, STRIDED, UNEXPANDED, OUT_BLOCKS, UNEVEN, DILATED, FIVE, SQUEEZED], ids=str
-)
-def test_the_kernel_itself_is_not_broken(kernels, spec, precision):
-    assert not noticed(kernels[precision], spec, precision)
-
-
-@by_precision
-@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
-def test_the_kernel_behind_a_stem_is_not_broken(kernels, activation, precision):
-    assert not noticed(kernels[precision], STEMMED, precision, activation)

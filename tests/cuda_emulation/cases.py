@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mnv2_fused import cuda_plan, fold, inverted_residual_reference, pack
+from mnv2_fused import BlockSpec, cuda_plan, fold, inverted_residual_reference, pack
 from mnv2_fused.activations import function_of
 from mnv2_fused.plans.cuda import stem_size
-from mnv2_fused.testing import agreement
+from mnv2_fused.testing import agreement, random_weights
 
 from .emulation import compiled_kernel, emulated_inverted_residual, loaded
 
@@ -23,6 +23,28 @@ PRECISIONS = {
     "float32": ("kFloat32", torch.float32),
     "tf32": ("kTf32", torch.float32),
 }
+
+# Small blocks that show what a kernel can get wrong.
+PADDED = BlockSpec(20, 40, 20, residual=True)  # channels that fill no panel
+WIDE = BlockSpec(16, 48, 24)  # results in whole vectors
+STRIDED = BlockSpec(20, 40, 20, stride=2)
+UNEXPANDED = BlockSpec(24, 24, 20, expand=False)
+OUT_BLOCKS = BlockSpec(8, 16, 180)
+UNEVEN = BlockSpec(20, 40, 24, activation="relu", padding=(2, 0, 1, 0), out_activation="relu")
+DILATED = BlockSpec(20, 40, 20, dilation=2, activation="silu")
+LEAKY = BlockSpec(20, 40, 20, activation="leaky_relu", negative_slope=0.2)
+SUMMED = BlockSpec(
+    *(20, 40, 20),
+    residual=True,
+    activation="relu",
+    expand_activation="silu",
+    out_activation="hardswish",
+    activates_sum=True,
+)
+GELU, GELU_TANH = (BlockSpec(20, 40, 20, activation=name) for name in ("gelu", "gelu_tanh"))
+FIVE = BlockSpec(20, 40, 24, kernel=5, activation="hardswish")
+SQUEEZED = BlockSpec(20, 72, 20, residual=True, activation="hardswish", squeeze_channels=6)
+STEMMED = BlockSpec(20, 20, 24, expand=False)
 
 
 def compiled_kernels(folder: Path) -> dict:
@@ -147,3 +169,25 @@ def stem_of(spec, channels, activation="relu6", seed=0, bias=1.0):
 def image_of(batch, channels, size, precision, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, channels, *size, generator=generator).to(PRECISIONS[precision][1])
+
+
+def noticed(library, spec, precision, activation=None):
+    """Whether anything is wrong: finite and infinite input, splits, tiles that do not fit, images of two blocks."""
+    kernels, weights = {precision: library}, random_weights(spec, expand_bias=5)
+    stem = activation and stem_of(spec, 3, activation)
+    x = image_of(2, 3, (12, 13), precision) if stem else input_of(spec, 2, (6, 7), precision)
+    infinite = x.clone()
+    infinite[1, 0, 3, 3] = float("inf")
+    for splits in (1, 2) if spec.hidden_channels > 16 else (1,):
+        forced = {"tile_cols": 5, "splits": splits}
+        try:
+            y = emulated(kernels, x, weights, spec, precision, stem=stem, **forced)
+            right = spreads(kernels, infinite, weights, spec, precision, stem, **forced)
+            if stem:  # of two images a thread block
+                whole = {"images": 2, "tile_rows": 6, "tile_cols": 7}
+                right = right and check(kernels, x, weights, spec, precision, stem, **whole) is not None
+        except (RuntimeError, AssertionError):
+            return True
+        if not (right and verdict(y, x, weights, spec, precision, stem).ok):
+            return True
+    return False

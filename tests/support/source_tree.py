@@ -9,11 +9,11 @@ ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 EXAMPLES = ROOT / "examples"
 _TORCH = {"op.cpp", "run.cpp", "sequence.cpp"}  # the files of csrc/cpu that know torch
-# The CPU kernels, which know no torch, and the program that checks them.
+# The CPU kernels on floats, which know no torch, and the program that checks them.
 CPU_KERNEL_CHECK = [
     ROOT / "tests/cpu/cpu_kernel_check.cpp",
     ROOT / "csrc/block.cpp",
-    *sorted(path for path in (ROOT / "csrc/cpu").rglob("*.cpp") if path.name not in _TORCH),
+    *sorted(path for path in (ROOT / "csrc/cpu").glob("*.cpp") if path.name not in _TORCH),
 ]
 
 

@@ -17,7 +17,8 @@ template <class V>
 constexpr int max_rows(int vectors) {
   const int rows = (V::kRegisters - 1 - vectors) / vectors;
   // 16 registers hold 6 rows of two vectors; many more of one are no faster.
-  const int most = V::kRegisters >= 32 || kMostRows < 7 ? kMostRows : 7;
+  const int fits = sizeof(typename V::T) == 8 ? 4 : V::kRegisters >= 32 ? kMostRows : 7;
+  const int most = fits < kMostRows ? fits : kMostRows;
   return rows < most ? rows : most;
 }
 // Row counts of such a tile, less one: 0, ..., max_rows - 1, for tables of functions.
