@@ -15,6 +15,9 @@
 #ifndef HWCAP2_BF16  // in older systems' headers
 #define HWCAP2_BF16 (1 << 14)
 #endif
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13)
+#endif
 #endif
 
 namespace mnv2_fused::cpu {
@@ -65,6 +68,16 @@ const int8::Kernels& integers_of_avx512() {
 #ifdef MNV2_NEON_BF16
 bool has_neon_bf16() { return getauxval(AT_HWCAP2) & HWCAP2_BF16; }
 #endif
+#ifdef MNV2_NEON
+// Dot products of bytes came with neither NEON nor those of bfloat16.
+const int8::Kernels& integers_of_neon() {
+#ifdef MNV2_NEON_DOTS
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) return int8::neon_i8mm::kKernels;
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return int8::neon_dotprod::kKernels;
+#endif
+  return int8::portable::kKernels;
+}
+#endif
 
 }  // namespace
 
@@ -82,12 +95,10 @@ const std::vector<Isa>& compiled() {
       {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16, integers_of<&int8::avx2::kKernels>},
 #endif
 #ifdef MNV2_NEON_BF16
-      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16,
-       integers_of<&int8::portable::kKernels>},
+      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16, integers_of_neon},
 #endif
 #ifdef MNV2_NEON
-      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16,
-       integers_of<&int8::portable::kKernels>},
+      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16, integers_of_neon},
 #endif
       {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16,
        integers_of<&int8::portable::kKernels>},

@@ -24,6 +24,8 @@ NOT_LINKED(avx512_vnni)
 NOT_LINKED(avx2_vnni)
 #endif
 NOT_LINKED(avx2)
+NOT_LINKED(neon_i8mm)
+NOT_LINKED(neon_dotprod)
 NOT_LINKED(portable)
 #undef NOT_LINKED
 }  // namespace mnv2_fused::cpu::int8

@@ -14,6 +14,10 @@
 #include <sanitizer/asan_interface.h>
 #endif
 #include "../../csrc/cpu/int8/args.h"
+#ifdef MNV2_NEON_DOTS
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace mnv2_fused::cpu::int8 {
 #define LINKED_PERHAPS(isa)                            \
@@ -24,6 +28,8 @@ LINKED_PERHAPS(emulated_avx512)
 LINKED_PERHAPS(avx512_vnni)
 LINKED_PERHAPS(avx2_vnni)
 LINKED_PERHAPS(avx2)
+LINKED_PERHAPS(neon_i8mm)
+LINKED_PERHAPS(neon_dotprod)
 #undef LINKED_PERHAPS
 }  // namespace mnv2_fused::cpu::int8
 
@@ -288,6 +294,11 @@ int main(int argc, char** argv) {
       {"avx2_vnni", &int8::avx2_vnni::kKernels, avx2 && __builtin_cpu_supports("avxvnni")});
   all.push_back({"avx512_vnni", &int8::avx512_vnni::kKernels,
                  avx512 && __builtin_cpu_supports("avx512vnni")});
+#elif defined(MNV2_NEON_DOTS)
+  all.push_back(
+      {"neon_i8mm", &int8::neon_i8mm::kKernels, (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0});
+  all.push_back(
+      {"neon_dotprod", &int8::neon_dotprod::kKernels, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0});
 #endif
   bool same = true;
   for (const auto& [isa, kernels, runs] : all) {

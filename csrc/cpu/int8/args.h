@@ -2,11 +2,18 @@
 // Plain data: no torch.
 #pragma once
 
+#include <algorithm>
+
 #include "../plan.h"
 
 // GCC has had these instructions since 11.
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define MNV2_AVX_VNNI
+#endif
+// As MNV2_NEON_BF16.
+#if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && defined(__linux__) && \
+    !defined(__clang__)
+#define MNV2_NEON_DOTS
 #endif
 
 namespace mnv2_fused::cpu {
@@ -24,6 +31,8 @@ constexpr int64_t kProductRows = 32;  // of a ProductArgs that run together
 constexpr int32_t kHighest = 255;     // of a uint8
 constexpr int64_t kQuad = 4;          // elements that one dot product of a lane takes
 constexpr int64_t kMostStemChannels = 16;
+// Of L2, what plans may count on: with more, calls take no less time and more memory.
+constexpr int64_t kMostL2 = int64_t{512} << 10;
 
 // A convolution's weights and what follows its sums. Vectors are [C/16 * 16].
 struct Stage {
@@ -135,6 +144,13 @@ struct Kernels {
   void (*mean)(const int32_t* sums, int64_t count, const float* scale, float pixels, int32_t zero,
                uint8_t* q);
   void (*gate)(const float* v, int64_t count, Gate gate, const float* scale, float* factors);
+  // Does rounds x operations_per_round operations of the products' kind, as isa.h's multiply_add.
+  int32_t (*dots)(int64_t rounds);
+  int64_t operations_per_round;
+
+  Machine machine(int64_t threads, int64_t l2_bytes) const {
+    return {threads, lanes, 4, element, kQuad, std::min(l2_bytes, kMostL2)};
+  }
 };
 
 namespace avx512_vnni {
@@ -148,6 +164,14 @@ extern const Kernels kKernels;
 namespace avx2 {
 extern const Kernels kKernels;
 }
+#ifdef MNV2_NEON_DOTS
+namespace neon_i8mm {
+extern const Kernels kKernels;
+}
+namespace neon_dotprod {
+extern const Kernels kKernels;
+}
+#endif
 namespace portable {
 extern const Kernels kKernels;
 }

@@ -96,6 +96,8 @@ struct I32x8 {
   static MNV2_INLINE Value broadcast(const In* p) {
     return set1(int32_t(p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24));
   }
+  // Of the peak meter: the compiler forgets what it knows of a value.
+  static MNV2_INLINE void hide(Value& a) { asm volatile("" : "+m"(a.v)); }
   static MNV2_INLINE I32x8 little_endian(I32x8 r) {
     if constexpr (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) return r;
     return of_lanes([&](int i) { return int32_t(__builtin_bswap32(uint32_t(r[i]))); });

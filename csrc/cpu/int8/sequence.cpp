@@ -17,9 +17,6 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes: every part of the weights begins on a cache line
 
-// Of L2, what plans may count on: with more, calls take no less time and more memory.
-constexpr int64_t kMostL2 = int64_t{512} << 10;
-
 // At the beginning of a row's weights: how x becomes uint8, and the last layer's uint8 become y.
 struct RowHeader {
   float x_inverse_scale;
@@ -220,8 +217,7 @@ class Row {
     if (s.activates_sum && s.residual && call.project.activation.kind != Activation::kIdentity)
       fail("only a clip may follow the sum with x on 8-bit integers");
     call.y = out;
-    const Machine machine{threads_,  k.lanes, 4,
-                          k.element, kQuad,   std::min(cpu::l2_bytes(), kMostL2)};
+    const Machine machine = k.machine(threads_, cpu::l2_bytes());
     if (s.squeeze_channels == 0) {
       const Plan plan = plan_of(s, machine);
       const Tensor scratch = scratch_of(s, plan);
