@@ -83,7 +83,7 @@ wheels: dist/sdist
 	TORCH='$(TORCH_NEXT)' TESTS='$(INSTALLED_TESTS)' .ci/wheels dist/sdist/*.tar.gz dist/wheels $(WHEEL_PYTHONS)
 
 bench: $(VENV)/built build/kernel_chain
-	(build/kernel_chain float32 && build/kernel_chain bfloat16) > benchmarks/results/cpu-kernels.txt
+	for dtype in float32 bfloat16 int8; do build/kernel_chain $$dtype || exit 1; done > benchmarks/results/cpu-kernels.txt
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json
 	$(BIN)/python -m mnv2_fused bench --results benchmarks/results/cpu.json --output benchmarks/results/cpu.png
 
@@ -127,6 +127,7 @@ gpu-sanitize:
 chain: build/kernel_chain
 	build/kernel_chain float32
 	build/kernel_chain bfloat16
+	build/kernel_chain int8
 
 # What knows no torch.
 KERNELS := csrc/block.cpp $(filter-out %/op.cpp %/run.cpp %/sequence.cpp,$(wildcard csrc/cpu/*.cpp csrc/cpu/int8/*.cpp))

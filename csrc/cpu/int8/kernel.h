@@ -214,6 +214,32 @@ void gate(const float* v, int64_t count, Gate kind, const float* scale, float* f
   }
 }
 
+// Independent chains of dot products, as many as ../peak.h has.
+constexpr int kChains = 12;
+
+template <class V>
+__attribute__((noinline)) int32_t dots(int64_t rounds) {
+  int8_t weights[kQuad * V::kLanes]{};
+  typename V::In quad[kQuad]{};
+  asm volatile("" : : "r"(weights), "r"(quad) : "memory");  // zeros, but not for the compiler
+  const auto b = V::weights(weights);
+  auto a = V::broadcast(quad);
+  V acc[1][kChains];
+  unrolled<kChains>([&](auto i) MNV2_INLINE_LAMBDA { acc[0][i] = V::set1(i); });
+  for (; rounds > 0; --rounds) {
+    unrolled<kChains>([&](auto i) MNV2_INLINE_LAMBDA {
+      V::hide(a);
+      acc[0][i] = V::dot(acc[0][i], a, b);
+    });
+    keep(acc);
+  }
+  V sum = acc[0][0];
+  unrolled<kChains - 1>([&](auto i) MNV2_INLINE_LAMBDA { sum = V::add(sum, acc[0][i + 1]); });
+  int32_t lanes[V::kLanes];
+  sum.store(lanes);
+  return lanes[0];
+}
+
 template <class V>
 constexpr Kernels kernels_of_vectors() {
   return {int64_t{sizeof(typename V::In)},
@@ -222,7 +248,9 @@ constexpr Kernels kernels_of_vectors() {
           run_product<V>,
           quantize_row<V>,
           mean<V>,
-          gate<V>};
+          gate<V>,
+          dots<V>,
+          2 * kQuad * V::kLanes * kChains};
 }
 
 }  // namespace
