@@ -236,8 +236,8 @@ std::optional<Plan> best_within(const BlockShape& s, const Machine& m, int64_t g
     for_parts(s.out_height(), [&](int64_t rows) {
       if (!consider(rows, cols, 1)) return;
       // Splits are for threads that would have no tile.
-      const int64_t tiles = ceil_div(s.out_height(), rows) * ceil_div(s.out_width(), cols);
-      if (tiles > m.threads / (2 * s.batch)) return;
+      const double tiles = double(ceil_div(s.out_height(), rows) * ceil_div(s.out_width(), cols));
+      if (2 * tiles * double(s.batch) > double(m.threads)) return;
       const int64_t groups = ceil_div(s.hidden_channels, group);
       for_parts(groups, [&](int64_t groups_of_split) {
         if (const int64_t splits = ceil_div(groups, groups_of_split); splits > 1)
