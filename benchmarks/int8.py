@@ -81,13 +81,13 @@ def tables(content: dict) -> str:
     return "\n\n".join(found)
 
 
-def with_tables(page: str, text: str) -> str:
-    """The page with ``text`` between its two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
+def with_tables(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The page with ``text`` between two marks of it."""
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"{PAGE.name} must have {BEGIN} and below it {END}: the tables go between them")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise ValueError(f"{PAGE.name} must have {begin} and below it {end}: the tables go between them")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,21 +18,22 @@ from .demo import progress, require_extras
 DIGITS_STAGES = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 2], [6, 64, 2, 2]]
 
 
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_train, x_test, y_train, y_test): scikit-learn's 8x8 digits as [N, 3, 32, 32]; a quarter held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from sklearn.utils import Bunch
 
-    digits = cast(Bunch, load_digits())  # a tuple only where one is asked for
-    x = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+    found = cast(Bunch, load_digits())  # a tuple only where one is asked for
+    x = torch.from_numpy(found.images).float()[:, None] / 8 - 1
     x = F.interpolate(x, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
-    train, test = train_test_split(range(len(x)), test_size=0.25, random_state=0, stratify=digits.target)
-    y = torch.from_numpy(digits.target)
+    train, test = train_test_split(range(len(x)), test_size=0.25, random_state=0, stratify=found.target)
+    y = torch.from_numpy(found.target)
     return x[train], x[test], y[train], y[test]
 
 
-def _fit(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int = 64) -> None:
+def fit(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int = 64) -> None:
+    """Trains the model's parameters in place, a bar and a line for each epoch."""
     steps = len(x) // batch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)
@@ -69,10 +70,10 @@ def train_digits(*, epochs: int, threads: int) -> int:
     sizes = {"num_classes": 10, "width_mult": 0.35, "inverted_residual_setting": DIGITS_STAGES}
     model = mobilenet_v2(**sizes, block=FusedInvertedResidual)
     plain = mobilenet_v2(**sizes)
-    x_train, x_test, y_train, y_test = _digits()
+    x_train, x_test, y_train, y_test = digits()
     print(f"training MobileNetV2 0.35 of fused blocks on {len(x_train)} digits, testing on {len(x_test)}")
     with torch_threads(threads):
-        _fit(model, x_train, y_train, epochs)
+        fit(model, x_train, y_train, epochs)
         plain.load_state_dict(model.state_dict())
         model.eval()
         plain.eval()

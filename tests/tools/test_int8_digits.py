@@ -1,0 +1,41 @@
+"""benchmarks/int8_digits.py: trains, quantises, and keeps no table of a network that lost too much."""
+
+import pytest
+from support.source_tree import BENCHMARKS, make_importable
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+make_importable(BENCHMARKS)
+
+import int8_digits as benchmark  # noqa: E402
+
+
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    path = tmp_path / "quantize.md"
+    path.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
+    monkeypatch.setattr(benchmark, "PAGE", path)
+    return path
+
+
+@pytest.mark.slow
+def test_it_trains_and_keeps_a_table(page, monkeypatch, capsys):
+    small = {"MobileNetV2 0.35": benchmark.NETWORKS["MobileNetV2 0.35"]}
+    monkeypatch.setattr(benchmark, "NETWORKS", small)
+    monkeypatch.setattr(benchmark, "SEEDS", (0,))
+    assert benchmark.main(["--epochs", "3"]) == 0
+    text = page.read_text()
+    assert "| MobileNetV2 0.35 | " in text and "old" not in text and text.startswith("before\n")
+    before, after = (float(cell.strip(" %")) for cell in text.split("| MobileNetV2 0.35 | ")[1].split(" | ")[:2])
+    assert before > 30 and abs(before - after) <= 0.3  # three epochs teach it something
+    assert "epoch  3/3" in capsys.readouterr().out
+
+
+def test_what_lost_too_much_is_not_kept(page, monkeypatch, capsys):
+    found = iter([(99.0, 98.9), (98.0, 97.5), (97.0, 96.4)])
+    monkeypatch.setattr(benchmark, "accuracies", lambda *_: next(found))
+    monkeypatch.setattr(benchmark, "NETWORKS", {"made up": (None, 32)})
+    assert benchmark.main([]) == 1
+    read = capsys.readouterr()
+    assert "| made up | 99.00 %, 98.00 %, 97.00 % | 98.90 %, 97.50 %, 96.40 % | 0.40 points |" in read.out
+    assert "FAILED: made up lost more than 0.3 points" in read.err and "old" in page.read_text()
