@@ -24,6 +24,9 @@ from .run import Packed, run_unpacked
 _LEAVE_FLOAT = "leave the block float with mnv2_fused.quantize(model, images, skip=(its name,))"
 _AGAIN = "call mnv2_fused.quantize(model, images) again, on the original model"  # as the end of a sentence
 
+# Bounds of the result as they are stored, a byte each with its zero point added, by their names in a Stage.
+_BOUNDS = {"lowest": "low", "highest": "high"}
+
 
 class _Quantized(nn.Module):
     """What runs on integers: on the CPU, in eval alone."""
@@ -69,8 +72,9 @@ class QuantizedStage(_Quantized):
         self.activation = activation if activation in FUNCTIONS else "identity"
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
         self.register_buffer("bias", torch.zeros(channels, dtype=torch.int32))
-        for name in ("multiplier", "low", "high"):
-            self.register_buffer(name, torch.zeros(channels))
+        self.register_buffer("multiplier", torch.zeros(channels))
+        for name in _BOUNDS:
+            self.register_buffer(name, torch.zeros(channels, dtype=torch.uint8))
         self.register_buffer("zero", torch.zeros((), dtype=torch.int32))
         self.register_buffer("scale", None if self.activation == "identity" else torch.zeros(channels))
         self._start()
@@ -78,7 +82,14 @@ class QuantizedStage(_Quantized):
     @property
     def stage(self) -> Stage:
         found: dict[str, Any] = dict(self._buffers)
-        return Stage(**found | {"zero": int(found["zero"]), "activation": self.activation})
+        zero = int(found["zero"])
+        bounds = {bound: found.pop(name).float() - zero for name, bound in _BOUNDS.items()}
+        return Stage(**found | bounds | {"zero": zero, "activation": self.activation})
+
+    def fill(self, stage: Stage) -> None:
+        """Takes over the values of ``stage``."""
+        for name, t in self._buffers.items():
+            _set(t, getattr(stage, _BOUNDS[name]) + stage.zero if name in _BOUNDS else getattr(stage, name))
 
     def extra_repr(self) -> str:
         return f"{list(self.stage.weight.shape)}, {self.activation}"
@@ -220,9 +231,8 @@ class QuantizedLayer(_Packs):
         for name, stage in stages.items():
             if stage is not None:
                 of_stage = self._modules[name]
-                assert of_stage is not None
-                for field, t in of_stage._buffers.items():
-                    _set(t, getattr(stage, field))
+                assert isinstance(of_stage, QuantizedStage)
+                of_stage.fill(stage)
 
     def int8_layer(self) -> Int8Layer:
         """The layer that the buffers hold.
