@@ -113,7 +113,7 @@ def main() -> None:
     extensions = [
         cpp_extension.CppExtension(
             "mnv2_fused._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/int8/*.cpp", "csrc/python/*.cpp", "csrc/cuda/plan.cpp"),
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/*/*.cpp", "csrc/python/*.cpp", "csrc/cuda/plan.cpp"),
             # pybind11's own headers, before the copy in torch, which refuses stable-ABI builds.
             include_dirs=[pybind11.get_include()],
             extra_compile_args=[*cxx, *([text_define("MNV2_FUSED_NO_CUDA", missing)] if missing else [])],

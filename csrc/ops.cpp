@@ -15,10 +15,19 @@
   ", float negative_slope=0.01, int expand_activation=-1, int column_stride=0, " \
   "bool activates_sum=False) -> Tensor"
 
+// Of a block in training: `block` has the fields of block_fields.h.
+#define MNV2_TRAINING_ARGUMENTS "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise"
+#define MNV2_GRADIENTS ", Tensor g, Tensor w_project, Tensor of_d"
+
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS MNV2_LAST);
   m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS MNV2_LAST);
   m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False" MNV2_LAST);
+  m.def("training_statistics" MNV2_TRAINING_ARGUMENTS ", int[] block) -> Tensor");
+  m.def("training_backward_project" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
+        ", int[] block) -> (Tensor, Tensor)");
+  m.def("training_backward_expand" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
+        ", Tensor? w_input, int[] block) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
   m.def("sequence_row(Tensor x, Tensor weights, Tensor layers, bool flat) -> Tensor");
   m.def("int8_sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");

@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include "int8/args.h"
+#include "training/args.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -52,6 +53,11 @@ const int8::Kernels& integers_of() {
   return *kKernels;
 }
 
+template <const training::AllKernels* kKernels>
+const training::AllKernels& training_of() {
+  return *kKernels;
+}
+
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
@@ -85,23 +91,29 @@ const std::vector<Isa>& compiled() {
   static const std::vector<Isa> kIsas{
 #if defined(__x86_64__)
       {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
-       avx512::kF32, avx512::kF64, avx512_bf16::kBf16, integers_of_avx512},
+       avx512::kF32, avx512::kF64, avx512_bf16::kBf16, integers_of_avx512,
+       training_of<&training::avx512::kKernels>},
       // Widening pairs takes AVX2 as long as it takes AVX-512.
-      {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16, integers_of_avx512},
+      {"avx512", has_avx512, avx512::kF32, avx512::kF64, avx2::kBf16, integers_of_avx512,
+       training_of<&training::avx512::kKernels>},
 #ifdef MNV2_AVX_VNNI
       {"avx2_vnni", [] { return has_avx2() && __builtin_cpu_supports("avxvnni"); }, avx2::kF32,
-       avx2::kF64, avx2::kBf16, integers_of<&int8::avx2_vnni::kKernels>},
+       avx2::kF64, avx2::kBf16, integers_of<&int8::avx2_vnni::kKernels>,
+       training_of<&training::avx2::kKernels>},
 #endif
-      {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16, integers_of<&int8::avx2::kKernels>},
+      {"avx2", has_avx2, avx2::kF32, avx2::kF64, avx2::kBf16, integers_of<&int8::avx2::kKernels>,
+       training_of<&training::avx2::kKernels>},
 #endif
 #ifdef MNV2_NEON_BF16
-      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16, integers_of_neon},
+      {"neon_bf16", has_neon_bf16, neon::kF32, neon::kF64, neon_bf16::kBf16, integers_of_neon,
+       training_of<&training::neon::kKernels>},
 #endif
 #ifdef MNV2_NEON
-      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16, integers_of_neon},
+      {"neon", [] { return true; }, neon::kF32, neon::kF64, neon::kBf16, integers_of_neon,
+       training_of<&training::neon::kKernels>},
 #endif
       {"portable", [] { return true; }, portable::kF32, portable::kF64, portable::kBf16,
-       integers_of<&int8::portable::kKernels>},
+       integers_of<&int8::portable::kKernels>, training_of<&training::portable::kKernels>},
   };
   return kIsas;
 }

@@ -19,6 +19,9 @@ namespace mnv2_fused::cpu {
 namespace int8 {
 struct Kernels;
 }
+namespace training {
+struct AllKernels;
+}
 
 // The kernels for activations and weights stored as S: float, double or BFloat16.
 template <class S>
@@ -53,6 +56,7 @@ struct Isa {
   Kernels<double> f64;
   Kernels<BFloat16> bf16;
   const int8::Kernels& (*integers)();
+  const training::AllKernels& (*training)();
 };
 
 template <class S>

@@ -43,6 +43,11 @@ struct F32x4 {
   static MNV2_INLINE F32x4 min(F32x4 a, F32x4 b) { return {vminq_f32(a.v, b.v)}; }
   static MNV2_INLINE F32x4 max(F32x4 a, F32x4 b) { return {vmaxq_f32(a.v, b.v)}; }
   static MNV2_INLINE F32x4 div(F32x4 a, F32x4 b) { return {vdivq_f32(a.v, b.v)}; }
+  // x where low < v < high or v is NaN, else 0.
+  static MNV2_INLINE F32x4 where_between(F32x4 v, F32x4 low, F32x4 high, F32x4 x) {
+    const auto outside = vorrq_u32(vcleq_f32(v.v, low.v), vcgeq_f32(v.v, high.v));
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x.v), outside))};
+  }
   // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
   static MNV2_INLINE F32x4 power_of_two(F32x4 bits) {
     const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(bits.v), 23);
@@ -73,6 +78,11 @@ struct F64x2 {
   static MNV2_INLINE F64x2 min(F64x2 a, F64x2 b) { return {vminq_f64(a.v, b.v)}; }
   static MNV2_INLINE F64x2 max(F64x2 a, F64x2 b) { return {vmaxq_f64(a.v, b.v)}; }
   static MNV2_INLINE F64x2 div(F64x2 a, F64x2 b) { return {vdivq_f64(a.v, b.v)}; }
+  // x where low < v < high or v is NaN, else 0.
+  static MNV2_INLINE F64x2 where_between(F64x2 v, F64x2 low, F64x2 high, F64x2 x) {
+    const auto outside = vorrq_u64(vcleq_f64(v.v, low.v), vcgeq_f64(v.v, high.v));
+    return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x.v), outside))};
+  }
   static MNV2_INLINE F64x2 power_of_two(F64x2 bits) {
     const uint64x2_t exponent = vshlq_n_u64(vreinterpretq_u64_f64(bits.v), 52);
     return {vreinterpretq_f64_u64(vaddq_u64(exponent, vdupq_n_u64(0x3ffull << 52)))};

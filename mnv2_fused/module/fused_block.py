@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import backends, ops
+from .. import backends, ops, training_ops
 from ..activations import function_of
 from ..encoding import op_rest
 from ..fold import PackedWeights, conv_norms, eps_of, packed_dtypes
@@ -26,7 +26,7 @@ from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
-from .training import BatchNorm, Recomputed, unfolded
+from .training import BatchNorm, Recomputed, is_live, train_fused, unfolded
 
 SCRIPTED = (
     "torch.jit.script puts ordinary modules into the model itself where fused ones were: call fuse() again to go on "
@@ -288,9 +288,10 @@ class FusedBlock(nn.Module):
         return function_of(spec.out_activation, spec.negative_slope)(y + x) if spec.activates_sum else y + x
 
     def _forward_training(self, x: Tensor) -> Tensor:
-        """With statistics of the batch, or dropouts: by the modules, or, with ``recompute``, keeping x alone."""
+        """With statistics of the batch, or dropouts: by the training kernels where they do, by the modules elsewhere,
+        or, with ``recompute``, keeping x alone."""
         if not self.recompute or not torch.is_grad_enabled():
-            return self._forward_modules(x)
+            return self._forward_modules(x) if self.training_objection(x) is not None else self._train_fused(x)
         why = self.fallback_reason()
         if why is None and reading.drops_now(self._dropouts):
             why = "it has dropouts between its layers, which would drop others the second time"
@@ -303,7 +304,7 @@ class FusedBlock(nn.Module):
         parameters, eps = self._fold_parameters()
         if not (x.requires_grad or any(t is not None and t.requires_grad for t in parameters)):
             return self._forward_modules(x)
-        batch = tuple(norm is not None and norm.training and bool(norm._parameters) for _, norm in self._pairs)
+        batch = tuple(is_live(norm) for _, norm in self._pairs)
         norms = [norm if isinstance(norm, BatchNorm) else None for _, norm in self._pairs]
         stages, squeeze = conv_norms(parameters, len(batch))
         stages = [s._replace(mean=None, variance=None) if b else s for s, b in zip(stages, batch, strict=True)]
@@ -314,6 +315,50 @@ class FusedBlock(nn.Module):
         run = functools.partial(unfolded, parameters=parameters, eps=eps, spec=spec, batch=batch, norms=norms)
         y = Recomputed.apply(x, run, eps, spec, batch, *parameters)
         return self._sum(x, y, drop_path, self._read_spec) if drop_path else y
+
+    def training_objection(self, x: Tensor | None = None) -> str | None:
+        """Why the inner modules run one by one in train(), given ``x``; None where the training kernels do."""
+        if (why := self.fallback_reason()) is not None:
+            return why
+        if (why := training_ops.objection(self._read_spec)) is not None:
+            return why
+        norms = [norm for _, norm in self._pairs]
+        if not any(map(is_live, norms[:-1])):
+            return "no norm inside takes its statistics from the batch"
+        if reading.drops_now(self._dropouts):
+            return "it has dropouts between its layers"
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms) and torch.distributed.is_initialized():
+            return "a SyncBatchNorm exchanges its statistics"
+        parameters, _ = self._fold_parameters()
+        weight = first_weight(parameters)
+        if weight.dtype not in (torch.float32, torch.float64):
+            return f"its parameters are {weight.dtype}, and the training kernels take float32 and float64"
+        if not weight.is_cpu or backends.resolve_backend(self.backend, weight.device) != "cpu":
+            return "the training kernels run on the CPU"
+        if any(t is not None and (t.dtype != weight.dtype or freed(t)) for t in parameters):
+            return "its parameters are of several dtypes"
+        return None if x is None else self._objection_to(x, weight.dtype)
+
+    def _objection_to(self, x: Tensor, dtype: torch.dtype) -> str | None:
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast computes in another dtype"
+        if x.dtype != dtype or not x.is_cpu or x.layout != torch.strided or x.dim() != 4 or x.numel() == 0:
+            return "its input is not what the training kernels take"
+        n, channels, height, width = x.shape
+        spec = self._read_spec
+        if channels != spec.in_channels:
+            return "its input has another number of channels"  # which the modules say better
+        out_height, out_width = spec.out_size(height, width)
+        if min(n * height * width, n * out_height * out_width) < 2 or min(out_height, out_width) < 1:
+            return "a channel has one value"
+        return None
+
+    def _train_fused(self, x: Tensor) -> Tensor:
+        spec = self._read_spec
+        y = train_fused(x, *self._fold_parameters(), spec, [norm for _, norm in self._pairs])
+        if not spec.residual:
+            return y
+        return self._sum(x, y, self._drop_path if reading.drops_now(self._drop_path) else (), spec)
 
     def _warn(self, what: str) -> None:
         """Once for a model and a reason: the blocks that one call of fuse made remember together what was said."""
@@ -386,8 +431,8 @@ class FusedBlock(nn.Module):
 
     def _trains(self) -> bool:
         """Whether something inside needs the whole tensor now: statistics of the batch, or dropout."""
-        if any(norm is not None and norm.training and norm._parameters for _, norm in self._pairs):
-            return True  # FrozenBatchNorm2d has no parameters
+        if any(is_live(norm) for _, norm in self._pairs):
+            return True
         return bool(self._dropouts) and reading.drops_now(self._dropouts)
 
     def _eps(self) -> list[float]:

@@ -1,7 +1,9 @@
-"""Blocks with gradients: keeping a block's input alone, and computing the expanded tensor again in backward."""
+"""Blocks in training: by the kernels that never write an expanded tensor, or keeping a block's input alone and computing
+the expanded tensor again in backward."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import training_ops
 from ..activations import function_of
-from ..fold import conv_norms
+from ..fold import ConvNorm, conv_norms
 from ..spec import BlockSpec
+from .parameters import Norm
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
 
@@ -58,18 +62,87 @@ def unfolded(
     return y + x if spec.residual and not spec.activates_sum else y
 
 
-def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: BatchNorm | None) -> Tensor:
-    """Normalised by its own statistics, which ``norm``, if given, averages as torch's ``_BatchNorm`` does."""
-    if norm is None or not norm.track_running_stats:
-        return F.batch_norm(y, None, None, weight, bias, training=True, eps=eps)
-    momentum = norm.momentum
+def _momentum(norm: BatchNorm) -> float | None:
+    """How much of one batch's statistics goes into the running ones, which it counts in; None where there are none."""
+    if not norm.track_running_stats or norm.running_mean is None:
+        return None
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if momentum is None:  # the plain average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return F.batch_norm(
-        y, norm.running_mean, norm.running_var, weight, bias, training=True, momentum=momentum or 0.0, eps=eps
+        if norm.momentum is None:  # the plain average
+            return 1.0 / float(norm.num_batches_tracked)
+    return norm.momentum or 0.0
+
+
+def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: BatchNorm | None) -> Tensor:
+    """Normalised by its own statistics, which ``norm``, if given, averages as torch's ``_BatchNorm`` does."""
+    momentum = None if norm is None else _momentum(norm)
+    if norm is None or momentum is None:
+        return F.batch_norm(y, None, None, weight, bias, training=True, eps=eps)
+    return F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, training=True, momentum=momentum, eps=eps)
+
+
+def _note(norm: BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Averages statistics of a batch of ``count`` values for each channel into the norm's running ones."""
+    momentum = _momentum(norm)
+    if momentum is None:
+        return
+    assert norm.running_mean is not None and norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+
+
+def is_live(norm: Norm | None) -> bool:
+    """Whether a norm takes its statistics from the batch. A FrozenBatchNorm2d has no parameters."""
+    return norm is not None and norm.training and bool(norm._parameters)
+
+
+def _norm_of(stage: ConvNorm, eps: float, live: bool) -> training_ops.Norm:
+    if live:
+        return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps)
+    if stage.mean is None:  # a convolution alone
+        none = torch.zeros_like(stage.weight[:, 0, 0, 0])
+        return training_ops.Norm(None, None, 0.0, none, torch.ones_like(none))
+    return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps, stage.mean, stage.variance)
+
+
+def train_fused(
+    x: Tensor,  # [N, C_in, H, W]
+    parameters: Sequence[Tensor | None],
+    eps: Sequence[float],
+    spec: BlockSpec,
+    norms: Sequence[Norm | None],
+) -> Tensor:  # [N, C_out, H', W']
+    """The block by the kernels of :mod:`mnv2_fused.training_ops`, but for what adds x; running statistics follow.
+
+    What is kept for backward: x, and the projection's result in front of its norm.
+    """
+    stages, _ = conv_norms(parameters, len(eps))
+    live = [is_live(norm) for norm in norms]
+    made = [_norm_of(*stage) for stage in zip(stages, eps, live, strict=True)]
+    expand = stages[-3] if len(stages) == 3 else None
+    depthwise, project = stages[-2:]
+    weights = training_ops.Weights(
+        *((None, None) if expand is None else (expand.weight, expand.bias)),
+        *(depthwise.weight, depthwise.bias, project.weight, project.bias),
     )
+    inner = dataclasses.replace(spec, residual=False, out_activation="identity", activates_sum=False)
+    first = made[-3] if expand is not None else None
+    p, found = training_ops.projected(x, weights, (first, made[-2]), inner)
+    counts = x.shape[0] * x.shape[2] * x.shape[3], p.shape[0] * p.shape[2] * p.shape[3]
+    for norm, statistics, count in zip((norms[-3] if first else None, norms[-2]), found, counts, strict=True):
+        if statistics is not None and isinstance(norm, BatchNorm):
+            _note(norm, *statistics, count)
+    of_p = norms[-1]
+    if live[-1]:
+        y = _of_batch(p, project.norm_weight, project.norm_bias, eps[-1], of_p if isinstance(of_p, BatchNorm) else None)
+    elif project.mean is not None:
+        y = F.batch_norm(
+            p, project.mean, project.variance, project.norm_weight, project.norm_bias, training=False, eps=eps[-1]
+        )
+    else:
+        y = p
+    return y if spec.activates_sum else function_of(spec.out_activation, spec.negative_slope)(y)
 
 
 # Of one expanded tensor, while a backward pass computes it again, where the block's input is not larger: small beside

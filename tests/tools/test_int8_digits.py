@@ -23,6 +23,7 @@ def test_it_trains_and_keeps_a_table(page, monkeypatch, capsys):
     small = {"MobileNetV2 0.35": benchmark.NETWORKS["MobileNetV2 0.35"]}
     monkeypatch.setattr(benchmark, "NETWORKS", small)
     monkeypatch.setattr(benchmark, "SEEDS", (0,))
+    monkeypatch.setattr(benchmark, "LEAST_RIGHT", 30.0)
     status = benchmark.main(["--epochs", "3"])
     out = capsys.readouterr().out
     before, after = (float(cell.strip(" %")) for cell in out.split("| MobileNetV2 0.35 | ")[1].split(" | ")[:2])
@@ -43,3 +44,12 @@ def test_what_lost_too_much_is_not_kept(page, monkeypatch, capsys):
     read = capsys.readouterr()
     assert "| made up | 99.00 %, 98.00 %, 97.00 % | 98.90 %, 97.50 %, 96.40 % | 0.40 points |" in read.out
     assert "FAILED: made up lost more than 0.3 points" in read.err and "old" in page.read_text()
+
+
+def test_a_network_that_learnt_nothing_is_not_kept(page, monkeypatch, capsys):
+    found = iter([(99.0, 99.0), (9.56, 9.56), (97.0, 97.0)])
+    monkeypatch.setattr(benchmark, "accuracies", lambda *_: next(found))
+    monkeypatch.setattr(benchmark, "SEEDS", (0,))
+    assert benchmark.main([]) == 1
+    assert "MobileNetV3-small did not learn the digits: below 95.0 % in float" in capsys.readouterr().err
+    assert "old" in page.read_text()

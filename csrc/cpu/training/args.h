@@ -1,0 +1,128 @@
+// Arguments of the CPU's training kernels: a block without squeeze-and-excite whose norms take their
+// statistics from the batch. Plain data: no torch.
+//
+// x is the block's input less its mean, e = w_expand x + b_expand has the first norm folded in,
+// d = w_depthwise * act(e) has none, and a = scale d + shift is d behind its norm. p = w_project act(a).
+#pragma once
+
+#include <algorithm>
+
+#include "../plan.h"
+
+namespace mnv2_fused::cpu::training {
+
+// Vectors past the last channel, in panels of 16, are zeros.
+template <class T>
+struct Args {
+  BlockShape shape;
+  const T* x;            // [N][H][W][C_in]
+  const T* w_expand;     // [E/16][C_in][16]
+  const T* b_expand;     // [E/16 * 16]
+  const T* w_depthwise;  // [E/16][taps][16]
+  // Of the two passes backward:
+  const T* g = nullptr;          // [N][H'][W'][C_out], gradient of p
+  const T* w_project = nullptr;  // [E/16][C_out][16]
+  // [E/16 * 16] each. Gradient of d: scale * (gradient of a) + offset + slope * (d - mean) * inverse.
+  const T *scale = nullptr, *shift = nullptr, *mean = nullptr, *inverse = nullptr;
+  const T *offset = nullptr, *slope = nullptr;
+  const T* w_input = nullptr;  // [C_in/16][E/16 * 16][16], w_expand transposed
+  // Results, one after the other for each slot:
+  double* sums = nullptr;     // [2][E/16 * 16]
+  T* dw_project = nullptr;    // [C_out][E/16 * 16]
+  T* dw_expand = nullptr;     // [C_in][E/16 * 16]
+  T* dw_depthwise = nullptr;  // [taps][E/16 * 16]
+  T* g_x = nullptr;           // [N][H][W][C_in], of all slots together
+};
+
+// Images are shared out among slots, each with results of its own, which are then added up in order: so
+// sums are the same whatever the number of threads.
+constexpr int64_t kMostSlots = 8;
+inline int64_t slots_of(const BlockShape& s) { return std::min(s.batch, kMostSlots); }
+
+// Panels of channels that run together, where a vector register holds `lanes`.
+constexpr int64_t chunk_of(int64_t lanes) { return lanes == kPanel ? 4 : 1; }
+
+// How one chunk of an image lies in a worker's scratch, in elements: rings of rows of act(e) and of d's
+// gradient, with zeros around the image's columns, and what belongs to a band of output rows.
+struct Layout {
+  int64_t panels;                // of a chunk
+  int64_t band;                  // output rows
+  int64_t ring_rows, ring_cols;  // of act(e)
+  int64_t left;                  // its columns in front of the image
+  int64_t grad_rows, grad_cols;  // of d's gradient, `stride_across` columns apart
+  int64_t grad_left;
+  int64_t out_pixels, in_pixels;  // of a band, at most
+
+  Layout(const BlockShape& s, int64_t lanes, int64_t element, int64_t l2_bytes)
+      : panels(std::min(chunk_of(lanes), s.hidden_panels())) {
+    const int64_t across = s.stride_across(), spread = (s.out_width() - 1) * across;
+    left = s.pad_left;
+    ring_cols = left + std::max(s.width, spread + s.extent() - s.pad_left);
+    grad_left = s.extent() - 1 - s.pad_left;
+    grad_cols = grad_left + std::max(spread + 1, s.width + s.pad_left);
+    // As many rows as leave half of L2 to weights and x, and at least one.
+    for (band = s.out_height(); band > 1; band = ceil_div(band, 2)) {
+      set_rows(s);
+      if (total() * element <= l2_bytes / 2) break;
+    }
+    set_rows(s);
+  }
+
+  int64_t ring() const { return panels * ring_panel(); }
+  int64_t ring_panel() const { return ring_rows * ring_cols * kPanel; }
+  int64_t grad() const { return panels * grad_panel(); }
+  int64_t grad_panel() const { return grad_rows * grad_cols * kPanel; }
+  int64_t out_panel() const { return out_pixels * kPanel; }
+  int64_t in_panel() const { return in_pixels * kPanel; }
+  int64_t zeros() const { return ring_cols * kPanel; }
+  // Two rings of the expansion, the gradient's, d, q, and the gradient of e.
+  int64_t total() const {
+    return 2 * ring() + grad() + zeros() + panels * (2 * out_panel() + in_panel());
+  }
+
+ private:
+  void set_rows(const BlockShape& s) {
+    // The last band reaches to the image's end, however few of its rows the taps do.
+    ring_rows = std::min(s.height, (band + 1) * s.stride + s.extent());
+    grad_rows = std::min(s.out_height(), band + ceil_div(s.extent(), s.stride));
+    out_pixels = band * s.out_width();
+    in_pixels = ring_rows * s.width;
+  }
+};
+
+template <class T>
+struct Kernels {
+  int64_t lanes;
+  // Each runs the images of one slot. scratch: a layout's total.
+  // sums: of d, the mean and the sum of squares less it.
+  void (*statistics)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
+  // sums: of a's gradient, and of its products with d's normalised values; dw_project.
+  void (*backward_project)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
+  // sums: of e's gradient, and nothing; dw_depthwise, dw_expand, g_x without what the first norm adds.
+  void (*backward_expand)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
+};
+
+struct AllKernels {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// Whether the kernels know the derivative.
+constexpr bool has_derivative(Activation a) {
+  return a != Activation::kGelu && a != Activation::kGeluTanh;
+}
+
+namespace avx512 {
+extern const AllKernels kKernels;
+}
+namespace avx2 {
+extern const AllKernels kKernels;
+}
+namespace neon {
+extern const AllKernels kKernels;
+}
+namespace portable {
+extern const AllKernels kKernels;
+}
+
+}  // namespace mnv2_fused::cpu::training

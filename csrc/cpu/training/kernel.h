@@ -1,0 +1,427 @@
+// The passes of a block in training over the images of one slot. Included by each instruction set's file
+// behind its V; see avx2.cpp.
+//
+//   statistics         x -> act(e) -> d: its mean, and its squares
+//   backward_project   the same, then q = g w_project and from it the gradient of a, summed up; dw_project
+//   backward_expand    the same, then the gradients of d, of act(e), of e, of x; dw_depthwise, dw_expand
+//
+// Each pass goes over chunks of expanded channels, and of each over the images, from top to bottom in
+// bands of output rows.
+#pragma once
+
+#include <cmath>
+
+#include "args.h"
+#include "derivative.h"
+#include "filter.h"
+#include "product.h"
+
+namespace {
+
+enum class Step { kStatistics, kProject, kExpand };
+
+template <class V>
+class Training {
+  using T = typename V::T;
+  static constexpr int64_t kPerPanel = kPanel / V::kLanes;
+
+ public:
+  Training(Step step, const Args<T>& args, const Layout& layout, int64_t slot, T* scratch)
+      : step_(step), a_(args), s_(args.shape), l_(layout), hidden_(s_.hidden_panels() * kPanel) {
+    const auto take = [&](int64_t count) { return std::exchange(scratch, scratch + count); };
+    expanded_ = take(l_.ring());
+    sums_of_e_ = take(l_.ring());
+    gradient_ = take(l_.grad());
+    zeros_ = take(l_.zeros());
+    d_ = take(l_.panels * l_.out_panel());
+    q_ = take(l_.panels * l_.out_panel());
+    g_e_ = take(l_.panels * l_.in_panel());
+    const int64_t slots = slots_of(s_);
+    first_image_ = s_.batch * slot / slots;
+    end_image_ = s_.batch * (slot + 1) / slots;
+    sums_ = a_.sums + slot * 2 * hidden_;
+    dw_project_ = a_.dw_project + slot * s_.out_channels * hidden_;
+    dw_expand_ = a_.dw_expand + slot * s_.in_channels * hidden_;
+    dw_depthwise_ = a_.dw_depthwise + slot * s_.taps() * hidden_;
+    // Columns around the image stay zeros: nothing is written there.
+    std::fill(expanded_, expanded_ + l_.ring(), T(0));
+    if (step_ == Step::kExpand) {
+      std::fill(gradient_, gradient_ + l_.grad(), T(0));
+      std::fill(zeros_, zeros_ + l_.zeros(), T(0));
+    }
+  }
+
+  void run() {
+    for (first_ = 0; first_ < s_.hidden_panels(); first_ += l_.panels) {
+      panels_ = least(l_.panels, s_.hidden_panels() - first_);
+      clear_results();
+      for (image_ = first_image_; image_ < end_image_; ++image_) run_image();
+    }
+  }
+
+ private:
+  int64_t channel() const { return first_ * kPanel; }
+  int64_t vectors() const { return panels_ * kPerPanel; }
+  bool expands() const { return s_.expand != Expand::kNone; }
+  // Whether act(e) tells the derivative.
+  bool keeps_sums() const { return expands() && !is_clip(s_.expand_activation); }
+
+  void clear_results() {
+    const int64_t first = channel(), count = panels_ * kPanel;
+    const auto clear = [&](auto* p, int64_t rows) {
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(p + r * hidden_ + first, count, 0);
+    };
+    clear(sums_, 2);
+    if (step_ == Step::kProject) clear(dw_project_, s_.out_channels);
+    if (step_ == Step::kExpand) {
+      clear(dw_depthwise_, s_.taps());
+      if (expands()) clear(dw_expand_, s_.in_channels);
+    }
+    summed_ = 0;
+  }
+
+  void run_image() {
+    const int64_t height = s_.out_height();
+    expanded_rows_ = finished_rows_ = 0;
+    for (int64_t row = 0; row < height; row += l_.band) {
+      row_ = row;
+      rows_ = least(l_.band, height - row);
+      const bool last = row + rows_ == height;
+      const int64_t reach = (row + rows_ - 1) * s_.stride - s_.pad_top + s_.extent();
+      const bool all = last && step_ == Step::kExpand;
+      expand(all ? s_.height : least(reach, s_.height));
+      depthwise();
+      if (step_ == Step::kStatistics) {
+        add_statistics();
+      } else {
+        project_gradient();
+        behind_norm();
+        if (step_ == Step::kProject) {
+          add_project_weights();
+        } else {
+          add_depthwise_weights();
+          // Rows that no later band reaches.
+          const int64_t end = (row + rows_) * s_.stride - s_.pad_top;
+          expand_gradient(last ? s_.height : greatest(least(end, s_.height), 0));
+        }
+      }
+    }
+  }
+
+  T* ring_row(T* ring, int64_t row) const {
+    return ring + row % l_.ring_rows * l_.ring_cols * kPanel;
+  }
+  T* gradient_row(int64_t row) const {
+    return gradient_ + row % l_.grad_rows * l_.grad_cols * kPanel;
+  }
+  const T* x_row(int64_t row) const {
+    return a_.x + (image_ * s_.height + row) * s_.width * s_.in_channels;
+  }
+  const T* g_band() const {
+    return a_.g + (image_ * s_.out_height() + row_) * s_.out_width() * s_.out_channels;
+  }
+  int64_t pixels() const { return rows_ * s_.out_width(); }
+
+  // Rows of act(e) up to `end`, and of e where it is kept.
+  void expand(int64_t end) {
+    for (int64_t row = expanded_rows_; row < end; ++row) {
+      T* const to = ring_row(expanded_, row) + l_.left * kPanel;
+      if (!expands())
+        copy(x_row(row), to);
+      else if (keeps_sums())
+        expand_formula(row, to);
+      else
+        expand_clipped(x_row(row), to);
+    }
+    expanded_rows_ = greatest(expanded_rows_, end);
+  }
+  template <class Store>
+  void expand_row(const T* x, Store store) {
+    const T* const bias = a_.b_expand + channel();
+    product<V>(
+        s_.width, vectors(), x, s_.in_channels, 1, a_.w_expand + channel() * s_.in_channels,
+        s_.in_channels * kPanel, s_.in_channels,
+        [&](int64_t, int64_t v) MNV2_INLINE_LAMBDA { return V::load(bias + v * V::kLanes); },
+        store);
+  }
+  void expand_clipped(const T* x, T* to) {
+    const Clip<T> clip(s_.expand_activation);
+    const V low = V::set1(clip.low), high = V::set1(clip.high);
+    expand_row(x, [&](int64_t col, int64_t v, V sum) MNV2_INLINE_LAMBDA {
+      clamp(sum, low, high).store(to + vector_offset<V>(v, l_.ring_panel()) + col * kPanel);
+    });
+  }
+  void expand_formula(int64_t row, T* to) {
+    T* const sums = ring_row(sums_of_e_, row) + l_.left * kPanel;
+    expand_row(x_row(row), [&](int64_t col, int64_t v, V sum) MNV2_INLINE_LAMBDA {
+      sum.store(sums + vector_offset<V>(v, l_.ring_panel()) + col * kPanel);
+    });
+    with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
+      for (int64_t v = 0; v < vectors(); ++v) {
+        const int64_t at = vector_offset<V>(v, l_.ring_panel());
+        for (int64_t col = 0; col < s_.width; ++col)
+          value_of<kind()>(V::load(sums + at + col * kPanel), s_.negative_slope)
+              .store(to + at + col * kPanel);
+      }
+    });
+  }
+  void copy(const T* x, T* to) {
+    for (int64_t v = 0; v < vectors(); ++v) {
+      const int64_t c = channel() + v * V::kLanes, lanes = s_.in_channels - c;
+      T* const at = to + vector_offset<V>(v, l_.ring_panel());
+      for (int64_t col = 0; col < s_.width; ++col) {
+        const T* const p = x + col * s_.in_channels + c;
+        (lanes >= V::kLanes ? V::load(p) : V::load_partial(p, greatest(lanes, 0)))
+            .store(at + col * kPanel);
+      }
+    }
+  }
+
+  // Rows of the kernel over output row `row` that lie in the image.
+  template <class F>
+  void for_kernel_rows(int64_t row, F f) const {
+    for (int64_t ky = 0; ky < s_.kernel; ++ky) {
+      const int64_t at = row * s_.stride - s_.pad_top + ky * s_.dilation;
+      if (at >= 0 && at < s_.height) f(ky, at);
+    }
+  }
+  const T* taps(int64_t v, int64_t ky) const {
+    return a_.w_depthwise + vector_offset<V>(first_ * kPerPanel + v, s_.taps() * kPanel) +
+           ky * s_.kernel * kPanel;
+  }
+
+  void depthwise() {
+    for (int64_t v = 0; v < vectors(); ++v) {
+      T* const from = expanded_ + vector_offset<V>(v, l_.ring_panel());
+      T* const to = d_ + vector_offset<V>(v, l_.out_panel());
+      for (int64_t r = 0; r < rows_; ++r) {
+        Rows2d<T> rows;
+        for_kernel_rows(row_ + r,
+                        [&](int64_t ky, int64_t at) { rows.add(ring_row(from, at), taps(v, ky)); });
+        T* const out = to + r * s_.out_width() * kPanel;
+        s_.stride_across() == 1
+            ? filter_row<V, 1>(rows, s_.kernel, s_.dilation, s_.out_width(), out)
+            : filter_row<V, 2>(rows, s_.kernel, s_.dilation, s_.out_width(), out);
+      }
+    }
+  }
+
+  // Of d's values less the band's first: so a mean far from 0 takes no digits. Bands are put together in
+  // double, as two samples are whose means differ.
+  void add_statistics() {
+    const double count = double(pixels()), before = double(summed_), all = before + count;
+    for (int64_t v = 0; v < vectors(); ++v) {
+      const T* const at = d_ + vector_offset<V>(v, l_.out_panel());
+      const V first = V::load(at), minus = multiplied(first, V::set1(-1));
+      V sum = V::set1(0), squares = V::set1(0);
+      for (int64_t i = 0; i < pixels(); ++i) {
+        const V off = V::add(V::load(at + i * kPanel), minus);
+        sum = V::add(sum, off);
+        squares = V::fma(off, off, squares);
+      }
+      T firsts[V::kLanes], sums[V::kLanes], of_squares[V::kLanes];
+      first.store(firsts);
+      sum.store(sums);
+      squares.store(of_squares);
+      double* const mean = sums_ + channel() + v * V::kLanes;
+      double* const spread = mean + hidden_;
+      for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+        const double off = double(sums[lane]) / count;
+        const double difference = double(firsts[lane]) + off - mean[lane];
+        spread[lane] += double(of_squares[lane]) - off * double(sums[lane]) +
+                        difference * difference * (before * count / all);
+        mean[lane] += difference * (count / all);
+      }
+    }
+    summed_ += pixels();
+  }
+
+  // q = g w_project
+  void project_gradient() {
+    product<V>(
+        pixels(), vectors(), g_band(), s_.out_channels, 1,
+        a_.w_project + channel() * s_.out_channels, s_.out_channels * kPanel, s_.out_channels,
+        [](int64_t, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
+        [&](int64_t pixel, int64_t v, V sum) MNV2_INLINE_LAMBDA {
+          sum.store(q_ + vector_offset<V>(v, l_.out_panel()) + pixel * kPanel);
+        });
+  }
+
+  // The gradient of a, q act'(a), and from it: in the pass of the projection its sums, and act(a) in the
+  // place of d; in that of the expansion d's gradient.
+  void behind_norm() {
+    with_activation(s_.activation, [&](auto kind) MNV2_INLINE_LAMBDA {
+      for (int64_t v = 0; v < vectors(); ++v) behind_norm_of<kind()>(v);
+    });
+  }
+  template <Activation kind>
+  void behind_norm_of(int64_t v) {
+    const int64_t c = channel() + v * V::kLanes;
+    const V scale = V::load(a_.scale + c), shift = V::load(a_.shift + c);
+    const V inverse = V::load(a_.inverse + c);
+    const V minus_mean = multiplied(V::load(a_.mean + c), V::set1(-1));
+    T* const d = d_ + vector_offset<V>(v, l_.out_panel());
+    const T* const q = q_ + vector_offset<V>(v, l_.out_panel());
+    const auto gradient = [&](int64_t i, V a) MNV2_INLINE_LAMBDA {
+      return times_derivative<kind>(V::load(q + i * kPanel), a, s_.negative_slope);
+    };
+    const auto normalised = [&](V d) MNV2_INLINE_LAMBDA {
+      return multiplied(V::add(d, minus_mean), inverse);
+    };
+    if (step_ == Step::kProject) {
+      V sum = V::set1(0), products = V::set1(0);
+      for (int64_t i = 0; i < pixels(); ++i) {
+        T* const at = d + i * kPanel;
+        const V value = V::load(at), a = V::fma(value, scale, shift), g = gradient(i, a);
+        sum = V::add(sum, g);
+        products = V::fma(g, normalised(value), products);
+        value_of<kind>(a, s_.negative_slope).store(at);
+      }
+      add_sum(sum, sums_ + c);
+      add_sum(products, sums_ + hidden_ + c);
+    } else {
+      const V offset = V::load(a_.offset + c), slope = V::load(a_.slope + c);
+      const int64_t step = s_.stride_across() * kPanel;
+      for (int64_t r = 0; r < rows_; ++r) {
+        T* to =
+            gradient_row(row_ + r) + vector_offset<V>(v, l_.grad_panel()) + l_.grad_left * kPanel;
+        for (int64_t i = r * s_.out_width(); i < (r + 1) * s_.out_width(); ++i, to += step) {
+          const V value = V::load(d + i * kPanel);
+          const V g = gradient(i, V::fma(value, scale, shift));
+          V::fma(g, scale, V::fma(normalised(value), slope, offset)).store(to);
+        }
+      }
+    }
+  }
+  static MNV2_INLINE void add_sum(V sum, double* to) {
+    T lanes[V::kLanes];
+    sum.store(lanes);
+    for (int64_t lane = 0; lane < V::kLanes; ++lane) to[lane] += double(lanes[lane]);
+  }
+
+  // dw[i] += sum over pixels of narrow[pixel][i] * wide[pixel], for `rows` channels i.
+  void add_outer(const T* narrow, int64_t rows, const T* wide, int64_t panel, int64_t pixels,
+                 T* dw) {
+    const auto at = [&](int64_t i, int64_t v)
+                        MNV2_INLINE_LAMBDA { return dw + i * hidden_ + channel() + v * V::kLanes; };
+    product<V>(
+        rows, vectors(), narrow, 1, rows, wide, panel, pixels,
+        [&](int64_t i, int64_t v) MNV2_INLINE_LAMBDA { return V::load(at(i, v)); },
+        [&](int64_t i, int64_t v, V sum) MNV2_INLINE_LAMBDA { sum.store(at(i, v)); });
+  }
+  void add_project_weights() {
+    add_outer(g_band(), s_.out_channels, d_, l_.out_panel(), pixels(), dw_project_);
+  }
+
+  void add_depthwise_weights() {
+    for (int64_t v = 0; v < vectors(); ++v) {
+      T* const from = expanded_ + vector_offset<V>(v, l_.ring_panel());
+      for (int64_t r = row_; r < row_ + rows_; ++r) {
+        const T* rows[kMostKernelSize];
+        std::fill_n(rows, s_.kernel, zeros_);
+        for_kernel_rows(r, [&](int64_t ky, int64_t at) { rows[ky] = ring_row(from, at); });
+        filter_weights<V>(
+            s_.kernel, rows,
+            gradient_row(r) + vector_offset<V>(v, l_.grad_panel()) + l_.grad_left * kPanel,
+            s_.stride_across(), s_.dilation, s_.out_width(),
+            dw_depthwise_ + channel() + v * V::kLanes, hidden_);
+      }
+    }
+  }
+
+  // Gradients of act(e), of e and of x, rows up to `end`.
+  void expand_gradient(int64_t end) {
+    const int64_t first = finished_rows_;
+    if (end <= first) return;
+    for (int64_t v = 0; v < vectors(); ++v) {
+      T* const from = gradient_ + vector_offset<V>(v, l_.grad_panel());
+      T* const to = g_e_ + vector_offset<V>(v, l_.in_panel());
+      for (int64_t row = first; row < end; ++row) {
+        Rows2d<T> rows;
+        for (int64_t ky = 0; ky < s_.kernel; ++ky) {
+          const int64_t at = row + s_.pad_top - ky * s_.dilation, r = at / s_.stride;
+          if (at < 0 || at % s_.stride != 0 || r >= s_.out_height()) continue;
+          const T* const of_row = from + (gradient_row(r) - gradient_) + (s_.extent() - 1) * kPanel;
+          rows.add(of_row, taps(v, ky));
+        }
+        filter_row<V, 1>(rows, s_.kernel, -s_.dilation, s_.width,
+                         to + (row - first) * s_.width * kPanel);
+      }
+    }
+    const int64_t pixels = (end - first) * s_.width;
+    T* const g_x = a_.g_x + (image_ * s_.height + first) * s_.width * s_.in_channels;
+    if (expands()) {
+      with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
+        for (int64_t v = 0; v < vectors(); ++v) activation_gradient<kind()>(v, first, end);
+      });
+      add_outer(x_row(first), s_.in_channels, g_e_, l_.in_panel(), pixels, dw_expand_);
+      project<V>(pixels, g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
+                 hidden_ * kPanel, s_.in_channels, first_ > 0, g_x);
+    } else {
+      store_gradient(pixels, g_x);
+    }
+    finished_rows_ = end;
+  }
+  template <Activation kind>
+  void activation_gradient(int64_t v, int64_t first, int64_t end) {
+    T* g = g_e_ + vector_offset<V>(v, l_.in_panel());
+    V sum = V::set1(0);
+    for (int64_t row = first; row < end; ++row) {
+      const T* at = ring_row(is_clip(kind) ? expanded_ : sums_of_e_, row) +
+                    vector_offset<V>(v, l_.ring_panel()) + l_.left * kPanel;
+      for (int64_t col = 0; col < s_.width; ++col, at += kPanel, g += kPanel) {
+        const V value = times_derivative<kind>(V::load(g), V::load(at), s_.negative_slope);
+        sum = V::add(sum, value);
+        value.store(g);
+      }
+    }
+    add_sum(sum, sums_ + channel() + v * V::kLanes);
+  }
+  // Without an expansion: channels side by side again.
+  void store_gradient(int64_t pixels, T* g_x) {
+    for (int64_t v = 0; v < vectors(); ++v) {
+      const int64_t c = channel() + v * V::kLanes, lanes = s_.in_channels - c;
+      if (lanes <= 0) return;
+      const T* const from = g_e_ + vector_offset<V>(v, l_.in_panel());
+      for (int64_t i = 0; i < pixels; ++i) {
+        T* const to = g_x + i * s_.in_channels + c;
+        const V value = V::load(from + i * kPanel);
+        lanes >= V::kLanes ? value.store(to) : value.store_partial(to, lanes);
+      }
+    }
+  }
+
+  const Step step_;
+  const Args<T>& a_;
+  const BlockShape& s_;
+  const Layout& l_;
+  const int64_t hidden_;  // E/16 * 16
+  int64_t first_image_, end_image_;
+  double* sums_;
+  T *dw_project_, *dw_expand_, *dw_depthwise_;  // of this slot
+  T* expanded_;                                 // [panels][ring rows][ring cols][16]: act(e), or x
+  T* sums_of_e_;                                // the same of e
+  T* gradient_;                                 // [panels][grad rows][grad cols][16]: of d
+  T* zeros_;                                    // a row of the ring
+  T *d_, *q_;                                   // [panels][band pixels][16]
+  T* g_e_;  // [panels][rows of the image that a band finishes][16]
+
+  int64_t first_ = 0, panels_ = 0;  // this chunk
+  int64_t image_ = 0, row_ = 0, rows_ = 0;
+  int64_t expanded_rows_ = 0, finished_rows_ = 0;
+  int64_t summed_ = 0;  // pixels
+};
+
+template <class V, Step kStep>
+void run_training(const Args<typename V::T>& args, const Layout& layout, int64_t slot,
+                  typename V::T* scratch) {
+  Training<V>(kStep, args, layout, slot, scratch).run();
+}
+
+template <class V>
+constexpr Kernels<typename V::T> training_kernels_of() {
+  return {V::kLanes, &run_training<V, Step::kStatistics>, &run_training<V, Step::kProject>,
+          &run_training<V, Step::kExpand>};
+}
+
+}  // namespace

@@ -1,0 +1,246 @@
+// The ops of a block in training; mnv2_fused/training_ops.py says what each computes.
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../block_fields.h"
+#include "../isa.h"
+#include "../op.h"
+#include "../tasks.h"
+#include "args.h"
+
+namespace mnv2_fused::cpu::training {
+namespace {
+
+template <class T>
+const Kernels<T>& kernels() {
+  const AllKernels& all = cpu::active().training();
+  if constexpr (std::is_same_v<T, float>)
+    return all.f32;
+  else
+    return all.f64;
+}
+
+// A block by its fields, in the order of block_fields.h.
+BlockShape shape_of(IntHeaderOnlyArrayRef fields) {
+  if (fields.size() != std::size(kBlockFields))
+    fail("block must have ", std::size(kBlockFields), " values, got ", fields.size());
+  BlockShape s{};
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const BlockField& field = kBlockFields[i];
+    if (field.values > 0) check_kind(field.name, fields[i], field.values);
+    field.set(s, fields[i]);
+  }
+  check_slope(s.negative_slope);
+  if (const std::string why = unsupported(s); !why.empty()) fail(why);
+  if (s.expand == Expand::kStem) fail("a stem has no training kernel");
+  if (s.squeeze_channels > 0) fail("a block with a squeeze-and-excite has no training kernel");
+  for (const Activation a : {s.activation, s.expand_activation})
+    if (!has_derivative(a)) fail("no training kernel knows the derivative of ", row_of(a).name);
+  if (s.batch < 1) fail("a batch must have at least one image");
+  return s;
+}
+
+// A dense [N, C, H, W] in channels_last order.
+template <class T>
+const T* activation(const char* name, const Tensor& t, const Sizes& sizes) {
+  const auto [n, c, h, w] = sizes;
+  const bool right = t.is_cpu() && t.scalar_type() == type_of<T> && t.dim() == 4 &&
+                     std::equal(sizes.begin(), sizes.end(), t.sizes().begin()) &&
+                     (c == 1 || t.stride(1) == 1) && (w == 1 || t.stride(3) == c) &&
+                     (h == 1 || t.stride(2) == w * c) && (n == 1 || t.stride(0) == h * w * c);
+  if (!right)
+    fail(name, " must be dense ", to_string(sizes),
+         " in channels_last order, of the block's dtype, got ", to_string(t));
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* weights(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (!t.is_cpu() || t.scalar_type() != type_of<T>) fail(name, " must be of x's dtype, on the CPU");
+  check_sizes(name, t, sizes);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+Tensor zeroless(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const std::vector<int64_t> all(sizes);
+  std::vector<int64_t> strides(all.size(), 1);
+  for (size_t i = all.size(); i-- > 1;) strides[i - 1] = strides[i] * all[i];
+  return empty({all.data(), all.size()}, {strides.data(), strides.size()}, dtype);
+}
+
+// One call of one pass.
+template <class T>
+class Call {
+ public:
+  Call(const Tensor& x, const std::optional<Tensor>& w_expand,
+       const std::optional<Tensor>& b_expand, const Tensor& w_depthwise,
+       IntHeaderOnlyArrayRef block)
+      : s(shape_of(block)), hidden(s.hidden_panels() * kPanel), slots(slots_of(s)) {
+    args.shape = s;
+    args.x = activation<T>("x", x, {s.batch, s.in_channels, s.height, s.width});
+    if (s.expand == Expand::kPointwise) {
+      if (!w_expand || !b_expand) fail("w_expand and b_expand must be given with an expansion");
+      args.w_expand = weights<T>("w_expand", *w_expand, {s.hidden_panels(), s.in_channels, kPanel});
+      args.b_expand = weights<T>("b_expand", *b_expand, {hidden});
+    }
+    args.w_depthwise =
+        weights<T>("w_depthwise", w_depthwise, {s.hidden_panels(), s.taps(), kPanel});
+  }
+
+  // of_d: [6][E/16 * 16], see Args.
+  void set_gradient(const Tensor& g, const Tensor& w_project, const Tensor& of_d) {
+    args.g = activation<T>("g", g, {s.batch, s.out_channels, s.out_height(), s.out_width()});
+    args.w_project =
+        weights<T>("w_project", w_project, {s.hidden_panels(), s.out_channels, kPanel});
+    const T* at = weights<T>("of_d", of_d, {6, hidden});
+    for (const T** p :
+         {&args.scale, &args.shift, &args.mean, &args.inverse, &args.offset, &args.slope})
+      *p = std::exchange(at, at + hidden);
+  }
+
+  // Memory for `count` elements of each slot.
+  template <class R>
+  R* of_slots(int64_t count) {
+    memory_.push_back(buffer(slots * count * int64_t{sizeof(R)}));
+    return static_cast<R*>(memory_.back().mutable_data_ptr());
+  }
+
+  void run(void (*pass)(const Args<T>&, const Layout&, int64_t, T*)) {
+    const Kernels<T>& k = kernels<T>();
+    const Layout layout(s, k.lanes, sizeof(T), cpu::l2_bytes());
+    const int64_t slice = round_up(layout.total() * int64_t{sizeof(T)}, 256);
+    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), slots);
+    const Tensor scratch = buffer(slice * workers);
+    char* const first = static_cast<char*>(scratch.mutable_data_ptr());
+    for_tasks(slots, workers, [&](int64_t slot, int64_t worker) {
+      pass(args, layout, slot, reinterpret_cast<T*>(first + worker * slice));
+    });
+  }
+
+  // The slots' results added up in order, [rows, E] of [slots][rows_of_slot][E/16 * 16].
+  template <class R>
+  Tensor summed(const R* parts, int64_t rows, int64_t rows_of_slot = 0) {
+    const int64_t pitch = std::max(rows, rows_of_slot) * hidden;
+    const Tensor sum = zeroless({rows, s.hidden_channels}, type_of<R>);
+    R* const to = static_cast<R*>(sum.mutable_data_ptr());
+    const int64_t rows_a_task = ceil_div(rows, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, rows, rows_a_task, [&](int64_t row, int64_t end) {
+      for (; row < end; ++row)
+        for (int64_t c = 0; c < s.hidden_channels; ++c) {
+          double total = 0;
+          for (int64_t slot = 0; slot < slots; ++slot)
+            total += double(parts[slot * pitch + row * hidden + c]);
+          to[row * s.hidden_channels + c] = R(total);
+        }
+    });
+    return sum;
+  }
+
+  const BlockShape s;
+  const int64_t hidden, slots;
+  Args<T> args;
+
+ private:
+  std::vector<Tensor> memory_;
+};
+
+template <class F>
+auto with_dtype(const char* op, const Tensor& x, F f) {
+  try {
+    switch (x.scalar_type()) {
+      case ScalarType::Float:
+        return f(float{});
+      case ScalarType::Double:
+        return f(double{});
+      default:
+        fail("x must be float32 or float64");
+    }
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("mnv2_fused::") + op + ": " + error.what());
+  }
+}
+
+// The mean of d, and its variance, over all images: [2, E] float64.
+Tensor statistics(const Tensor& x, const std::optional<Tensor>& w_expand,
+                  const std::optional<Tensor>& b_expand, const Tensor& w_depthwise,
+                  IntHeaderOnlyArrayRef block) {
+  return with_dtype("training_statistics", x, [&]<class T>(T) {
+    Call<T> call(x, w_expand, b_expand, w_depthwise, block);
+    const double* const parts = call.args.sums = call.template of_slots<double>(2 * call.hidden);
+    call.run(kernels<T>().statistics);
+    const int64_t hidden = call.s.hidden_channels;
+    const Tensor result = zeroless({2, hidden}, ScalarType::Double);
+    auto* const mean = static_cast<double*>(result.mutable_data_ptr());
+    const double pixels = double(call.s.out_height() * call.s.out_width());
+    for (int64_t c = 0; c < hidden; ++c) {
+      double m = 0, squares = 0, count = 0;
+      for (int64_t slot = 0; slot < call.slots; ++slot) {
+        const double* const part = parts + slot * 2 * call.hidden + c;
+        const int64_t images =
+            call.s.batch * (slot + 1) / call.slots - call.s.batch * slot / call.slots;
+        const double more = double(images) * pixels, all = count + more;
+        const double difference = part[0] - m;
+        squares += part[call.hidden] + difference * difference * (count * more / all);
+        m += difference * (more / all);
+        count = all;
+      }
+      mean[c] = m;
+      mean[hidden + c] = squares / count;
+    }
+    return result;
+  });
+}
+
+std::tuple<Tensor, Tensor> backward_project(const Tensor& x, const std::optional<Tensor>& w_expand,
+                                            const std::optional<Tensor>& b_expand,
+                                            const Tensor& w_depthwise, const Tensor& g,
+                                            const Tensor& w_project, const Tensor& of_d,
+                                            IntHeaderOnlyArrayRef block) {
+  return with_dtype("training_backward_project", x, [&]<class T>(T) {
+    Call<T> call(x, w_expand, b_expand, w_depthwise, block);
+    call.set_gradient(g, w_project, of_d);
+    const double* const sums = call.args.sums = call.template of_slots<double>(2 * call.hidden);
+    const T* const dw = call.args.dw_project =
+        call.template of_slots<T>(call.s.out_channels * call.hidden);
+    call.run(kernels<T>().backward_project);
+    return std::make_tuple(call.summed(sums, 2), call.summed(dw, call.s.out_channels));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand(
+    const Tensor& x, const std::optional<Tensor>& w_expand, const std::optional<Tensor>& b_expand,
+    const Tensor& w_depthwise, const Tensor& g, const Tensor& w_project, const Tensor& of_d,
+    const std::optional<Tensor>& w_input, IntHeaderOnlyArrayRef block) {
+  return with_dtype("training_backward_expand", x, [&]<class T>(T) {
+    Call<T> call(x, w_expand, b_expand, w_depthwise, block);
+    call.set_gradient(g, w_project, of_d);
+    const BlockShape& s = call.s;
+    const bool expands = s.expand == Expand::kPointwise;
+    if (expands) {
+      if (!w_input) fail("w_input must be given with an expansion");
+      call.args.w_input =
+          weights<T>("w_input", *w_input, {ceil_div(s.in_channels, kPanel), call.hidden, kPanel});
+    }
+    const double* const sums = call.args.sums = call.template of_slots<double>(2 * call.hidden);
+    const int64_t terms = expands ? s.in_channels : 0;
+    const T* const dw_expand = call.args.dw_expand =
+        call.template of_slots<T>(std::max<int64_t>(terms, 1) * call.hidden);
+    const T* const dw_depthwise = call.args.dw_depthwise =
+        call.template of_slots<T>(s.taps() * call.hidden);
+    const Tensor g_x = empty({s.batch, s.in_channels, s.height, s.width}, type_of<T>, true);
+    call.args.g_x = static_cast<T*>(g_x.mutable_data_ptr());
+    call.run(kernels<T>().backward_expand);
+    return std::make_tuple(g_x, call.summed(sums, 1, 2), call.summed(dw_expand, terms),
+                           call.summed(dw_depthwise, s.taps()));
+  });
+}
+
+}  // namespace
+}  // namespace mnv2_fused::cpu::training
+
+STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
+  m.impl("training_statistics", TORCH_BOX(&mnv2_fused::cpu::training::statistics));
+  m.impl("training_backward_project", TORCH_BOX(&mnv2_fused::cpu::training::backward_project));
+  m.impl("training_backward_expand", TORCH_BOX(&mnv2_fused::cpu::training::backward_expand));
+}

@@ -1,0 +1,375 @@
+"""A block in training on the CPU, where the norms behind expansion and depthwise convolution use the batch's statistics.
+
+What runs on the kernels of ``csrc/cpu/training`` and never writes an expanded tensor, and what follows from their sums
+in float64. With M pixels of x, and ``^`` for normalised values::
+
+    e = W x        a1 = norm1(e)   h1 = act(a1)
+    d = K * h1     a2 = norm2(d)   h2 = act(a2)      p = P h2
+
+norm1's statistics need no pass over e: its mean is W times x's, its variance the diagonal of W cov(x) W'. norm2's take
+one pass that sums d up. Backward, one pass sums up the gradient of a2 and its products with d^, another one goes on to
+x. What norm1 adds to the gradients of W and x has a closed form in cov(x) and the sums G of products of a1's gradient
+with x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+from .encoding import shape_of
+from .fold import PANEL, BlockWeights, pack_block
+from .ops import packed_inverted_residual
+from .spec import BlockSpec
+
+# Activations whose derivative the kernels know; csrc/cpu/training/derivative.h is the twin.
+DIFFERENTIATED = ("relu6", "relu", "identity", "hardswish", "silu", "leaky_relu")
+
+
+def objection(spec: BlockSpec) -> str | None:
+    """Why no kernel trains this block, None if they do."""
+    if spec.squeeze_channels:
+        return "it has a squeeze-and-excite"
+    activations = (spec.activation, spec.expanded_by) if spec.expand else (spec.activation,)
+    for activation in activations:
+        if activation not in DIFFERENTIATED:
+            return f"no kernel has the derivative of {activation}"
+    return None
+
+
+class Norm(NamedTuple):
+    """A norm with its parameters, and the statistics it uses: None for those of the batch."""
+
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    eps: float
+    mean: Tensor | None = None  # [C]
+    variance: Tensor | None = None  # [C]
+
+    @property
+    def live(self) -> bool:
+        return self.mean is None
+
+
+class _Affine(NamedTuple):
+    """What a norm does with given statistics, float64 [C]: scale * (v - mean) + bias."""
+
+    mean: Tensor  # without the bias of the convolution in front
+    variance: Tensor
+    inverse: Tensor  # one over the standard deviation
+    scale: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, norm: Norm, mean: Tensor, variance: Tensor) -> _Affine:
+        inverse = (variance + norm.eps).rsqrt()
+        scale = inverse if norm.weight is None else inverse * norm.weight.double()
+        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+        return cls(mean, variance, inverse, scale, bias)
+
+    @classmethod
+    def fixed(cls, norm: Norm, conv_bias: Tensor | None) -> _Affine:
+        assert norm.mean is not None and norm.variance is not None
+        mean = norm.mean.double()
+        return cls.of(norm, mean if conv_bias is None else mean - conv_bias.double(), norm.variance.double())
+
+    @property
+    def shift(self) -> Tensor:
+        return self.bias - self.scale * self.mean
+
+
+class _Input(NamedTuple):
+    """x as the kernels take it, and the moments that the first norm needs."""
+
+    centred: Tensor  # [N, C, H, W] channels_last: x less ``pilot``
+    pilot: Tensor | None  # [C]: x's mean, rounded to its dtype
+    rest: Tensor  # float64 [C]: the mean of ``centred``
+    covariance: Tensor | None  # float64 [C, C]
+
+
+_BLOCK = 512  # pixels whose products are summed in x's dtype before they go on in float64
+_BLOCKS = 64  # of them at a time
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last order -> [N H W, C]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def centre(x: Tensor, pilot: Tensor) -> Tensor:
+    return _channels_last(x - pilot[:, None, None])
+
+
+def _moments(x: Tensor) -> _Input:
+    """Of a float32 or float64 x: the mean is taken off before anything is squared."""
+    pilot = x.mean((0, 2, 3))
+    centred = centre(x, pilot)
+    pixels = _pixels(centred)
+    channels = pixels.shape[1]
+    total = pixels.new_zeros(channels, dtype=torch.float64)
+    products = pixels.new_zeros(channels, channels, dtype=torch.float64)
+    for some in pixels.split(_BLOCK * _BLOCKS):
+        whole = len(some) // _BLOCK * _BLOCK
+        for part in (some[:whole].view(-1, _BLOCK, channels), some[whole:][None]):
+            if part.numel():
+                total += part.sum(1).sum(0, dtype=torch.float64)
+                products += torch.bmm(part.mT, part).sum(0, dtype=torch.float64)
+    rest = total / len(pixels)
+    return _Input(centred, pilot, rest, products / len(pixels) - torch.outer(rest, rest))
+
+
+def _panels(weight: Tensor) -> Tensor:
+    """[C, K] -> [C/16, K, 16], zeros past the last channel."""
+    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+    return padded.view(-1, PANEL, weight.shape[1]).mT.contiguous()
+
+
+def _padded(t: Tensor) -> Tensor:
+    return F.pad(t, (0, -t.shape[-1] % PANEL))
+
+
+class _Kernel(NamedTuple):
+    """What every pass takes of a block."""
+
+    w_expand: Tensor | None  # [E/16, C_in, 16], norm1's scale folded in
+    b_expand: Tensor | None  # [E/16 * 16]
+    w_depthwise: Tensor  # [E/16, taps, 16]
+    block: list[int]
+
+
+def _kernel(spec: BlockSpec, x: Tensor, w_expand: Tensor | None, b_expand: Tensor | None, w_depthwise: Tensor):
+    dtype = x.dtype
+    n, _, height, width = x.shape
+    return _Kernel(
+        None if w_expand is None else _panels(w_expand.to(dtype)),
+        None if b_expand is None else _padded(b_expand.to(dtype)),
+        _panels(w_depthwise.flatten(1)),
+        list(shape_of(spec, n, height, width).values()),
+    )
+
+
+class Weights(NamedTuple):
+    """The convolutions' own tensors."""
+
+    expand: Tensor | None  # [E, C_in, 1, 1]
+    expand_bias: Tensor | None  # [E]
+    depthwise: Tensor  # [E, 1, k, k]
+    depthwise_bias: Tensor | None  # [E]
+    project: Tensor  # [C_out, E, 1, 1]
+    project_bias: Tensor | None  # [C_out]
+
+
+class Statistics(NamedTuple):
+    """Means and biased variances that norms took from the batch, float64 [E]; None of others."""
+
+    expand: tuple[Tensor, Tensor] | None
+    depthwise: tuple[Tensor, Tensor] | None
+
+
+def projected(
+    x: Tensor, weights: Weights, norms: tuple[Norm | None, Norm], spec: BlockSpec
+) -> tuple[Tensor, Statistics]:
+    """The block up to its projection's result p [N, C_out, H', W'], channels_last, with gradients; and what running
+    statistics are updated by.
+
+    ``norms``: behind the expansion, where there is one, and behind the depthwise convolution.
+    """
+    first, second = norms
+    of_first = (None, None) if first is None else (first.weight, first.bias)
+    p, *found = _Projected.apply(x, spec, norms, *weights, *of_first, second.weight, second.bias)
+    means = iter(found)
+    pairs = [(next(means), next(means)) if norm is not None and norm.live else None for norm in norms]
+    return p, Statistics(*pairs)
+
+
+class _Projected(torch.autograd.Function):
+    """Keeps x, weights and a few numbers of each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: BlockSpec, norms: tuple[Norm | None, Norm], *tensors: Tensor | None) -> Any:
+        weights = Weights(*tensors[:6])
+        first, second = norms
+        dtype = x.dtype
+        statistics: list[Tensor] = []
+        of_e, w_expand, b_expand = None, None, None
+        if weights.expand is None or first is None:
+            given = _Input(_channels_last(x), None, x.new_zeros(0, dtype=torch.float64), None)
+        else:
+            w = weights.expand.flatten(1).double()
+            if first.live:
+                given = _moments(x)
+                assert given.pilot is not None and given.covariance is not None
+                variance = ((w @ given.covariance) * w).sum(1).clamp(min=0)
+                # Less the pilot's part, which is taken off x.
+                of_e = _Affine.of(first, w @ given.rest, variance)
+                mean = of_e.mean + w @ given.pilot.double()
+                statistics += [mean if weights.expand_bias is None else mean + weights.expand_bias, variance]
+            else:
+                given = _Input(_channels_last(x), None, w.new_zeros(w.shape[1]), None)
+                of_e = _Affine.fixed(first, weights.expand_bias)
+            w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
+        kernel = _kernel(spec, x, w_expand, b_expand, weights.depthwise)
+        if second.live:
+            d = torch.ops.mnv2_fused.training_statistics(given.centred, *kernel)
+            of_d = _Affine.of(second, d[0], d[1])
+            statistics += [d[0] if weights.depthwise_bias is None else d[0] + weights.depthwise_bias, d[1]]
+        else:
+            of_d = _Affine.fixed(second, weights.depthwise_bias)
+        p = _project(given.centred, spec, w_expand, b_expand, weights, of_d)
+        ctx.spec, ctx.norms, ctx.affines = spec, norms, (of_e, of_d)
+        ctx.given = given._replace(centred=None)
+        ctx.save_for_backward(x, *tensors)
+        ctx.mark_non_differentiable(*statistics)
+        return p, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
+        x, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _by_torch(ctx, g, x, tensors)
+        weights, spec, (of_e, of_d) = Weights(*tensors[:6]), ctx.spec, ctx.affines
+        first, second = ctx.norms
+        dtype, given = x.dtype, ctx.given
+        centred = _channels_last(x) if given.pilot is None else centre(x, given.pilot)
+        w = w_expand = b_expand = None
+        if of_e is not None:
+            w = weights.expand.flatten(1).double()
+            w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
+        kernel = _kernel(spec, x, w_expand, b_expand, weights.depthwise)
+        g = _channels_last(g)
+        pixels = g.shape[0] * g.shape[2] * g.shape[3]
+        zero = torch.zeros_like(of_d.mean)
+
+        def rows(offset: Tensor, slope: Tensor) -> Tensor:
+            return _padded(torch.stack([of_d.scale, of_d.shift, of_d.mean, of_d.inverse, offset, slope])).to(dtype)
+
+        w_project = _panels(weights.project.flatten(1).mT)
+        sums, dw_project = torch.ops.mnv2_fused.training_backward_project(
+            centred, *kernel[:3], g, w_project, rows(zero, zero), kernel.block
+        )
+        s2 = of_d.scale / pixels
+        of_d_rows = rows(-s2 * sums[0], -s2 * sums[1]) if second.live else rows(zero, zero)
+        w_input = None if w_expand is None else _panels(_padded_rows(w_expand).mT.to(dtype))
+        g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward_expand(
+            centred, *kernel[:3], g, w_project, of_d_rows, w_input, kernel.block
+        )
+        grads: list[Tensor | None] = [None] * len(tensors)
+        grads[2] = dw_depthwise.mT.reshape(weights.depthwise.shape)
+        grads[3] = _of_conv_bias(weights.depthwise_bias, second, of_d, sums[0])
+        grads[4] = dw_project.view(weights.project.shape)
+        grads[5] = None if weights.project_bias is None else g.sum((0, 2, 3))
+        grads[8], grads[9] = sums[1].to(dtype), sums[0].to(dtype)
+        if of_e is not None:
+            s1a = e_sums[0]
+            products = dw_expand.mT.double() - torch.outer(s1a, given.rest)  # G
+            if first.live:
+                s1b = (w * products).sum(1) * of_e.inverse
+                correction = (s1b * of_e.inverse)[:, None] * (w @ given.covariance)
+                grads[0] = of_e.scale[:, None] * (products - correction)
+                count = x.shape[0] * x.shape[2] * x.shape[3]
+                weighted = (of_e.scale * s1b * of_e.inverse / count)[:, None] * w
+                a = w.mT @ weighted
+                constant = w.mT @ (of_e.scale * s1a / count) - a @ given.rest
+                pixels_of = _pixels(g_x)
+                pixels_of.addmm_(_pixels(centred), a.to(dtype), alpha=-1).sub_(constant.to(dtype))
+            else:
+                s1b = ((w * products).sum(1) - of_e.mean * s1a) * of_e.inverse
+                grads[0] = of_e.scale[:, None] * products
+            grads[0] = grads[0].to(dtype).view(weights.expand.shape)
+            grads[1] = _of_conv_bias(weights.expand_bias, first, of_e, s1a)
+            grads[6], grads[7] = s1b.to(dtype), s1a.to(dtype)
+        found = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+        return g_x, None, None, *found
+
+
+def _padded_rows(t: Tensor) -> Tensor:
+    return F.pad(t, (0, 0, 0, -t.shape[0] % PANEL))
+
+
+def _of_conv_bias(bias: Tensor | None, norm: Norm | None, affine: _Affine, total: Tensor) -> Tensor | None:
+    """A norm with the batch's statistics takes a bias in front of it off again."""
+    if bias is None:
+        return None
+    assert norm is not None
+    return torch.zeros_like(bias) if norm.live else (affine.scale * total).to(bias.dtype)
+
+
+def _project(
+    x: Tensor, spec: BlockSpec, w_expand: Tensor | None, b_expand: Tensor | None, weights: Weights, of_d: _Affine
+) -> Tensor:
+    """p by the kernel of inference, both norms folded in."""
+    e = of_d.scale.shape[0]
+    bias = weights.project_bias
+    folded = BlockWeights(
+        None if w_expand is None else w_expand.to(x.dtype)[..., None, None],
+        None if b_expand is None else b_expand.to(x.dtype),
+        (of_d.scale.view(e, 1, 1, 1) * weights.depthwise.double()).to(x.dtype),
+        of_d.shift.to(x.dtype),
+        weights.project.detach(),
+        x.new_zeros(weights.project.shape[0]) if bias is None else bias.detach(),
+    )
+    packed = pack_block(folded, x.dtype, "cpu")
+    return packed_inverted_residual(
+        x, packed, spec.strides[0], False, backend="cpu", op_options=spec.options(*x.shape[2:])
+    )
+
+
+def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) -> Any:
+    """The same by torch's own derivatives, which have derivatives themselves."""
+    weights, spec = Weights(*tensors[:6]), ctx.spec
+    affine = [tensors[6:8], tensors[8:10]]
+
+    def normalised(y: Tensor, i: int) -> Tensor:
+        norm = ctx.norms[i]
+        return F.batch_norm(y, norm.mean, norm.variance, *affine[i], training=norm.live, eps=norm.eps)
+
+    from .activations import function_of
+
+    y = x
+    if weights.expand is not None:
+        y = normalised(F.conv2d(y, weights.expand, weights.expand_bias), 0)
+        y = function_of(spec.expanded_by, spec.negative_slope)(y)
+    y = F.pad(y, spec.padding_of(*x.shape[2:]))
+    groups = weights.depthwise.shape[0]
+    y = F.conv2d(y, weights.depthwise, weights.depthwise_bias, spec.stride, 0, spec.dilation, groups)
+    y = function_of(spec.activation, spec.negative_slope)(normalised(y, 1))
+    y = F.conv2d(y, weights.project, weights.project_bias)
+    wanted = [t for t in (x, *tensors) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    grads = [next(found) if t is not None and t.requires_grad else None for t in (x, *tensors)]
+    return grads[0], None, None, *grads[1:]
+
+
+def _statistics_fake(x, w_expand, b_expand, w_depthwise, block):
+    return x.new_empty(2, _hidden(block), dtype=torch.float64)
+
+
+def _backward_project_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, block):
+    e = _hidden(block)
+    return x.new_empty(2, e, dtype=torch.float64), x.new_empty(g.shape[1], e)
+
+
+def _backward_expand_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, w_input, block):
+    e, taps = _hidden(block), w_depthwise.shape[1]
+    channels = 0 if w_expand is None else x.shape[1]
+    g_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return g_x, x.new_empty(1, e, dtype=torch.float64), x.new_empty(channels, e), x.new_empty(taps, e)
+
+
+def _hidden(block: Sequence[int]) -> int:
+    return block[4]  # of BLOCK_FIELDS
+
+
+if backends._C is not None:
+    torch.library.register_fake("mnv2_fused::training_statistics", _statistics_fake)
+    torch.library.register_fake("mnv2_fused::training_backward_project", _backward_project_fake)
+    torch.library.register_fake("mnv2_fused::training_backward_expand", _backward_expand_fake)
