@@ -39,8 +39,11 @@ struct Args {
 constexpr int64_t kMostSlots = 8;
 inline int64_t slots_of(const BlockShape& s) { return std::min(s.batch, kMostSlots); }
 
-// Panels of channels that run together, where a vector register holds `lanes`.
-constexpr int64_t chunk_of(int64_t lanes) { return lanes == kPanel ? 4 : 1; }
+// Panels of channels that run together at most, where a vector register holds `lanes`: as many as a
+// register tile is wide.
+constexpr int64_t most_panels(int64_t lanes) { return lanes == kPanel ? 4 : 1; }
+// Bytes of a worker's scratch that every L2 has room for, beside weights and x.
+constexpr int64_t kNear = int64_t{128} << 10;
 
 // How one chunk of an image lies in a worker's scratch, in elements: rings of rows of act(e) and of d's
 // gradient, with zeros around the image's columns, and what belongs to a band of output rows.
@@ -52,20 +55,20 @@ struct Layout {
   int64_t grad_rows, grad_cols;  // of d's gradient, `stride_across` columns apart
   int64_t grad_left;
   int64_t out_pixels, in_pixels;  // of a band, at most
+  bool keeps_e;                   // beside act(e), which does not tell the derivative
 
-  Layout(const BlockShape& s, int64_t lanes, int64_t element, int64_t l2_bytes)
-      : panels(std::min(chunk_of(lanes), s.hidden_panels())) {
+  // The whole image where that is near, else as many rows of it. Fewer panels would leave register tiles
+  // narrow, which costs more than it saves.
+  Layout(const BlockShape& s, int64_t lanes, int64_t element) {
     const int64_t across = s.stride_across(), spread = (s.out_width() - 1) * across;
     left = s.pad_left;
     ring_cols = left + std::max(s.width, spread + s.extent() - s.pad_left);
     grad_left = s.extent() - 1 - s.pad_left;
     grad_cols = grad_left + std::max(spread + 1, s.width + s.pad_left);
-    // As many rows as leave half of L2 to weights and x, and at least one.
-    for (band = s.out_height(); band > 1; band = ceil_div(band, 2)) {
-      set_rows(s);
-      if (total() * element <= l2_bytes / 2) break;
-    }
-    set_rows(s);
+    keeps_e = s.expand != Expand::kNone && !is_clip(s.expand_activation);
+    panels = std::min(most_panels(lanes), s.hidden_panels());
+    set_rows(s, s.out_height());
+    while (band > 1 && total() * element > kNear) set_rows(s, ceil_div(band, 2));
   }
 
   int64_t ring() const { return panels * ring_panel(); }
@@ -75,18 +78,18 @@ struct Layout {
   int64_t out_panel() const { return out_pixels * kPanel; }
   int64_t in_panel() const { return in_pixels * kPanel; }
   int64_t zeros() const { return ring_cols * kPanel; }
-  // Two rings of the expansion, the gradient's, d, q, and the gradient of e.
+  // Rings of act(e), of e and of d's gradient; d, q, and the gradient of e.
   int64_t total() const {
-    return 2 * ring() + grad() + zeros() + panels * (2 * out_panel() + in_panel());
+    return ring() * (keeps_e ? 2 : 1) + grad() + zeros() + panels * (2 * out_panel() + in_panel());
   }
 
  private:
-  void set_rows(const BlockShape& s) {
-    // The last band reaches to the image's end, however few of its rows the taps do.
-    ring_rows = std::min(s.height, (band + 1) * s.stride + s.extent());
-    grad_rows = std::min(s.out_height(), band + ceil_div(s.extent(), s.stride));
+  void set_rows(const BlockShape& s, int64_t rows) {
+    band = rows;
+    ring_rows = std::min(s.height, (band - 1) * s.stride + s.extent());
+    grad_rows = std::min(s.out_height(), band + (s.extent() - 1) / s.stride);
     out_pixels = band * s.out_width();
-    in_pixels = ring_rows * s.width;
+    in_pixels = std::min(s.height, band * s.stride + s.extent() - 1) * s.width;
   }
 };
 

@@ -30,7 +30,7 @@ class Training {
       : step_(step), a_(args), s_(args.shape), l_(layout), hidden_(s_.hidden_panels() * kPanel) {
     const auto take = [&](int64_t count) { return std::exchange(scratch, scratch + count); };
     expanded_ = take(l_.ring());
-    sums_of_e_ = take(l_.ring());
+    sums_of_e_ = take(l_.keeps_e ? l_.ring() : 0);
     gradient_ = take(l_.grad());
     zeros_ = take(l_.zeros());
     d_ = take(l_.panels * l_.out_panel());
@@ -63,8 +63,6 @@ class Training {
   int64_t channel() const { return first_ * kPanel; }
   int64_t vectors() const { return panels_ * kPerPanel; }
   bool expands() const { return s_.expand != Expand::kNone; }
-  // Whether act(e) tells the derivative.
-  bool keeps_sums() const { return expands() && !is_clip(s_.expand_activation); }
 
   void clear_results() {
     const int64_t first = channel(), count = panels_ * kPanel;
@@ -88,8 +86,7 @@ class Training {
       rows_ = least(l_.band, height - row);
       const bool last = row + rows_ == height;
       const int64_t reach = (row + rows_ - 1) * s_.stride - s_.pad_top + s_.extent();
-      const bool all = last && step_ == Step::kExpand;
-      expand(all ? s_.height : least(reach, s_.height));
+      expand(least(reach, s_.height));
       depthwise();
       if (step_ == Step::kStatistics) {
         add_statistics();
@@ -101,11 +98,14 @@ class Training {
         } else {
           add_depthwise_weights();
           // Rows that no later band reaches.
-          const int64_t end = (row + rows_) * s_.stride - s_.pad_top;
-          expand_gradient(last ? s_.height : greatest(least(end, s_.height), 0));
+          const int64_t end = last ? reach : (row + rows_) * s_.stride - s_.pad_top;
+          expand_gradient(greatest(least(end, s_.height), 0));
         }
       }
     }
+    // Rows of x that no tap reaches.
+    if (step_ == Step::kExpand && finished_rows_ < s_.height)
+      std::fill(g_x_row(finished_rows_), g_x_row(s_.height), T(0));
   }
 
   T* ring_row(T* ring, int64_t row) const {
@@ -116,6 +116,9 @@ class Training {
   }
   const T* x_row(int64_t row) const {
     return a_.x + (image_ * s_.height + row) * s_.width * s_.in_channels;
+  }
+  T* g_x_row(int64_t row) const {
+    return a_.g_x + (image_ * s_.height + row) * s_.width * s_.in_channels;
   }
   const T* g_band() const {
     return a_.g + (image_ * s_.out_height() + row_) * s_.out_width() * s_.out_channels;
@@ -128,7 +131,7 @@ class Training {
       T* const to = ring_row(expanded_, row) + l_.left * kPanel;
       if (!expands())
         copy(x_row(row), to);
-      else if (keeps_sums())
+      else if (l_.keeps_e)
         expand_formula(row, to);
       else
         expand_clipped(x_row(row), to);
@@ -349,7 +352,7 @@ class Training {
       }
     }
     const int64_t pixels = (end - first) * s_.width;
-    T* const g_x = a_.g_x + (image_ * s_.height + first) * s_.width * s_.in_channels;
+    T* const g_x = g_x_row(first);
     if (expands()) {
       with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
         for (int64_t v = 0; v < vectors(); ++v) activation_gradient<kind()>(v, first, end);
