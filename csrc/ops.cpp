@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
         ", int[] block) -> (Tensor, Tensor)");
   m.def("training_backward_expand" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
         ", Tensor? w_input, int[] block) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("training_moments(Tensor x) -> Tensor");
+  m.def("training_centre(Tensor x, Tensor mean) -> (Tensor, Tensor, Tensor)");
+  m.def("training_normalise(Tensor x, Tensor values, Tensor? added) -> Tensor");
+  m.def("training_gradient_sums(Tensor g, Tensor x, Tensor values) -> Tensor");
+  m.def("training_gradient(Tensor g, Tensor x, Tensor values) -> Tensor");
   m.def("sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");
   m.def("sequence_row(Tensor x, Tensor weights, Tensor layers, bool flat) -> Tensor");
   m.def("int8_sequence(Tensor x, Tensor weights, int[] layers) -> Tensor");

@@ -92,10 +92,6 @@ class _Input(NamedTuple):
     covariance: Tensor | None  # float64 [C, C]
 
 
-_BLOCK = 512  # pixels whose products are summed in x's dtype before they go on in float64
-_BLOCKS = 64  # of them at a time
-
-
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -105,26 +101,18 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def centre(x: Tensor, pilot: Tensor) -> Tensor:
-    return _channels_last(x - pilot[:, None, None])
-
-
 def _moments(x: Tensor) -> _Input:
     """Of a float32 or float64 x: the mean is taken off before anything is squared."""
-    pilot = x.mean((0, 2, 3))
-    centred = centre(x, pilot)
-    pixels = _pixels(centred)
-    channels = pixels.shape[1]
-    total = pixels.new_zeros(channels, dtype=torch.float64)
-    products = pixels.new_zeros(channels, channels, dtype=torch.float64)
-    for some in pixels.split(_BLOCK * _BLOCKS):
-        whole = len(some) // _BLOCK * _BLOCK
-        for part in (some[:whole].view(-1, _BLOCK, channels), some[whole:][None]):
-            if part.numel():
-                total += part.sum(1).sum(0, dtype=torch.float64)
-                products += torch.bmm(part.mT, part).sum(0, dtype=torch.float64)
-    rest = total / len(pixels)
-    return _Input(centred, pilot, rest, products / len(pixels) - torch.outer(rest, rest))
+    x = _channels_last(x)
+    pilot = torch.ops.mnv2_fused.training_moments(x)[0].to(x.dtype)
+    centred, total, products = torch.ops.mnv2_fused.training_centre(x, _padded(pilot[None]))
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    rest = total[0] / count
+    return _Input(centred, pilot, rest, products / count - torch.outer(rest, rest))
+
+
+def _less(x: Tensor, pilot: Tensor | None) -> Tensor:
+    return _channels_last(x if pilot is None else x - pilot[:, None, None])
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -239,7 +227,7 @@ class _Projected(torch.autograd.Function):
         weights, spec, (of_e, of_d) = Weights(*tensors[:6]), ctx.spec, ctx.affines
         first, second = ctx.norms
         dtype, given = x.dtype, ctx.given
-        centred = _channels_last(x) if given.pilot is None else centre(x, given.pilot)
+        centred = _less(x, given.pilot)
         w = w_expand = b_expand = None
         if of_e is not None:
             w = weights.expand.flatten(1).double()
@@ -289,6 +277,52 @@ class _Projected(torch.autograd.Function):
             grads[6], grads[7] = s1b.to(dtype), s1a.to(dtype)
         found = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
         return g_x, None, None, *found
+
+
+def normed(
+    p: Tensor, norm: Norm, added: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # [N, C, H, W], the norm's statistics
+    """norm(p), plus ``added``, by a norm that takes its statistics from the batch; with gradients."""
+    y, mean, variance = _Normed.apply(p, norm.weight, norm.bias, norm.eps, added)
+    return y, (mean, variance)
+
+
+class _Normed(torch.autograd.Function):
+    """Keeps p and a few numbers of each channel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, added: Tensor | None
+    ) -> Any:
+        p = _channels_last(p)
+        mean, variance = torch.ops.mnv2_fused.training_moments(p)
+        affine = _Affine.of(Norm(weight, bias, eps), mean, variance)
+        values = _padded(torch.stack([mean, affine.scale, affine.bias])).to(p.dtype)
+        other = None if added is None else _channels_last(added)
+        ctx.save_for_backward(p, weight, bias)
+        ctx.affine, ctx.eps = affine, eps
+        ctx.mark_non_differentiable(mean, variance)
+        return torch.ops.mnv2_fused.training_normalise(p, values, other), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
+        p, weight, bias = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:3], False, False)
+        added = g if ctx.needs_input_grad[4] else None
+        if torch.is_grad_enabled():
+            y = F.batch_norm(p, None, None, weight, bias, training=True, eps=ctx.eps)
+            wanted = [t for t, need in zip((p, weight, bias), needs, strict=False) if need]
+            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+            return (*(next(found) if need else None for need in needs[:3]), None, added)
+        g, affine = _channels_last(g), ctx.affine
+        rows = [affine.mean, affine.inverse]
+        of_p = _padded(torch.stack(rows)).to(p.dtype)
+        sums = torch.ops.mnv2_fused.training_gradient_sums(g, p, of_p)
+        share = affine.scale / (p.shape[0] * p.shape[2] * p.shape[3])
+        rows += [affine.scale, -share * sums[0], -share * sums[1]]
+        g_p = torch.ops.mnv2_fused.training_gradient(g, p, _padded(torch.stack(rows)).to(p.dtype))
+        grads = None if weight is None else sums[1].to(p.dtype), None if bias is None else sums[0].to(p.dtype)
+        return g_p, *grads, None, added
 
 
 def _padded_rows(t: Tensor) -> Tensor:
@@ -349,6 +383,10 @@ def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) 
     return grads[0], None, None, *grads[1:]
 
 
+def _hidden(block: Sequence[int]) -> int:
+    return block[4]  # of BLOCK_FIELDS
+
+
 def _statistics_fake(x, w_expand, b_expand, w_depthwise, block):
     return x.new_empty(2, _hidden(block), dtype=torch.float64)
 
@@ -361,15 +399,33 @@ def _backward_project_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_
 def _backward_expand_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, w_input, block):
     e, taps = _hidden(block), w_depthwise.shape[1]
     channels = 0 if w_expand is None else x.shape[1]
-    g_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return g_x, x.new_empty(1, e, dtype=torch.float64), x.new_empty(channels, e), x.new_empty(taps, e)
+    return _like(x), x.new_empty(1, e, dtype=torch.float64), x.new_empty(channels, e), x.new_empty(taps, e)
 
 
-def _hidden(block: Sequence[int]) -> int:
-    return block[4]  # of BLOCK_FIELDS
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
+
+def _moments_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(2, x.shape[1], dtype=torch.float64)
+
+
+def _centre_fake(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c = x.shape[1]
+    return _like(x), x.new_empty(1, c, dtype=torch.float64), x.new_empty(c, c, dtype=torch.float64)
+
+
+_FAKES: dict[str, Any] = {
+    "training_statistics": _statistics_fake,
+    "training_backward_project": _backward_project_fake,
+    "training_backward_expand": _backward_expand_fake,
+    "training_moments": _moments_fake,
+    "training_centre": _centre_fake,
+    "training_normalise": _like,
+    "training_gradient_sums": _moments_fake,
+    "training_gradient": _like,
+}
 
 if backends._C is not None:
-    torch.library.register_fake("mnv2_fused::training_statistics", _statistics_fake)
-    torch.library.register_fake("mnv2_fused::training_backward_project", _backward_project_fake)
-    torch.library.register_fake("mnv2_fused::training_backward_expand", _backward_expand_fake)
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"mnv2_fused::{_name}", _fake)

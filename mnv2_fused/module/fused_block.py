@@ -354,11 +354,9 @@ class FusedBlock(nn.Module):
         return None
 
     def _train_fused(self, x: Tensor) -> Tensor:
-        spec = self._read_spec
-        y = train_fused(x, *self._fold_parameters(), spec, [norm for _, norm in self._pairs])
-        if not spec.residual:
-            return y
-        return self._sum(x, y, self._drop_path if reading.drops_now(self._drop_path) else (), spec)
+        norms = [norm for _, norm in self._pairs]
+        drops = nn.Sequential(*self._drop_path) if reading.drops_now(self._drop_path) else None
+        return train_fused(x, *self._fold_parameters(), self._read_spec, norms, drops)
 
     def _warn(self, what: str) -> None:
         """Once for a model and a reason: the blocks that one call of fuse made remember together what was said."""

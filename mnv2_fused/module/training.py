@@ -112,10 +112,12 @@ def train_fused(
     eps: Sequence[float],
     spec: BlockSpec,
     norms: Sequence[Norm | None],
+    drops: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
-    """The block by the kernels of :mod:`mnv2_fused.training_ops`, but for what adds x; running statistics follow.
+    """The block by the kernels of :mod:`mnv2_fused.training_ops`; running statistics follow.
 
-    What is kept for backward: x, and the projection's result in front of its norm.
+    What is kept for backward: x, and the projection's result in front of its norm. ``drops``: stochastic depth in front
+    of the sum with x.
     """
     stages, _ = conv_norms(parameters, len(eps))
     live = [is_live(norm) for norm in norms]
@@ -133,16 +135,23 @@ def train_fused(
     for norm, statistics, count in zip((norms[-3] if first else None, norms[-2]), found, counts, strict=True):
         if statistics is not None and isinstance(norm, BatchNorm):
             _note(norm, *statistics, count)
+    act = function_of(spec.out_activation, spec.negative_slope)
+    plain = spec.out_activation == "identity" or spec.activates_sum
+    with_sum = spec.residual and plain and drops is None
     of_p = norms[-1]
     if live[-1]:
-        y = _of_batch(p, project.norm_weight, project.norm_bias, eps[-1], of_p if isinstance(of_p, BatchNorm) else None)
-    elif project.mean is not None:
-        y = F.batch_norm(
-            p, project.mean, project.variance, project.norm_weight, project.norm_bias, training=False, eps=eps[-1]
-        )
+        y, statistics = training_ops.normed(p, made[-1], x if with_sum else None)
+        if isinstance(of_p, BatchNorm):
+            _note(of_p, *statistics, counts[1])
     else:
-        y = p
-    return y if spec.activates_sum else function_of(spec.out_activation, spec.negative_slope)(y)
+        scale, bias = project.norm_weight, project.norm_bias
+        y = p if project.mean is None else F.batch_norm(p, project.mean, project.variance, scale, bias, eps=eps[-1])
+        y = y + x if with_sum else y
+    if not plain:
+        y = act(y)
+    if spec.residual and not with_sum:
+        y = (y if drops is None else drops(y)) + x
+    return act(y) if spec.activates_sum else y
 
 
 # Of one expanded tensor, while a backward pass computes it again, where the block's input is not larger: small beside

@@ -93,6 +93,25 @@ struct Layout {
   }
 };
 
+// Of passes over a tensor of the block's own width, [pixels][channels].
+template <class T>
+struct NarrowArgs {
+  int64_t pixels, channels;
+  const T* x;
+  const T* g = nullptr;
+  const T* added = nullptr;  // or null
+  // [channels/16 * 16] each, see narrow.h.
+  const T *mean = nullptr, *inverse = nullptr, *scale = nullptr, *offset = nullptr;
+  const T* slope = nullptr;
+  T* y = nullptr;
+  // Results, one after the other for each slice:
+  double* sums = nullptr;      // [2][channels/16 * 16]
+  double* products = nullptr;  // [channels][channels/16 * 16]
+};
+constexpr int64_t kSlices = 16;
+// Pixels that are summed in T before they go on in double.
+constexpr int64_t kBlockPixels = 256;
+
 template <class T>
 struct Kernels {
   int64_t lanes;
@@ -103,6 +122,13 @@ struct Kernels {
   void (*backward_project)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
   // sums: of e's gradient, and nothing; dw_depthwise, dw_expand, g_x without what the first norm adds.
   void (*backward_expand)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
+  // Each runs one slice; see narrow.h.
+  void (*moments)(const NarrowArgs<T>&, int64_t slice);
+  void (*normalise)(const NarrowArgs<T>&, int64_t slice);
+  void (*gradient_sums)(const NarrowArgs<T>&, int64_t slice);
+  void (*gradient)(const NarrowArgs<T>&, int64_t slice);
+  // scratch: [channels/16][kBlockPixels][16]
+  void (*centre)(const NarrowArgs<T>&, int64_t slice, T* scratch);
 };
 
 struct AllKernels {

@@ -21,36 +21,48 @@ struct Rows2d {
 
 // out[c] = sum of weights[k] * row[c * kStep + k * spread], over all rows: C outputs from `first` on.
 // spread: negative where the kernel is mirrored.
-template <class V, int kStep, int C>
-MNV2_INLINE void filter_cols(const Rows2d<typename V::T>& rows, int64_t taps, int64_t spread,
-                             int64_t first, typename V::T* out) {
+template <class V, int K, int kStep, int C>
+MNV2_INLINE void filter_cols(const Rows2d<typename V::T>& rows, int64_t spread, int64_t first,
+                             typename V::T* out) {
   V acc[C];
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = V::set1(0); });
   for (int r = 0; r < rows.count; ++r) {
-    const typename V::T* at = rows.at[r] + first * kStep * kPanel;
-    const typename V::T* w = rows.weights[r];
-    for (int64_t k = 0; k < taps; ++k, at += spread * kPanel, w += kPanel) {
-      const V weight = V::load(w);
+    const typename V::T* const at = rows.at[r] + first * kStep * kPanel;
+    const typename V::T* const w = rows.weights[r];
+    unrolled<K>([&](auto k) MNV2_INLINE_LAMBDA {
+      const V weight = V::load(w + k * kPanel);
+      const typename V::T* const tap = at + k * spread * kPanel;
       unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA {
-        acc[c] = V::fma(V::load(at + c * kStep * kPanel), weight, acc[c]);
+        acc[c] = V::fma(V::load(tap + c * kStep * kPanel), weight, acc[c]);
       });
-    }
+    });
   }
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c].store(out + (first + c) * kPanel); });
 }
 
-template <class V, int kStep>
-void filter_row(const Rows2d<typename V::T>& rows, int64_t taps, int64_t spread, int64_t cols,
+template <class V, int K, int kStep>
+void filter_row(const Rows2d<typename V::T>& rows, int64_t spread, int64_t cols,
                 typename V::T* out) {
   int64_t col = 0;
   const auto run = [&]<int C>(std::integral_constant<int, C>) MNV2_INLINE_LAMBDA {
-    for (; cols - col >= C; col += C) filter_cols<V, kStep, C>(rows, taps, spread, col, out);
+    for (; cols - col >= C; col += C) filter_cols<V, K, kStep, C>(rows, spread, col, out);
   };
-  run(std::integral_constant<int, 8>{});
+  // Widths are mostly multiples of 7.
+  run(std::integral_constant<int, 14>{});
   run(std::integral_constant<int, 7>{});
   run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
+}
+
+template <class V>
+void filter_row(int64_t kernel, int64_t step, const Rows2d<typename V::T>& rows, int64_t spread,
+                int64_t cols, typename V::T* out) {
+  unrolled<kKernelSizeCount>([&](auto size) MNV2_INLINE_LAMBDA {
+    constexpr int K = int(kKernelSizes[size]);
+    if (kernel != K) return;
+    step == 1 ? filter_row<V, K, 1>(rows, spread, cols, out)
+              : filter_row<V, K, 2>(rows, spread, cols, out);
+  });
 }
 
 // dw[ky][kx] += sum over c of rows[ky][c * step + kx * spread] * g[c * step], of K rows of K taps from

@@ -14,7 +14,9 @@
 #include "args.h"
 #include "derivative.h"
 #include "filter.h"
+#include "narrow.h"
 #include "product.h"
+#include "sums.h"
 
 namespace {
 
@@ -202,39 +204,23 @@ class Training {
         for_kernel_rows(row_ + r,
                         [&](int64_t ky, int64_t at) { rows.add(ring_row(from, at), taps(v, ky)); });
         T* const out = to + r * s_.out_width() * kPanel;
-        s_.stride_across() == 1
-            ? filter_row<V, 1>(rows, s_.kernel, s_.dilation, s_.out_width(), out)
-            : filter_row<V, 2>(rows, s_.kernel, s_.dilation, s_.out_width(), out);
+        filter_row<V>(s_.kernel, s_.stride_across(), rows, s_.dilation, s_.out_width(), out);
       }
     }
   }
 
-  // Of d's values less the band's first: so a mean far from 0 takes no digits. Bands are put together in
-  // double, as two samples are whose means differ.
   void add_statistics() {
-    const double count = double(pixels()), before = double(summed_), all = before + count;
     for (int64_t v = 0; v < vectors(); ++v) {
       const T* const at = d_ + vector_offset<V>(v, l_.out_panel());
-      const V first = V::load(at), minus = multiplied(first, V::set1(-1));
+      const V origin = V::load(at), minus = multiplied(origin, V::set1(-1));
       V sum = V::set1(0), squares = V::set1(0);
       for (int64_t i = 0; i < pixels(); ++i) {
         const V off = V::add(V::load(at + i * kPanel), minus);
         sum = V::add(sum, off);
         squares = V::fma(off, off, squares);
       }
-      T firsts[V::kLanes], sums[V::kLanes], of_squares[V::kLanes];
-      first.store(firsts);
-      sum.store(sums);
-      squares.store(of_squares);
       double* const mean = sums_ + channel() + v * V::kLanes;
-      double* const spread = mean + hidden_;
-      for (int64_t lane = 0; lane < V::kLanes; ++lane) {
-        const double off = double(sums[lane]) / count;
-        const double difference = double(firsts[lane]) + off - mean[lane];
-        spread[lane] += double(of_squares[lane]) - off * double(sums[lane]) +
-                        difference * difference * (before * count / all);
-        mean[lane] += difference * (count / all);
-      }
+      join<V>(origin, sum, squares, double(summed_), double(pixels()), mean, mean + hidden_);
     }
     summed_ += pixels();
   }
@@ -280,8 +266,8 @@ class Training {
         products = V::fma(g, normalised(value), products);
         value_of<kind>(a, s_.negative_slope).store(at);
       }
-      add_sum(sum, sums_ + c);
-      add_sum(products, sums_ + hidden_ + c);
+      add_lanes<V>(sum, sums_ + c);
+      add_lanes<V>(products, sums_ + hidden_ + c);
     } else {
       const V offset = V::load(a_.offset + c), slope = V::load(a_.slope + c);
       const int64_t step = s_.stride_across() * kPanel;
@@ -296,12 +282,6 @@ class Training {
       }
     }
   }
-  static MNV2_INLINE void add_sum(V sum, double* to) {
-    T lanes[V::kLanes];
-    sum.store(lanes);
-    for (int64_t lane = 0; lane < V::kLanes; ++lane) to[lane] += double(lanes[lane]);
-  }
-
   // dw[i] += sum over pixels of narrow[pixel][i] * wide[pixel], for `rows` channels i.
   void add_outer(const T* narrow, int64_t rows, const T* wide, int64_t panel, int64_t pixels,
                  T* dw) {
@@ -347,8 +327,8 @@ class Training {
           const T* const of_row = from + (gradient_row(r) - gradient_) + (s_.extent() - 1) * kPanel;
           rows.add(of_row, taps(v, ky));
         }
-        filter_row<V, 1>(rows, s_.kernel, -s_.dilation, s_.width,
-                         to + (row - first) * s_.width * kPanel);
+        filter_row<V>(s_.kernel, 1, rows, -s_.dilation, s_.width,
+                      to + (row - first) * s_.width * kPanel);
       }
     }
     const int64_t pixels = (end - first) * s_.width;
@@ -358,8 +338,9 @@ class Training {
         for (int64_t v = 0; v < vectors(); ++v) activation_gradient<kind()>(v, first, end);
       });
       add_outer(x_row(first), s_.in_channels, g_e_, l_.in_panel(), pixels, dw_expand_);
-      project<V>(pixels, g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
-                 hidden_ * kPanel, s_.in_channels, first_ > 0, g_x);
+      project<V, T>({g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
+                     hidden_ * kPanel, g_x, s_.in_channels, first_ > 0},
+                    pixels);
     } else {
       store_gradient(pixels, g_x);
     }
@@ -378,7 +359,7 @@ class Training {
         value.store(g);
       }
     }
-    add_sum(sum, sums_ + channel() + v * V::kLanes);
+    add_lanes<V>(sum, sums_ + channel() + v * V::kLanes);
   }
   // Without an expansion: channels side by side again.
   void store_gradient(int64_t pixels, T* g_x) {
@@ -421,10 +402,27 @@ void run_training(const Args<typename V::T>& args, const Layout& layout, int64_t
   Training<V>(kStep, args, layout, slot, scratch).run();
 }
 
+template <class V, void (Narrow<V>::*kPass)()>
+void run_narrow(const NarrowArgs<typename V::T>& args, int64_t slice) {
+  (Narrow<V>(args, slice).*kPass)();
+}
+template <class V>
+void run_centre(const NarrowArgs<typename V::T>& args, int64_t slice, typename V::T* scratch) {
+  Narrow<V>(args, slice).centre(scratch);
+}
+
 template <class V>
 constexpr Kernels<typename V::T> training_kernels_of() {
-  return {V::kLanes, &run_training<V, Step::kStatistics>, &run_training<V, Step::kProject>,
-          &run_training<V, Step::kExpand>};
+  using N = Narrow<V>;
+  return {V::kLanes,
+          &run_training<V, Step::kStatistics>,
+          &run_training<V, Step::kProject>,
+          &run_training<V, Step::kExpand>,
+          &run_narrow<V, &N::moments>,
+          &run_narrow<V, &N::normalise>,
+          &run_narrow<V, &N::gradient_sums>,
+          &run_narrow<V, &N::gradient>,
+          &run_centre<V>};
 }
 
 }  // namespace

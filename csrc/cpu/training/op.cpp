@@ -5,22 +5,11 @@
 #include <vector>
 
 #include "../../block_fields.h"
-#include "../isa.h"
-#include "../op.h"
 #include "../tasks.h"
-#include "args.h"
+#include "tensors.h"
 
 namespace mnv2_fused::cpu::training {
 namespace {
-
-template <class T>
-const Kernels<T>& kernels() {
-  const AllKernels& all = cpu::active().training();
-  if constexpr (std::is_same_v<T, float>)
-    return all.f32;
-  else
-    return all.f64;
-}
 
 // A block by its fields, in the order of block_fields.h.
 BlockShape shape_of(IntHeaderOnlyArrayRef fields) {
@@ -40,33 +29,6 @@ BlockShape shape_of(IntHeaderOnlyArrayRef fields) {
     if (!has_derivative(a)) fail("no training kernel knows the derivative of ", row_of(a).name);
   if (s.batch < 1) fail("a batch must have at least one image");
   return s;
-}
-
-// A dense [N, C, H, W] in channels_last order.
-template <class T>
-const T* activation(const char* name, const Tensor& t, const Sizes& sizes) {
-  const auto [n, c, h, w] = sizes;
-  const bool right = t.is_cpu() && t.scalar_type() == type_of<T> && t.dim() == 4 &&
-                     std::equal(sizes.begin(), sizes.end(), t.sizes().begin()) &&
-                     (c == 1 || t.stride(1) == 1) && (w == 1 || t.stride(3) == c) &&
-                     (h == 1 || t.stride(2) == w * c) && (n == 1 || t.stride(0) == h * w * c);
-  if (!right)
-    fail(name, " must be dense ", to_string(sizes),
-         " in channels_last order, of the block's dtype, got ", to_string(t));
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-const T* weights(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (!t.is_cpu() || t.scalar_type() != type_of<T>) fail(name, " must be of x's dtype, on the CPU");
-  check_sizes(name, t, sizes);
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-Tensor zeroless(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const std::vector<int64_t> all(sizes);
-  std::vector<int64_t> strides(all.size(), 1);
-  for (size_t i = all.size(); i-- > 1;) strides[i - 1] = strides[i] * all[i];
-  return empty({all.data(), all.size()}, {strides.data(), strides.size()}, dtype);
 }
 
 // One call of one pass.
@@ -122,7 +84,7 @@ class Call {
   template <class R>
   Tensor summed(const R* parts, int64_t rows, int64_t rows_of_slot = 0) {
     const int64_t pitch = std::max(rows, rows_of_slot) * hidden;
-    const Tensor sum = zeroless({rows, s.hidden_channels}, type_of<R>);
+    const Tensor sum = dense({rows, s.hidden_channels}, type_of<R>);
     R* const to = static_cast<R*>(sum.mutable_data_ptr());
     const int64_t rows_a_task = ceil_div(rows, torch::stable::get_num_threads());
     torch::stable::parallel_for(0, rows, rows_a_task, [&](int64_t row, int64_t end) {
@@ -145,22 +107,6 @@ class Call {
   std::vector<Tensor> memory_;
 };
 
-template <class F>
-auto with_dtype(const char* op, const Tensor& x, F f) {
-  try {
-    switch (x.scalar_type()) {
-      case ScalarType::Float:
-        return f(float{});
-      case ScalarType::Double:
-        return f(double{});
-      default:
-        fail("x must be float32 or float64");
-    }
-  } catch (const std::exception& error) {
-    throw std::runtime_error(std::string("mnv2_fused::") + op + ": " + error.what());
-  }
-}
-
 // The mean of d, and its variance, over all images: [2, E] float64.
 Tensor statistics(const Tensor& x, const std::optional<Tensor>& w_expand,
                   const std::optional<Tensor>& b_expand, const Tensor& w_depthwise,
@@ -169,26 +115,11 @@ Tensor statistics(const Tensor& x, const std::optional<Tensor>& w_expand,
     Call<T> call(x, w_expand, b_expand, w_depthwise, block);
     const double* const parts = call.args.sums = call.template of_slots<double>(2 * call.hidden);
     call.run(kernels<T>().statistics);
-    const int64_t hidden = call.s.hidden_channels;
-    const Tensor result = zeroless({2, hidden}, ScalarType::Double);
-    auto* const mean = static_cast<double*>(result.mutable_data_ptr());
     const double pixels = double(call.s.out_height() * call.s.out_width());
-    for (int64_t c = 0; c < hidden; ++c) {
-      double m = 0, squares = 0, count = 0;
-      for (int64_t slot = 0; slot < call.slots; ++slot) {
-        const double* const part = parts + slot * 2 * call.hidden + c;
-        const int64_t images =
-            call.s.batch * (slot + 1) / call.slots - call.s.batch * slot / call.slots;
-        const double more = double(images) * pixels, all = count + more;
-        const double difference = part[0] - m;
-        squares += part[call.hidden] + difference * difference * (count * more / all);
-        m += difference * (more / all);
-        count = all;
-      }
-      mean[c] = m;
-      mean[hidden + c] = squares / count;
-    }
-    return result;
+    return joined(parts, call.slots, call.hidden, call.s.hidden_channels, [&](int64_t slot) {
+      const int64_t begin = call.s.batch * slot / call.slots;
+      return double(call.s.batch * (slot + 1) / call.slots - begin) * pixels;
+    });
   });
 }
 

@@ -60,56 +60,60 @@ MNV2_INLINE void product(int64_t rows, int64_t vectors, const T* a, int64_t row,
 }
 
 // y[i][c] (+)= sum over the channels k of a[k/16][i][k % 16] * weights[c/16][k][c % 16], c < channels.
+template <class T>
+struct Projected {
+  const T* a;
+  int64_t a_panel, panels;  // of 16 channels k
+  const T* weights;
+  int64_t w_panel;
+  T* y;
+  int64_t channels;
+  bool adds;  // to what is there
+};
+
+// N vectors of c from `vector` on, of which the last has `lanes`.
 template <class V, int N, bool kPartial, class T>
-void project_piece(int64_t pixels, const T* a, int64_t a_panel, int64_t panels, const T* weights,
-                   int64_t w_panel, int64_t vector, int64_t lanes, bool adds, T* y, int64_t pitch) {
-  const auto load = [&](const T* p) MNV2_INLINE_LAMBDA {
-    if constexpr (kPartial) return V::load_partial(p, lanes);
-    return V::load(p);
-  };
+void project_vectors(const Projected<T>& t, int64_t pixels, int64_t vector, int64_t lanes) {
   for_pieces(pixels, max_rows<V>(N), [&](int64_t first, int count) {
+    T* const y = t.y + first * t.channels + vector * V::kLanes;
     with_count<max_rows<V>(N)>(
         count, [&]<int R>(std::integral_constant<int, R>) MNV2_INLINE_LAMBDA {
           V acc[R][N];
-          T* const at = y + first * pitch + vector * V::kLanes;
-          unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
-            unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-              acc[i][j] = adds ? load(at + i * pitch + j * V::kLanes) : V::set1(0);
+          const auto each = [&](auto f) MNV2_INLINE_LAMBDA {
+            unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+              unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
+                f(acc[i][j], y + i * t.channels + j * V::kLanes,
+                  std::bool_constant < kPartial && j == N - 1 > {});
+              });
             });
+          };
+          each([&](V& sum, const T* from, auto partial) MNV2_INLINE_LAMBDA {
+            sum = !t.adds ? V::set1(0) : partial ? V::load_partial(from, lanes) : V::load(from);
           });
-          for (int64_t p = 0; p < panels; ++p) {
+          for (int64_t p = 0; p < t.panels; ++p) {
             const T* w[N];
             unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-              w[j] = weights + vector_offset<V>(vector + j, w_panel) + p * kPanel * kPanel;
+              w[j] = t.weights + vector_offset<V>(vector + j, t.w_panel) + p * kPanel * kPanel;
             });
-            accumulate<V, R, N>(acc, a + p * a_panel + first * kPanel, kPanel, 1, w, kPanel);
+            accumulate<V, R, N>(acc, t.a + p * t.a_panel + first * kPanel, kPanel, 1, w, kPanel);
           }
-          unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
-            unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA {
-              T* const to = at + i * pitch + j * V::kLanes;
-              if constexpr (kPartial)
-                acc[i][j].store_partial(to, lanes);
-              else
-                acc[i][j].store(to);
-            });
-          });
+          each([&](V& sum, T* to, auto partial)
+                   MNV2_INLINE_LAMBDA { partial ? sum.store_partial(to, lanes) : sum.store(to); });
         });
   });
 }
 
 template <class V, class T>
-void project(int64_t pixels, const T* a, int64_t a_panel, int64_t panels, const T* weights,
-             int64_t w_panel, int64_t channels, bool adds, T* y) {
-  const int64_t full = channels / V::kLanes, rest = channels % V::kLanes;
-  for_pieces(full, kMaxVectors<V>, [&](int64_t vector, int n) {
+void project(const Projected<T>& t, int64_t pixels) {
+  const int64_t vectors = ceil_div(t.channels, V::kLanes), rest = t.channels % V::kLanes;
+  for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
     with_vectors<V>(n, [&]<int N>(std::integral_constant<int, N>) {
-      project_piece<V, N, false>(pixels, a, a_panel, panels, weights, w_panel, vector, V::kLanes,
-                                 adds, y, channels);
+      if (rest > 0 && vector + N == vectors)
+        project_vectors<V, N, true>(t, pixels, vector, rest);
+      else
+        project_vectors<V, N, false>(t, pixels, vector, V::kLanes);
     });
   });
-  if (rest > 0)
-    project_piece<V, 1, true>(pixels, a, a_panel, panels, weights, w_panel, full, rest, adds, y,
-                              channels);
 }
 
 }  // namespace

@@ -1,0 +1,89 @@
+// Tensors of the training ops: checks, results, and sums of what ran side by side.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "../isa.h"
+#include "../op.h"
+#include "args.h"
+
+namespace mnv2_fused::cpu::training {
+
+template <class T>
+const Kernels<T>& kernels() {
+  const AllKernels& all = cpu::active().training();
+  if constexpr (std::is_same_v<T, float>)
+    return all.f32;
+  else
+    return all.f64;
+}
+
+// A dense [N, C, H, W] in channels_last order.
+template <class T>
+const T* activation(const char* name, const Tensor& t, const Sizes& sizes) {
+  const auto [n, c, h, w] = sizes;
+  const bool right = t.is_cpu() && t.scalar_type() == type_of<T> && t.dim() == 4 &&
+                     std::equal(sizes.begin(), sizes.end(), t.sizes().begin()) &&
+                     (c == 1 || t.stride(1) == 1) && (w == 1 || t.stride(3) == c) &&
+                     (h == 1 || t.stride(2) == w * c) && (n == 1 || t.stride(0) == h * w * c);
+  if (!right)
+    fail(name, " must be dense ", to_string(sizes),
+         " in channels_last order, of the block's dtype, got ", to_string(t));
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* weights(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (!t.is_cpu() || t.scalar_type() != type_of<T>) fail(name, " must be of x's dtype, on the CPU");
+  check_sizes(name, t, sizes);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+inline Tensor dense(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const std::vector<int64_t> all(sizes);
+  std::vector<int64_t> strides(all.size(), 1);
+  for (size_t i = all.size(); i-- > 1;) strides[i - 1] = strides[i] * all[i];
+  return empty({all.data(), all.size()}, {strides.data(), strides.size()}, dtype);
+}
+
+// The mean and the biased variance of several samples put together in order, [2, C] of
+// [parts][2][C/16 * 16]; count_of(part): values in it.
+template <class F>
+Tensor joined(const double* parts, int64_t count, int64_t padded, int64_t channels, F count_of) {
+  const Tensor result = dense({2, channels}, ScalarType::Double);
+  auto* const to = static_cast<double*>(result.mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c) {
+    double mean = 0, squares = 0, before = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double* const part = parts + i * 2 * padded + c;
+      const double more = count_of(i), all = before + more, difference = part[0] - mean;
+      if (more == 0) continue;
+      squares += part[padded] + difference * difference * (before * more / all);
+      mean += difference * (more / all);
+      before = all;
+    }
+    to[c] = mean;
+    to[channels + c] = squares / before;
+  }
+  return result;
+}
+
+// Calls f with the kernels' T for x. Errors carry the op's name.
+template <class F>
+auto with_dtype(const char* op, const Tensor& x, F f) {
+  try {
+    switch (x.scalar_type()) {
+      case ScalarType::Float:
+        return f(float{});
+      case ScalarType::Double:
+        return f(double{});
+      default:
+        fail("x must be float32 or float64");
+    }
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("mnv2_fused::") + op + ": " + error.what());
+  }
+}
+
+}  // namespace mnv2_fused::cpu::training
