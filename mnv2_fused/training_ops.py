@@ -86,7 +86,7 @@ class _Affine(NamedTuple):
 class _Input(NamedTuple):
     """x as the kernels take it, and the moments that the first norm needs."""
 
-    centred: Tensor  # [N, C, H, W] channels_last: x less ``pilot``
+    centred: Tensor | None  # [N, C, H, W] channels_last: x less ``pilot``
     pilot: Tensor | None  # [C]: x's mean, rounded to its dtype
     rest: Tensor  # float64 [C]: the mean of ``centred``
     covariance: Tensor | None  # float64 [C, C]
@@ -101,18 +101,30 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _moments(x: Tensor) -> _Input:
+def _moments(x: Tensor, weights: Weights) -> _Input:
     """Of a float32 or float64 x: the mean is taken off before anything is squared."""
     x = _channels_last(x)
-    pilot = torch.ops.mnv2_fused.training_moments(x)[0].to(x.dtype)
-    centred, total, products = torch.ops.mnv2_fused.training_centre(x, _padded(pilot[None]))
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    mean = torch.ops.mnv2_fused.training_moments(x)[0].to(x.dtype)
+    if _is_stem(weights):
+        centred, pilot = _patches(x, mean), mean.repeat(9)
+        _, total, products = torch.ops.mnv2_fused.training_centre(centred, None)
+    else:
+        pilot = mean
+        centred, total, products = torch.ops.mnv2_fused.training_centre(x, _padded(pilot[None]))
+    count = centred.shape[0] * centred.shape[2] * centred.shape[3]
     rest = total[0] / count
     return _Input(centred, pilot, rest, products / count - torch.outer(rest, rest))
 
 
-def _less(x: Tensor, pilot: Tensor | None) -> Tensor:
+def _taken(x: Tensor, weights: Weights, pilot: Tensor | None = None) -> Tensor:
+    """What the expansion multiplies, less ``pilot``, channels_last."""
+    if _is_stem(weights):
+        return _patches(x, None if pilot is None else pilot[: x.shape[1]])
     return _channels_last(x if pilot is None else x - pilot[:, None, None])
+
+
+def _is_stem(weights: Weights) -> bool:
+    return weights.expand is not None and weights.expand.shape[-1] > 1
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -145,10 +157,39 @@ def _kernel(spec: BlockSpec, x: Tensor, w_expand: Tensor | None, b_expand: Tenso
     )
 
 
+def _patches(x: Tensor, pilot: Tensor | None = None) -> Tensor:
+    """[N, C, H, W] less ``pilot`` -> [N, 9 C, H', W'], channels_last: what a stem's 3x3 convolution of stride 2
+    multiplies, by rows of the kernel, columns, channels. So that convolution is a product, as an expansion is.
+    """
+    n, c, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)
+    if pilot is None:
+        around = x.new_zeros(n, height + 2, width + 2, c)
+        around[:, 1:-1, 1:-1] = pixels
+    else:
+        around = (-pilot).repeat(n, height + 2, width + 2, 1)
+        torch.sub(pixels, pilot, out=around[:, 1:-1, 1:-1])
+    image, row, _, _ = around.stride()
+    size = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    windows = around.as_strided((n, *size, 3, 3 * c), (image, 2 * row, 2 * c, row, 1))
+    return windows.reshape(n, *size, 9 * c).permute(0, 3, 1, 2)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[E, C, k, k] -> [E, k k C], in the order of a patch."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _of_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The other way round, in the shape of ``weight``."""
+    e, c, *size = weight.shape
+    return matrix.view(e, *size, c).permute(0, 3, 1, 2)
+
+
 class Weights(NamedTuple):
     """The convolutions' own tensors."""
 
-    expand: Tensor | None  # [E, C_in, 1, 1]
+    expand: Tensor | None  # [E, C_in, 1, 1], of a stem [E, C, 3, 3]
     expand_bias: Tensor | None  # [E]
     depthwise: Tensor  # [E, 1, k, k]
     depthwise_bias: Tensor | None  # [E]
@@ -169,7 +210,8 @@ def projected(
     """The block up to its projection's result p [N, C_out, H', W'], channels_last, with gradients; and what running
     statistics are updated by.
 
-    ``norms``: behind the expansion, where there is one, and behind the depthwise convolution.
+    ``norms``: behind the expansion, where there is one, and behind the depthwise convolution. Where a network's stem is
+    the expansion, ``spec`` is that of its patches, and an image gets no gradient.
     """
     first, second = norms
     of_first = (None, None) if first is None else (first.weight, first.bias)
@@ -192,9 +234,9 @@ class _Projected(torch.autograd.Function):
         if weights.expand is None or first is None:
             given = _Input(_channels_last(x), None, x.new_zeros(0, dtype=torch.float64), None)
         else:
-            w = weights.expand.flatten(1).double()
+            w = _matrix(weights.expand).double()
             if first.live:
-                given = _moments(x)
+                given = _moments(x, weights)
                 assert given.pilot is not None and given.covariance is not None
                 variance = ((w @ given.covariance) * w).sum(1).clamp(min=0)
                 # Less the pilot's part, which is taken off x.
@@ -202,10 +244,10 @@ class _Projected(torch.autograd.Function):
                 mean = of_e.mean + w @ given.pilot.double()
                 statistics += [mean if weights.expand_bias is None else mean + weights.expand_bias, variance]
             else:
-                given = _Input(_channels_last(x), None, w.new_zeros(w.shape[1]), None)
+                given = _Input(_taken(x, weights), None, w.new_zeros(w.shape[1]), None)
                 of_e = _Affine.fixed(first, weights.expand_bias)
             w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
-        kernel = _kernel(spec, x, w_expand, b_expand, weights.depthwise)
+        kernel = _kernel(spec, given.centred, w_expand, b_expand, weights.depthwise)
         if second.live:
             d = torch.ops.mnv2_fused.training_statistics(given.centred, *kernel)
             of_d = _Affine.of(second, d[0], d[1])
@@ -227,12 +269,13 @@ class _Projected(torch.autograd.Function):
         weights, spec, (of_e, of_d) = Weights(*tensors[:6]), ctx.spec, ctx.affines
         first, second = ctx.norms
         dtype, given = x.dtype, ctx.given
-        centred = _less(x, given.pilot)
+        centred = _taken(x, weights, given.pilot)
+        x_needed = ctx.needs_input_grad[0]
         w = w_expand = b_expand = None
         if of_e is not None:
-            w = weights.expand.flatten(1).double()
+            w = _matrix(weights.expand).double()
             w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
-        kernel = _kernel(spec, x, w_expand, b_expand, weights.depthwise)
+        kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
         g = _channels_last(g)
         pixels = g.shape[0] * g.shape[2] * g.shape[3]
         zero = torch.zeros_like(of_d.mean)
@@ -246,7 +289,7 @@ class _Projected(torch.autograd.Function):
         )
         s2 = of_d.scale / pixels
         of_d_rows = rows(-s2 * sums[0], -s2 * sums[1]) if second.live else rows(zero, zero)
-        w_input = None if w_expand is None else _panels(_padded_rows(w_expand).mT.to(dtype))
+        w_input = None if w_expand is None or not x_needed else _panels(_padded_rows(w_expand).mT.to(dtype))
         g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward_expand(
             centred, *kernel[:3], g, w_project, of_d_rows, w_input, kernel.block
         )
@@ -263,20 +306,21 @@ class _Projected(torch.autograd.Function):
                 s1b = (w * products).sum(1) * of_e.inverse
                 correction = (s1b * of_e.inverse)[:, None] * (w @ given.covariance)
                 grads[0] = of_e.scale[:, None] * (products - correction)
-                count = x.shape[0] * x.shape[2] * x.shape[3]
-                weighted = (of_e.scale * s1b * of_e.inverse / count)[:, None] * w
-                a = w.mT @ weighted
-                constant = w.mT @ (of_e.scale * s1a / count) - a @ given.rest
-                pixels_of = _pixels(g_x)
-                pixels_of.addmm_(_pixels(centred), a.to(dtype), alpha=-1).sub_(constant.to(dtype))
+                if x_needed:
+                    count = x.shape[0] * x.shape[2] * x.shape[3]
+                    weighted = (of_e.scale * s1b * of_e.inverse / count)[:, None] * w
+                    a = w.mT @ weighted
+                    constant = w.mT @ (of_e.scale * s1a / count) - a @ given.rest
+                    pixels_of = _pixels(g_x)
+                    pixels_of.addmm_(_pixels(centred), a.to(dtype), alpha=-1).sub_(constant.to(dtype))
             else:
                 s1b = ((w * products).sum(1) - of_e.mean * s1a) * of_e.inverse
                 grads[0] = of_e.scale[:, None] * products
-            grads[0] = grads[0].to(dtype).view(weights.expand.shape)
+            grads[0] = _of_matrix(grads[0].to(dtype), weights.expand)
             grads[1] = _of_conv_bias(weights.expand_bias, first, of_e, s1a)
             grads[6], grads[7] = s1b.to(dtype), s1a.to(dtype)
         found = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
-        return g_x, None, None, *found
+        return g_x if x_needed else None, None, None, *found
 
 
 def normed(
@@ -370,9 +414,10 @@ def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) 
 
     y = x
     if weights.expand is not None:
-        y = normalised(F.conv2d(y, weights.expand, weights.expand_bias), 0)
+        of_stem = (2, 1) if _is_stem(weights) else ()  # stride and padding
+        y = normalised(F.conv2d(y, weights.expand, weights.expand_bias, *of_stem), 0)
         y = function_of(spec.expanded_by, spec.negative_slope)(y)
-    y = F.pad(y, spec.padding_of(*x.shape[2:]))
+    y = F.pad(y, spec.padding_of(*y.shape[2:]))
     groups = weights.depthwise.shape[0]
     y = F.conv2d(y, weights.depthwise, weights.depthwise_bias, spec.stride, 0, spec.dilation, groups)
     y = function_of(spec.activation, spec.negative_slope)(normalised(y, 1))
@@ -399,7 +444,8 @@ def _backward_project_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_
 def _backward_expand_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, w_input, block):
     e, taps = _hidden(block), w_depthwise.shape[1]
     channels = 0 if w_expand is None else x.shape[1]
-    return _like(x), x.new_empty(1, e, dtype=torch.float64), x.new_empty(channels, e), x.new_empty(taps, e)
+    g_x = x.new_empty(0) if channels and w_input is None else _like(x)
+    return g_x, x.new_empty(1, e, dtype=torch.float64), x.new_empty(channels, e), x.new_empty(taps, e)
 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
@@ -410,9 +456,9 @@ def _moments_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(2, x.shape[1], dtype=torch.float64)
 
 
-def _centre_fake(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _centre_fake(x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
-    return _like(x), x.new_empty(1, c, dtype=torch.float64), x.new_empty(c, c, dtype=torch.float64)
+    return x.new_empty(0) if mean is None else _like(x), x.new_empty(1, c, dtype=torch.float64), x.new_empty(c, c, dtype=torch.float64)
 
 
 _FAKES: dict[str, Any] = {

@@ -106,6 +106,18 @@ def _norm_of(stage: ConvNorm, eps: float, live: bool) -> training_ops.Norm:
     return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps, stage.mean, stage.variance)
 
 
+def _normed(x: Tensor, made: training_ops.Norm, norm: Norm | None, added: Tensor | None = None) -> Tensor:
+    y, statistics = training_ops.normed(x, made, added)
+    if isinstance(norm, BatchNorm):
+        _note(norm, *statistics, x.shape[0] * x.shape[2] * x.shape[3])
+    return y
+
+
+def norm_live(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """What ``norm`` makes of a float32 or float64 x on the CPU, with the batch's statistics."""
+    return _normed(x, training_ops.Norm(norm.weight, norm.bias, norm.eps), norm)
+
+
 def train_fused(
     x: Tensor,  # [N, C_in, H, W]
     parameters: Sequence[Tensor | None],
@@ -116,7 +128,8 @@ def train_fused(
 ) -> Tensor:  # [N, C_out, H', W']
     """The block by the kernels of :mod:`mnv2_fused.training_ops`; running statistics follow.
 
-    What is kept for backward: x, and the projection's result in front of its norm. ``drops``: stochastic depth in front
+    What is kept for backward: x, and the projection's result in front of its norm. The first stage may be a network's
+    stem, see :func:`mnv2_fused.training_ops.projected`. ``drops``: stochastic depth in front
     of the sum with x.
     """
     stages, _ = conv_norms(parameters, len(eps))
@@ -131,18 +144,18 @@ def train_fused(
     inner = dataclasses.replace(spec, residual=False, out_activation="identity", activates_sum=False)
     first = made[-3] if expand is not None else None
     p, found = training_ops.projected(x, weights, (first, made[-2]), inner)
-    counts = x.shape[0] * x.shape[2] * x.shape[3], p.shape[0] * p.shape[2] * p.shape[3]
+    height, width = x.shape[2:]
+    if expand is not None and expand.weight.shape[-1] > 1:  # a stem
+        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    counts = x.shape[0] * height * width, p.shape[0] * p.shape[2] * p.shape[3]
     for norm, statistics, count in zip((norms[-3] if first else None, norms[-2]), found, counts, strict=True):
         if statistics is not None and isinstance(norm, BatchNorm):
             _note(norm, *statistics, count)
     act = function_of(spec.out_activation, spec.negative_slope)
     plain = spec.out_activation == "identity" or spec.activates_sum
     with_sum = spec.residual and plain and drops is None
-    of_p = norms[-1]
     if live[-1]:
-        y, statistics = training_ops.normed(p, made[-1], x if with_sum else None)
-        if isinstance(of_p, BatchNorm):
-            _note(of_p, *statistics, counts[1])
+        y = _normed(p, made[-1], norms[-1], x if with_sum else None)
     else:
         scale, bias = project.norm_weight, project.norm_bias
         y = p if project.mean is None else F.batch_norm(p, project.mean, project.variance, scale, bias, eps=eps[-1])

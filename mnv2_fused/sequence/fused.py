@@ -23,6 +23,7 @@ from ..module.packed_cache import cacheable, capturing
 from .compiled import RunsTraced, forget
 from .find import FLATTEN, POOL, Layer, geometry_of, grouped, layers_of, one_kind, sequence_backend
 from .joined import Joined
+from .training import train_row
 from .weights import fold_layers, layer_parameters
 
 
@@ -308,7 +309,11 @@ class FusedSequential(RunsFused, nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run_fused(input)
-        return super().forward(input) if y is None else y
+        if y is not None:
+            return y
+        if self.training and not torch.compiler.is_compiling():
+            return train_row(input, [*self._modules.values()])
+        return super().forward(input)
 
     def train(self, mode: bool = True) -> nn.Module:
         self._forget_flat()

@@ -31,7 +31,7 @@ struct Args {
   T* dw_project = nullptr;    // [C_out][E/16 * 16]
   T* dw_expand = nullptr;     // [C_in][E/16 * 16]
   T* dw_depthwise = nullptr;  // [taps][E/16 * 16]
-  T* g_x = nullptr;           // [N][H][W][C_in], of all slots together
+  T* g_x = nullptr;           // [N][H][W][C_in], of all slots together, or null
 };
 
 // Images are shared out among slots, each with results of its own, which are then added up in order: so

@@ -106,7 +106,7 @@ class Training {
       }
     }
     // Rows of x that no tap reaches.
-    if (step_ == Step::kExpand && finished_rows_ < s_.height)
+    if (step_ == Step::kExpand && a_.g_x && finished_rows_ < s_.height)
       std::fill(g_x_row(finished_rows_), g_x_row(s_.height), T(0));
   }
 
@@ -332,17 +332,17 @@ class Training {
       }
     }
     const int64_t pixels = (end - first) * s_.width;
-    T* const g_x = g_x_row(first);
     if (expands()) {
       with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
         for (int64_t v = 0; v < vectors(); ++v) activation_gradient<kind()>(v, first, end);
       });
       add_outer(x_row(first), s_.in_channels, g_e_, l_.in_panel(), pixels, dw_expand_);
-      project<V, T>({g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
-                     hidden_ * kPanel, g_x, s_.in_channels, first_ > 0},
-                    pixels);
+      if (a_.g_x)
+        project<V, T>({g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
+                       hidden_ * kPanel, g_x_row(first), s_.in_channels, first_ > 0},
+                      pixels);
     } else {
-      store_gradient(pixels, g_x);
+      store_gradient(pixels, g_x_row(first));
     }
     finished_rows_ = end;
   }

@@ -116,12 +116,13 @@ Tensor gradient(const Tensor& g, const Tensor& x, const Tensor& values) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> centre(const Tensor& x, const Tensor& mean) {
+// Without a mean, x stays as it is, and no new one is made.
+std::tuple<Tensor, Tensor, Tensor> centre(const Tensor& x, const std::optional<Tensor>& mean) {
   return with_dtype("training_centre", x, [&]<class T>(T) {
     Call<T> call(x);
     NarrowArgs<T>& args = call.args;
-    args.mean = call.rows("mean", mean, 1);
-    const Tensor y = call.result();
+    if (mean) args.mean = call.rows("mean", *mean, 1);
+    const Tensor y = mean ? call.result() : dense({0}, type_of<T>);
     Tensor of_sums, of_products;
     const double* const sums = args.sums = call.of_slices(of_sums, 2 * call.padded);
     const int64_t pitch = args.channels * call.padded;

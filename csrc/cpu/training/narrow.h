@@ -88,28 +88,29 @@ class Narrow {
     });
   }
 
-  // y = x - mean, sums of y, and of its products [C][C/16 * 16]. scratch: [C/16][block][16].
+  // y = x - mean, sums of y, and of its products [C][C/16 * 16]; without a mean, of x. scratch:
+  // [C/16][block][16].
   void centre(T* scratch) {
     clear_sums();
     std::fill_n(products_, channels_ * padded_, 0.0);
     for_blocks([&](int64_t first, int64_t count) {
       const T* const x = a_.x + first * channels_;
-      T* const y = a_.y + first * channels_;
+      T* const y = a_.mean ? a_.y + first * channels_ : nullptr;
       for_vectors([&](int64_t c, auto load, auto store) MNV2_INLINE_LAMBDA {
-        const V minus = multiplied(V::load(a_.mean + c), V::set1(-1));
+        const V minus = y ? multiplied(V::load(a_.mean + c), V::set1(-1)) : V::set1(0);
         T* const to = scratch + vector_offset<V>(c / V::kLanes, kBlock * kPanel);
         V sum = V::set1(0);
         for (int64_t i = 0; i < count; ++i) {
           const V off = V::add(load(x + i * channels_ + c), minus);
           sum = V::add(sum, off);
           off.store(to + i * kPanel);
-          store(off, y + i * channels_ + c);
+          if (y) store(off, y + i * channels_ + c);
         }
         add_lanes<V>(sum, sums_ + c);
       });
       product<V>(
-          channels_, ceil_div(channels_, V::kLanes), y, 1, channels_, scratch, kBlock * kPanel,
-          count, [](int64_t, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
+          channels_, ceil_div(channels_, V::kLanes), y ? y : x, 1, channels_, scratch,
+          kBlock * kPanel, count, [](int64_t, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
           [&](int64_t i, int64_t v, V sum)
               MNV2_INLINE_LAMBDA { add_lanes<V>(sum, products_ + i * padded_ + v * V::kLanes); });
     });

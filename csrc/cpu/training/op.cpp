@@ -148,8 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand(
     call.set_gradient(g, w_project, of_d);
     const BlockShape& s = call.s;
     const bool expands = s.expand == Expand::kPointwise;
-    if (expands) {
-      if (!w_input) fail("w_input must be given with an expansion");
+    // Without w_input, x of an expansion gets no gradient.
+    const bool with_x = !expands || w_input;
+    if (expands && w_input) {
       call.args.w_input =
           weights<T>("w_input", *w_input, {ceil_div(s.in_channels, kPanel), call.hidden, kPanel});
     }
@@ -159,8 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand(
         call.template of_slots<T>(std::max<int64_t>(terms, 1) * call.hidden);
     const T* const dw_depthwise = call.args.dw_depthwise =
         call.template of_slots<T>(s.taps() * call.hidden);
-    const Tensor g_x = empty({s.batch, s.in_channels, s.height, s.width}, type_of<T>, true);
-    call.args.g_x = static_cast<T*>(g_x.mutable_data_ptr());
+    const Tensor g_x = with_x ? empty({s.batch, s.in_channels, s.height, s.width}, type_of<T>, true)
+                              : dense({0}, type_of<T>);
+    call.args.g_x = with_x ? static_cast<T*>(g_x.mutable_data_ptr()) : nullptr;
     call.run(kernels<T>().backward_expand);
     return std::make_tuple(g_x, call.summed(sums, 1, 2), call.summed(dw_expand, terms),
                            call.summed(dw_depthwise, s.taps()));

@@ -1,0 +1,89 @@
+"""A row of layers in training: what a network has beside its blocks, by their training kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import backends, training_ops
+from ..activations import LEAKY_RELU
+from ..fold import eps_of
+from ..module import reading
+from ..module.fused_block import FusedBlock
+from ..module.guard import has_hooks
+from ..module.parameters import conv_norm_activation, freed, parameters_of
+from ..module.training import is_live, norm_live, train_fused
+
+
+def train_row(x: Tensor, children: Sequence[nn.Module | None]) -> Tensor:
+    """What ``children`` make of x one after the other: a stem as the expansion of the block behind it, so that its
+    result, the widest tensor of a network, is never written; the norms of other convolutions by the training kernels."""
+    row = [child for child in children if child is not None]
+    at = 0
+    if len(row) > 1 and (y := _stem(x, *row[:2])) is not None:
+        x, at = y, 2
+    for child in row[at:]:
+        y = _head(x, child) if isinstance(child, nn.Sequential) else None
+        x = child(x) if y is None else y
+    return x
+
+
+def _by_modules(x: Tensor) -> bool:
+    """Whether only modules give what is asked for: graphs, transforms, autocast, hooks around all modules."""
+    if torch.compiler.is_compiling() or backends.transformed() or torch_module._has_any_global_hook():
+        return True
+    ordinary = type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel() > 0 and x.layout is torch.strided
+    return not ordinary or torch.is_autocast_enabled("cpu") or backends.resolve_backend("auto", x.device) != "cpu"
+
+
+def _fit(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether weights are what the training kernels take beside x."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    return all(t is None or (t.dtype == x.dtype and t.is_cpu and not freed(t)) for t in tensors)
+
+
+def _head(x: Tensor, layer: nn.Sequential) -> Tensor | None:
+    """[1x1 convolution, norm, activation] with the norm on its kernel; None where the modules have to run."""
+    if _by_modules(x) or next(reading.conv_objections(layer, "head"), None) is not None or has_hooks(layer):
+        return None
+    conv, norm, activation = layer._modules.values()
+    if type(norm) is not nn.BatchNorm2d or not is_live(norm) or not isinstance(conv, nn.Conv2d):
+        return None
+    if x.shape[1] != conv.in_channels or not _fit(x, parameters_of(conv, norm)):
+        return None
+    if x.shape[0] * x.shape[2] * x.shape[3] < 2:
+        return None
+    assert activation is not None  # conv_objections looked at it
+    return activation(norm_live(conv(x), norm))
+
+
+def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:
+    """What ``stem`` and then ``block`` make of x; None where the modules have to run."""
+    if not isinstance(block, FusedBlock) or not isinstance(stem, nn.Sequential) or x.requires_grad or _by_modules(x):
+        return None
+    if next(reading.conv_objections(stem, "stem"), None) is not None or has_hooks(block) or "forward" in vars(block):
+        return None
+    conv, norm, activation = conv_norm_activation(stem)
+    spec = block.spec
+    if not is_live(norm) or spec is None or spec.expand or spec.residual or block.recompute:
+        return None
+    if not spec.in_channels == conv.out_channels or block.training_objection() is not None:
+        return None
+    own = parameters_of(conv, norm)
+    parameters, eps = block._fold_parameters()
+    expanded_by = reading.activation_of(activation)
+    if x.shape[1] != conv.in_channels or not _fit(x, [*own, *parameters]) or LEAKY_RELU in (expanded_by, spec.activation):
+        return None
+    joint = dataclasses.replace(spec, in_channels=9 * conv.in_channels, expand=True, expand_activation=expanded_by)
+    height, width = ((n - 1) // 2 + 1 for n in x.shape[2:])
+    sizes = height * width, math.prod(spec.out_size(height, width))
+    if training_ops.objection(joint) is not None or x.shape[0] * min(sizes) < 2:
+        return None
+    norms = [norm, *(norm for _, norm in block._pairs)]
+    return train_fused(x, [*own, *parameters], [eps_of(norm), *eps], joint, norms)
