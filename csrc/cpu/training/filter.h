@@ -19,11 +19,11 @@ struct Rows2d {
   }
 };
 
-// out[c] = sum of weights[k] * row[c * kStep + k * spread], over all rows: C outputs from `first` on.
-// spread: negative where the kernel is mirrored.
-template <class V, int K, int kStep, int C>
+// out[c] = f(c, sum of weights[k] * row[c * kStep + k * spread] over all rows): C outputs from `first`
+// on. spread: negative where the kernel is mirrored.
+template <class V, int K, int kStep, int C, class F>
 MNV2_INLINE void filter_cols(const Rows2d<typename V::T>& rows, int64_t spread, int64_t first,
-                             typename V::T* out) {
+                             typename V::T* out, F f) {
   V acc[C];
   unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c] = V::set1(0); });
   for (int r = 0; r < rows.count; ++r) {
@@ -37,31 +37,29 @@ MNV2_INLINE void filter_cols(const Rows2d<typename V::T>& rows, int64_t spread, 
       });
     });
   }
-  unrolled<C>([&](auto c) MNV2_INLINE_LAMBDA { acc[c].store(out + (first + c) * kPanel); });
+  unrolled<C>([&](auto c)
+                  MNV2_INLINE_LAMBDA { f(first + c, acc[c]).store(out + (first + c) * kPanel); });
 }
 
-template <class V, int K, int kStep>
-void filter_row(const Rows2d<typename V::T>& rows, int64_t spread, int64_t cols,
-                typename V::T* out) {
-  int64_t col = 0;
-  const auto run = [&]<int C>(std::integral_constant<int, C>) MNV2_INLINE_LAMBDA {
-    for (; cols - col >= C; col += C) filter_cols<V, K, kStep, C>(rows, spread, col, out);
-  };
-  // Widths are mostly multiples of 7.
-  run(std::integral_constant<int, 14>{});
-  run(std::integral_constant<int, 7>{});
-  run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 1>{});
-}
-
-template <class V>
+template <class V, class F>
 void filter_row(int64_t kernel, int64_t step, const Rows2d<typename V::T>& rows, int64_t spread,
-                int64_t cols, typename V::T* out) {
+                int64_t cols, typename V::T* out, F f) {
+  const auto with_step =
+      [&]<int K, int kStep>(std::integer_sequence<int, K, kStep>) MNV2_INLINE_LAMBDA {
+        int64_t col = 0;
+        const auto run = [&]<int C>(std::integral_constant<int, C>) MNV2_INLINE_LAMBDA {
+          for (; cols - col >= C; col += C) filter_cols<V, K, kStep, C>(rows, spread, col, out, f);
+        };
+        // Widths are mostly multiples of 7.
+        run(std::integral_constant<int, V::kRegisters >= 32 ? 14 : 7>{});
+        run(std::integral_constant<int, 7>{});
+        run(std::integral_constant<int, 1>{});
+      };
   unrolled<kKernelSizeCount>([&](auto size) MNV2_INLINE_LAMBDA {
     constexpr int K = int(kKernelSizes[size]);
     if (kernel != K) return;
-    step == 1 ? filter_row<V, K, 1>(rows, spread, cols, out)
-              : filter_row<V, K, 2>(rows, spread, cols, out);
+    step == 1 ? with_step(std::integer_sequence<int, K, 1>{})
+              : with_step(std::integer_sequence<int, K, 2>{});
   });
 }
 

@@ -110,11 +110,13 @@ class Training {
       std::fill(g_x_row(finished_rows_), g_x_row(s_.height), T(0));
   }
 
+  // In 32 bits, which divide in half the time.
+  static int64_t place(int64_t row, int64_t rows) { return uint32_t(row) % uint32_t(rows); }
   T* ring_row(T* ring, int64_t row) const {
-    return ring + row % l_.ring_rows * l_.ring_cols * kPanel;
+    return ring + place(row, l_.ring_rows) * l_.ring_cols * kPanel;
   }
   T* gradient_row(int64_t row) const {
-    return gradient_ + row % l_.grad_rows * l_.grad_cols * kPanel;
+    return gradient_ + place(row, l_.grad_rows) * l_.grad_cols * kPanel;
   }
   const T* x_row(int64_t row) const {
     return a_.x + (image_ * s_.height + row) * s_.width * s_.in_channels;
@@ -129,38 +131,57 @@ class Training {
 
   // Rows of act(e) up to `end`, and of e where it is kept.
   void expand(int64_t end) {
-    for (int64_t row = expanded_rows_; row < end; ++row) {
-      T* const to = ring_row(expanded_, row) + l_.left * kPanel;
-      if (!expands())
-        copy(x_row(row), to);
-      else if (l_.keeps_e)
-        expand_formula(row, to);
-      else
-        expand_clipped(x_row(row), to);
+    const int64_t first = expanded_rows_;
+    if (end <= first) return;
+    expanded_rows_ = end;
+    if (!expands()) {
+      for (int64_t row = first; row < end; ++row)
+        copy(x_row(row), ring_row(expanded_, row) + l_.left * kPanel);
+    } else if (l_.keeps_e) {
+      expand_rows(first, end, sums_of_e_, [](V sum) MNV2_INLINE_LAMBDA { return sum; });
+      for (int64_t row = first; row < end; ++row) activate(row);
+    } else {
+      const Clip<T> clip(s_.expand_activation);
+      const V low = V::set1(clip.low), high = V::set1(clip.high);
+      expand_rows(first, end, expanded_,
+                  [&](V sum) MNV2_INLINE_LAMBDA { return clamp(sum, low, high); });
     }
-    expanded_rows_ = greatest(expanded_rows_, end);
   }
-  template <class Store>
-  void expand_row(const T* x, Store store) {
+  // Where the pixels of some rows lie in a ring.
+  struct RingPixels {
+    T* first;  // the ring
+    const Training& of;
+    int64_t row;
+
+    template <int R>
+    MNV2_INLINE void fill(int64_t pixel, T* (&at)[R]) const {
+      int64_t r = row + uint32_t(pixel) / uint32_t(of.s_.width);
+      int64_t col = pixel - (r - row) * of.s_.width;
+      T* p = of.ring_row(first, r) + (of.l_.left + col) * kPanel;
+      unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+        at[i] = p;
+        p += kPanel;
+        if (++col == of.s_.width && i + 1 < R) {
+          col = 0;
+          p = of.ring_row(first, ++r) + of.l_.left * kPanel;
+        }
+      });
+    }
+  };
+  template <class F>
+  void expand_rows(int64_t first, int64_t end, T* ring, F f) {
     const T* const bias = a_.b_expand + channel();
-    product<V>(
-        s_.width, vectors(), x, s_.in_channels, 1, a_.w_expand + channel() * s_.in_channels,
-        s_.in_channels * kPanel, s_.in_channels,
-        [&](int64_t, int64_t v) MNV2_INLINE_LAMBDA { return V::load(bias + v * V::kLanes); },
-        store);
+    const int64_t panel = l_.ring_panel();
+    product<V>((end - first) * s_.width, vectors(), x_row(first), s_.in_channels, 1,
+               a_.w_expand + channel() * s_.in_channels, s_.in_channels * kPanel, s_.in_channels,
+               RingPixels{ring, *this, first},
+               [&](T*, int64_t v) MNV2_INLINE_LAMBDA { return V::load(bias + v * V::kLanes); },
+               [&](T* at, int64_t v, V sum)
+                   MNV2_INLINE_LAMBDA { f(sum).store(at + vector_offset<V>(v, panel)); });
   }
-  void expand_clipped(const T* x, T* to) {
-    const Clip<T> clip(s_.expand_activation);
-    const V low = V::set1(clip.low), high = V::set1(clip.high);
-    expand_row(x, [&](int64_t col, int64_t v, V sum) MNV2_INLINE_LAMBDA {
-      clamp(sum, low, high).store(to + vector_offset<V>(v, l_.ring_panel()) + col * kPanel);
-    });
-  }
-  void expand_formula(int64_t row, T* to) {
-    T* const sums = ring_row(sums_of_e_, row) + l_.left * kPanel;
-    expand_row(x_row(row), [&](int64_t col, int64_t v, V sum) MNV2_INLINE_LAMBDA {
-      sum.store(sums + vector_offset<V>(v, l_.ring_panel()) + col * kPanel);
-    });
+  void activate(int64_t row) {
+    const T* const sums = ring_row(sums_of_e_, row) + l_.left * kPanel;
+    T* const to = ring_row(expanded_, row) + l_.left * kPanel;
     with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
       for (int64_t v = 0; v < vectors(); ++v) {
         const int64_t at = vector_offset<V>(v, l_.ring_panel());
@@ -204,7 +225,8 @@ class Training {
         for_kernel_rows(row_ + r,
                         [&](int64_t ky, int64_t at) { rows.add(ring_row(from, at), taps(v, ky)); });
         T* const out = to + r * s_.out_width() * kPanel;
-        filter_row<V>(s_.kernel, s_.stride_across(), rows, s_.dilation, s_.out_width(), out);
+        filter_row<V>(s_.kernel, s_.stride_across(), rows, s_.dilation, s_.out_width(), out,
+                      [](int64_t, V d) { return d; });
       }
     }
   }
@@ -227,13 +249,13 @@ class Training {
 
   // q = g w_project
   void project_gradient() {
+    const int64_t panel = l_.out_panel();
     product<V>(
         pixels(), vectors(), g_band(), s_.out_channels, 1,
         a_.w_project + channel() * s_.out_channels, s_.out_channels * kPanel, s_.out_channels,
-        [](int64_t, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
-        [&](int64_t pixel, int64_t v, V sum) MNV2_INLINE_LAMBDA {
-          sum.store(q_ + vector_offset<V>(v, l_.out_panel()) + pixel * kPanel);
-        });
+        Dense<T>{q_, kPanel}, [](T*, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
+        [&](T* at, int64_t v, V sum)
+            MNV2_INLINE_LAMBDA { sum.store(at + vector_offset<V>(v, panel)); });
   }
 
   // The gradient of a, q act'(a), and from it: in the pass of the projection its sums, and act(a) in the
@@ -285,12 +307,10 @@ class Training {
   // dw[i] += sum over pixels of narrow[pixel][i] * wide[pixel], for `rows` channels i.
   void add_outer(const T* narrow, int64_t rows, const T* wide, int64_t panel, int64_t pixels,
                  T* dw) {
-    const auto at = [&](int64_t i, int64_t v)
-                        MNV2_INLINE_LAMBDA { return dw + i * hidden_ + channel() + v * V::kLanes; };
     product<V>(
-        rows, vectors(), narrow, 1, rows, wide, panel, pixels,
-        [&](int64_t i, int64_t v) MNV2_INLINE_LAMBDA { return V::load(at(i, v)); },
-        [&](int64_t i, int64_t v, V sum) MNV2_INLINE_LAMBDA { sum.store(at(i, v)); });
+        rows, vectors(), narrow, 1, rows, wide, panel, pixels, Dense<T>{dw + channel(), hidden_},
+        [](T* at, int64_t v) MNV2_INLINE_LAMBDA { return V::load(at + v * V::kLanes); },
+        [](T* at, int64_t v, V sum) MNV2_INLINE_LAMBDA { sum.store(at + v * V::kLanes); });
   }
   void add_project_weights() {
     add_outer(g_band(), s_.out_channels, d_, l_.out_panel(), pixels(), dw_project_);
@@ -316,50 +336,75 @@ class Training {
   void expand_gradient(int64_t end) {
     const int64_t first = finished_rows_;
     if (end <= first) return;
-    for (int64_t v = 0; v < vectors(); ++v) {
-      T* const from = gradient_ + vector_offset<V>(v, l_.grad_panel());
-      T* const to = g_e_ + vector_offset<V>(v, l_.in_panel());
-      for (int64_t row = first; row < end; ++row) {
-        Rows2d<T> rows;
-        for (int64_t ky = 0; ky < s_.kernel; ++ky) {
-          const int64_t at = row + s_.pad_top - ky * s_.dilation, r = at / s_.stride;
-          if (at < 0 || at % s_.stride != 0 || r >= s_.out_height()) continue;
-          const T* const of_row = from + (gradient_row(r) - gradient_) + (s_.extent() - 1) * kPanel;
-          rows.add(of_row, taps(v, ky));
-        }
-        filter_row<V>(s_.kernel, 1, rows, -s_.dilation, s_.width,
-                      to + (row - first) * s_.width * kPanel);
-      }
-    }
-    const int64_t pixels = (end - first) * s_.width;
-    if (expands()) {
-      with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
-        for (int64_t v = 0; v < vectors(); ++v) activation_gradient<kind()>(v, first, end);
-      });
-      add_outer(x_row(first), s_.in_channels, g_e_, l_.in_panel(), pixels, dw_expand_);
-      if (a_.g_x)
-        project<V, T>({g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
-                       hidden_ * kPanel, g_x_row(first), s_.in_channels, first_ > 0},
-                      pixels);
-    } else {
-      store_gradient(pixels, g_x_row(first));
-    }
     finished_rows_ = end;
-  }
-  template <Activation kind>
-  void activation_gradient(int64_t v, int64_t first, int64_t end) {
-    T* g = g_e_ + vector_offset<V>(v, l_.in_panel());
-    V sum = V::set1(0);
-    for (int64_t row = first; row < end; ++row) {
-      const T* at = ring_row(is_clip(kind) ? expanded_ : sums_of_e_, row) +
-                    vector_offset<V>(v, l_.ring_panel()) + l_.left * kPanel;
-      for (int64_t col = 0; col < s_.width; ++col, at += kPanel, g += kPanel) {
-        const V value = times_derivative<kind>(V::load(g), V::load(at), s_.negative_slope);
-        sum = V::add(sum, value);
-        value.store(g);
-      }
+    const int64_t pixels = (end - first) * s_.width;
+    const bool clips = expands() && !l_.keeps_e;
+    for (int64_t v = 0; v < vectors(); ++v) {
+      if (clips)
+        clipped_gradient(v, first, end);
+      else
+        each_row(v, first, end, [](int64_t) { return [](int64_t, V g) { return g; }; });
     }
+    if (!expands()) return store_gradient(pixels, g_x_row(first));
+    if (!clips)
+      with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
+        for (int64_t v = 0; v < vectors(); ++v) formula_gradient<kind()>(v, first, end);
+      });
+    add_outer(x_row(first), s_.in_channels, g_e_, l_.in_panel(), pixels, dw_expand_);
+    if (a_.g_x)
+      project<V, T>({g_e_, l_.in_panel(), panels_, a_.w_input + channel() * kPanel,
+                     hidden_ * kPanel, g_x_row(first), s_.in_channels, first_ > 0},
+                    pixels);
+  }
+  // The transposed depthwise convolution, rows of the image. f(row)(col, g): what is stored of each sum.
+  template <class F>
+  void each_row(int64_t v, int64_t first, int64_t end, F f) {
+    T* const from = gradient_ + vector_offset<V>(v, l_.grad_panel());
+    T* const to = g_e_ + vector_offset<V>(v, l_.in_panel());
+    for (int64_t row = first; row < end; ++row) {
+      Rows2d<T> rows;
+      for (int64_t ky = 0; ky < s_.kernel; ++ky) {
+        const int64_t at = row + s_.pad_top - ky * s_.dilation, r = at / s_.stride;
+        if (at < 0 || at % s_.stride != 0 || r >= s_.out_height()) continue;
+        rows.add(from + (gradient_row(r) - gradient_) + (s_.extent() - 1) * kPanel, taps(v, ky));
+      }
+      filter_row<V>(s_.kernel, 1, rows, -s_.dilation, s_.width,
+                    to + (row - first) * s_.width * kPanel, f(row));
+    }
+  }
+  // At once, from act(e).
+  void clipped_gradient(int64_t v, int64_t first, int64_t end) {
+    const Clip<T> clip(s_.expand_activation);
+    const V low = V::set1(clip.low), high = V::set1(clip.high);
+    V sum = V::set1(0);
+    each_row(v, first, end, [&](int64_t row) MNV2_INLINE_LAMBDA {
+      const T* const at =
+          ring_row(expanded_, row) + vector_offset<V>(v, l_.ring_panel()) + l_.left * kPanel;
+      return [&sum, at, low, high](int64_t col, V g) MNV2_INLINE_LAMBDA {
+        const V value = V::where_between(V::load(at + col * kPanel), low, high, g);
+        sum = V::add(sum, value);
+        return value;
+      };
+    });
     add_lanes<V>(sum, sums_ + channel() + v * V::kLanes);
+  }
+  // In place, from e.
+  template <Activation kind>
+  void formula_gradient(int64_t v, int64_t first, int64_t end) {
+    if constexpr (!is_clip(kind)) {
+      T* g = g_e_ + vector_offset<V>(v, l_.in_panel());
+      V sum = V::set1(0);
+      for (int64_t row = first; row < end; ++row) {
+        const T* at =
+            ring_row(sums_of_e_, row) + vector_offset<V>(v, l_.ring_panel()) + l_.left * kPanel;
+        for (int64_t col = 0; col < s_.width; ++col, at += kPanel, g += kPanel) {
+          const V value = times_derivative<kind>(V::load(g), V::load(at), s_.negative_slope);
+          sum = V::add(sum, value);
+          value.store(g);
+        }
+      }
+      add_lanes<V>(sum, sums_ + channel() + v * V::kLanes);
+    }
   }
   // Without an expansion: channels side by side again.
   void store_gradient(int64_t pixels, T* g_x) {

@@ -110,9 +110,10 @@ class Narrow {
       });
       product<V>(
           channels_, ceil_div(channels_, V::kLanes), y ? y : x, 1, channels_, scratch,
-          kBlock * kPanel, count, [](int64_t, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
-          [&](int64_t i, int64_t v, V sum)
-              MNV2_INLINE_LAMBDA { add_lanes<V>(sum, products_ + i * padded_ + v * V::kLanes); });
+          kBlock * kPanel, count, Dense<double>{products_, padded_},
+          [](double*, int64_t) MNV2_INLINE_LAMBDA { return V::set1(0); },
+          [](double* at, int64_t v, V sum)
+              MNV2_INLINE_LAMBDA { add_lanes<V>(sum, at + v * V::kLanes); });
     });
   }
 

@@ -30,30 +30,43 @@ MNV2_INLINE void accumulate(V (&acc)[R][N], const T* a, int64_t row, int64_t ter
   }
 }
 
+// Where rows of a product go: one behind the other.
+template <class T>
+struct Dense {
+  T* first;
+  int64_t step;
+
+  template <int R>
+  MNV2_INLINE void fill(int64_t row, T* (&at)[R]) const {
+    unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA { at[i] = first + (row + i) * step; });
+  }
+};
+
 // y[i][v] (+)= sum over k of a[i * row + k * term] * weights[v][k], for rows [0, rows) and vectors
-// [0, vectors): store(i, v, sum) takes each, start(i, v) is what it is added to.
-template <class V, class T, class Start, class Store>
+// [0, vectors): start(y of row i, v) is what a sum begins with, store(y of row i, v, sum) takes it.
+template <class V, class T, class Places, class Start, class Store>
 MNV2_INLINE void product(int64_t rows, int64_t vectors, const T* a, int64_t row, int64_t term,
-                         const T* weights, int64_t panel, int64_t terms, Start start, Store store) {
+                         const T* weights, int64_t panel, int64_t terms, Places places, Start start,
+                         Store store) {
   for_pieces(vectors, kMaxVectors<V>, [&](int64_t vector, int n) {
     with_vectors<V>(n, [&]<int N>(std::integral_constant<int, N>) {
       const T* w[N];
       unrolled<N>([&](auto j)
                       MNV2_INLINE_LAMBDA { w[j] = weights + vector_offset<V>(vector + j, panel); });
       for_pieces(rows, max_rows<V>(N), [&](int64_t first, int count) {
-        with_count<max_rows<V>(N)>(
-            count, [&]<int R>(std::integral_constant<int, R>) MNV2_INLINE_LAMBDA {
-              V acc[R][N];
-              unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
-                unrolled<N>([&](auto j)
-                                MNV2_INLINE_LAMBDA { acc[i][j] = start(first + i, vector + j); });
-              });
-              accumulate<V, R, N>(acc, a + first * row, row, term, w, terms);
-              unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
-                unrolled<N>([&](auto j)
-                                MNV2_INLINE_LAMBDA { store(first + i, vector + j, acc[i][j]); });
-              });
-            });
+        with_count<max_rows<V>(N)>(count, [&]<int R>(
+                                              std::integral_constant<int, R>) MNV2_INLINE_LAMBDA {
+          V acc[R][N];
+          std::remove_pointer_t<decltype(places.first)>* y[R];
+          places.fill(first, y);
+          unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+            unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { acc[i][j] = start(y[i], vector + j); });
+          });
+          accumulate<V, R, N>(acc, a + first * row, row, term, w, terms);
+          unrolled<R>([&](auto i) MNV2_INLINE_LAMBDA {
+            unrolled<N>([&](auto j) MNV2_INLINE_LAMBDA { store(y[i], vector + j, acc[i][j]); });
+          });
+        });
       });
     });
   });
