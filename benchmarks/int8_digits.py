@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(table(found))
     if untrained := [name for name, pairs in found.items() if min(pairs)[0] < LEAST_RIGHT]:
-        print(f"FAILED: {', '.join(untrained)} did not learn the digits: below {LEAST_RIGHT} % in float", file=sys.stderr)
+        print(
+            f"FAILED: {', '.join(untrained)} did not learn the digits: below {LEAST_RIGHT} % in float", file=sys.stderr
+        )
         return 1
     worse = [name for name, pairs in found.items() if lost(pairs) > MOST_LOST]
     if worse:

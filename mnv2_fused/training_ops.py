@@ -1,4 +1,4 @@
-"""A block in training on the CPU, where the norms behind expansion and depthwise convolution use the batch's statistics.
+"""A block in training on the CPU, whose norms take their statistics from the batch.
 
 What runs on the kernels of ``csrc/cpu/training`` and never writes an expanded tensor, and what follows from their sums
 in float64. With M pixels of x, and ``^`` for normalised values::
@@ -14,7 +14,7 @@ with x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .encoding import shape_of
+from .activations import function_of
+from .encoding import BLOCK_FIELDS, shape_of
+from .flops import count_flops
 from .fold import PANEL, BlockWeights, pack_block
 from .ops import packed_inverted_residual
 from .spec import BlockSpec
@@ -83,13 +85,12 @@ class _Affine(NamedTuple):
         return self.bias - self.scale * self.mean
 
 
-class _Input(NamedTuple):
-    """x as the kernels take it, and the moments that the first norm needs."""
+class _Moments(NamedTuple):
+    """Of what an expansion multiplies, [N, C, H, W] less ``pilot``: what the norm behind it needs."""
 
-    centred: Tensor | None  # [N, C, H, W] channels_last: x less ``pilot``
-    pilot: Tensor | None  # [C]: x's mean, rounded to its dtype
-    rest: Tensor  # float64 [C]: the mean of ``centred``
-    covariance: Tensor | None  # float64 [C, C]
+    pilot: Tensor | None  # [C]: a mean, rounded to x's dtype
+    rest: Tensor  # float64 [C]: the mean that is left
+    covariance: Tensor | None = None  # float64 [C, C]
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _moments(x: Tensor, weights: Weights) -> _Input:
+def _moments(x: Tensor, weights: Weights) -> tuple[Tensor, _Moments]:
     """Of a float32 or float64 x: the mean is taken off before anything is squared."""
     x = _channels_last(x)
     mean = torch.ops.mnv2_fused.training_moments(x)[0].to(x.dtype)
@@ -113,7 +114,7 @@ def _moments(x: Tensor, weights: Weights) -> _Input:
         centred, total, products = torch.ops.mnv2_fused.training_centre(x, _padded(pilot[None]))
     count = centred.shape[0] * centred.shape[2] * centred.shape[3]
     rest = total[0] / count
-    return _Input(centred, pilot, rest, products / count - torch.outer(rest, rest))
+    return centred, _Moments(pilot, rest, products / count - torch.outer(rest, rest))
 
 
 def _taken(x: Tensor, weights: Weights, pilot: Tensor | None = None) -> Tensor:
@@ -197,6 +198,10 @@ class Weights(NamedTuple):
     project_bias: Tensor | None  # [C_out]
 
 
+def _weights_of(tensors: Sequence[Any]) -> Weights:
+    return Weights(*tensors[:6])
+
+
 class Statistics(NamedTuple):
     """Means and biased variances that norms took from the batch, float64 [E]; None of others."""
 
@@ -226,17 +231,16 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: BlockSpec, norms: tuple[Norm | None, Norm], *tensors: Tensor | None) -> Any:
-        weights = Weights(*tensors[:6])
+        weights = _weights_of(tensors)
         first, second = norms
-        dtype = x.dtype
         statistics: list[Tensor] = []
         of_e, w_expand, b_expand = None, None, None
         if weights.expand is None or first is None:
-            given = _Input(_channels_last(x), None, x.new_zeros(0, dtype=torch.float64), None)
+            centred, given = _channels_last(x), _Moments(None, x.new_zeros(0, dtype=torch.float64))
         else:
             w = _matrix(weights.expand).double()
             if first.live:
-                given = _moments(x, weights)
+                centred, given = _moments(x, weights)
                 assert given.pilot is not None and given.covariance is not None
                 variance = ((w @ given.covariance) * w).sum(1).clamp(min=0)
                 # Less the pilot's part, which is taken off x.
@@ -244,19 +248,19 @@ class _Projected(torch.autograd.Function):
                 mean = of_e.mean + w @ given.pilot.double()
                 statistics += [mean if weights.expand_bias is None else mean + weights.expand_bias, variance]
             else:
-                given = _Input(_taken(x, weights), None, w.new_zeros(w.shape[1]), None)
+                centred, given = _taken(x, weights), _Moments(None, w.new_zeros(w.shape[1]))
                 of_e = _Affine.fixed(first, weights.expand_bias)
             w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
-        kernel = _kernel(spec, given.centred, w_expand, b_expand, weights.depthwise)
+        kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
         if second.live:
-            d = torch.ops.mnv2_fused.training_statistics(given.centred, *kernel)
+            d = torch.ops.mnv2_fused.training_statistics(centred, *kernel)
             of_d = _Affine.of(second, d[0], d[1])
             statistics += [d[0] if weights.depthwise_bias is None else d[0] + weights.depthwise_bias, d[1]]
         else:
             of_d = _Affine.fixed(second, weights.depthwise_bias)
-        p = _project(given.centred, spec, w_expand, b_expand, weights, of_d)
+        p = _project(centred, spec, w_expand, b_expand, weights, of_d)
         ctx.spec, ctx.norms, ctx.affines = spec, norms, (of_e, of_d)
-        ctx.given = given._replace(centred=None)
+        ctx.given = given
         ctx.save_for_backward(x, *tensors)
         ctx.mark_non_differentiable(*statistics)
         return p, *statistics
@@ -266,13 +270,13 @@ class _Projected(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _by_torch(ctx, g, x, tensors)
-        weights, spec, (of_e, of_d) = Weights(*tensors[:6]), ctx.spec, ctx.affines
+        weights, spec, (of_e, of_d) = _weights_of(tensors), ctx.spec, ctx.affines
         first, second = ctx.norms
         dtype, given = x.dtype, ctx.given
         centred = _taken(x, weights, given.pilot)
         x_needed = ctx.needs_input_grad[0]
         w = w_expand = b_expand = None
-        if of_e is not None:
+        if of_e is not None and weights.expand is not None:
             w = _matrix(weights.expand).double()
             w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
         kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
@@ -299,7 +303,7 @@ class _Projected(torch.autograd.Function):
         grads[4] = dw_project.view(weights.project.shape)
         grads[5] = None if weights.project_bias is None else g.sum((0, 2, 3))
         grads[8], grads[9] = sums[1].to(dtype), sums[0].to(dtype)
-        if of_e is not None:
+        if w is not None and weights.expand is not None:
             s1a = e_sums[0]
             products = dw_expand.mT.double() - torch.outer(s1a, given.rest)  # G
             if first.live:
@@ -403,14 +407,12 @@ def _project(
 
 def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) -> Any:
     """The same by torch's own derivatives, which have derivatives themselves."""
-    weights, spec = Weights(*tensors[:6]), ctx.spec
+    weights, spec = _weights_of(tensors), ctx.spec
     affine = [tensors[6:8], tensors[8:10]]
 
     def normalised(y: Tensor, i: int) -> Tensor:
         norm = ctx.norms[i]
         return F.batch_norm(y, norm.mean, norm.variance, *affine[i], training=norm.live, eps=norm.eps)
-
-    from .activations import function_of
 
     y = x
     if weights.expand is not None:
@@ -458,7 +460,11 @@ def _moments_fake(x: Tensor, *_: Any) -> Tensor:
 
 def _centre_fake(x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
-    return x.new_empty(0) if mean is None else _like(x), x.new_empty(1, c, dtype=torch.float64), x.new_empty(c, c, dtype=torch.float64)
+    return (
+        x.new_empty(0) if mean is None else _like(x),
+        x.new_empty(1, c, dtype=torch.float64),
+        x.new_empty(c, c, dtype=torch.float64),
+    )
 
 
 _FAKES: dict[str, Any] = {
@@ -472,6 +478,36 @@ _FAKES: dict[str, Any] = {
     "training_gradient": _like,
 }
 
+
+def _counted(expand: int, depthwise: int, project: int) -> Callable[..., int]:
+    """Multiply-adds of a pass that computes each product so many times; of the other arguments ``block`` is last."""
+
+    def count(x: Tensor, w_expand: Tensor | None, b_expand: Tensor | None, w_depthwise: Tensor, *others: Any) -> int:
+        block = dict(zip(BLOCK_FIELDS, others[-1], strict=True))
+        height, width = block["height"], block["width"]
+        left, right, top, bottom = (block[f"pad_{side}"] for side in ("left", "right", "top", "bottom"))
+        extent, stride = block["dilation"] * (block["kernel"] - 1) + 1, block["stride"]
+        rows = (height + top + bottom - extent) // stride + 1
+        columns = (width + left + right - extent) // (block["column_stride"] or stride) + 1
+        terms = 0 if w_expand is None else expand * x.shape[1] * height * width
+        after = depthwise * block["kernel"] ** 2 + project * block["out_channels"]
+        return x.shape[0] * block["hidden_channels"] * (terms + after * rows * columns)
+
+    return count
+
+
+def _none(*_: Any) -> int:
+    return 0
+
+
+_COUNTS: dict[str, Callable[..., int]] = {
+    "training_statistics": _counted(1, 1, 0),
+    "training_backward_project": _counted(1, 1, 2),
+    "training_backward_expand": _counted(3, 3, 1),
+    "training_centre": lambda x, mean: x.numel() * x.shape[1],
+}
+
 if backends._C is not None:
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"mnv2_fused::{_name}", _fake)
+        count_flops(getattr(torch.ops.mnv2_fused, _name), _COUNTS.get(_name, _none))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class BlockReport:
     backend: str | None  # what runs it in eval(); None when it is not fused or no backend takes it
     reason: str | None  # why it is not fused, or fused but not run by a kernel
     bytes_never_written: int | None  # expanded tensors per image, for blocks that a kernel runs
+    not_trained: str | None = None  # why, in train() with statistics of the batch, its modules run; None: kernels do
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Report:
     """Every inverted residual of a model, and what runs with them. ``print`` it for a table."""
 
     blocks: tuple[BlockReport, ...]
-    training: bool  # whether a fused block is in train(), where the ordinary modules run
+    training: bool  # whether a fused block is in train()
     layers: tuple[LayerReport, ...] = ()  # stem, head and classifier, where they run in one call with the blocks
     unknown: tuple[UnknownBlocks, ...] = ()  # depthwise and 1x1 convolutions in modules that are none of the blocks
 
@@ -83,7 +85,10 @@ class Report:
         if self.bytes_never_written is not None:
             total += f", {_mib(self.bytes_never_written)} never written per image"
         if self.training:
-            total += "; now in train(), where the ordinary modules run: call eval()"
+            reasons = Counter(b.not_trained for b in self.fused if b.not_trained is not None)
+            trained = len(self.fused) - reasons.total()
+            total += f"; now in train(), where {trained} run fused, too"
+            total += "".join(f"; {count} as ordinary modules: {why}" for why, count in reasons.items())
         return "\n".join([*lines, *(f"not known: {row}" for row in self.unknown), total])
 
 
@@ -187,9 +192,11 @@ def _block_report(
         never_written = sum(
             plan(block.spec, (1, *shape[1:]), dtype=weight.dtype).bytes_never_written for shape in inputs
         )
-    return BlockReport(name, block.spec, True, backend, reason, never_written)
+    not_trained = _IN_ROWS if isinstance(block, FusedFlat) else reason if backend is None else block.not_trained()
+    return BlockReport(name, block.spec, True, backend, reason, never_written, not_trained)
 
 
+_IN_ROWS = "its layers lie among others' in one Sequential"
 _IN_ROWS_ALONE = "layers that lie among others' in one Sequential run fused by the CPU's and CUDA C++'s kernels alone"
 
 

@@ -50,7 +50,8 @@ def fuse(
     train/eval mode and the memory format of weights stay. What fused blocks give is in channels_last, whatever they are
     given. Keep the returned value even with ``inplace``: when ``model`` itself is a block, it is the fused one. Fusing
     a fused model changes nothing. ``filter_fn(name, block)`` returns whether to fuse a block. ``recompute``: in
-    ``train()`` keep of each block only its input and compute the rest again in backward: less memory, more time.
+    ``train()``, where the training kernels do not run, keep of each block only its input and compute the rest again in
+    backward: less memory, more time.
 
     ``frozen``: for inference alone, with weights that never change again. Packed weights take the place of the modules
     they were made of, which are let go; a call asks nothing about changes. The model is in ``eval()`` for good, in the

@@ -16,11 +16,12 @@ class FusedInvertedResidual(FusedBlock):
     """Drop-in for torchvision's ``InvertedResidual``: same constructor, same state_dict, fused in eval.
 
     ``torchvision.models.mobilenet_v2(block=FusedInvertedResidual)`` loads published weights and trains. In
-    ``train()`` the ordinary modules run, since batch statistics need the whole expanded tensor; with ``recompute``
-    they are run once more in backward, so that of a block only its input is kept (a compiled graph decides itself
-    what to keep). In ``eval()``, and in ``train()`` with every norm in ``eval()`` or frozen, the block is one kernel on
-    weights folded in float64; they are folded again whenever a parameter or statistic changes, however it is written
-    (``docs/behaviour.md`` states the bound for parts of a tensor that are written behind torch's back).
+    ``train()`` kernels of their own compute block and gradients on the CPU, with statistics of the batch and without
+    the expanded tensors (``docs/behaviour.md`` says where, and what is kept). Elsewhere the ordinary modules run; with
+    ``recompute`` they are run once more in backward, so that of a block only its input is kept (a compiled graph
+    decides itself what to keep). In ``eval()``, and in ``train()`` with every norm in ``eval()`` or frozen, the block
+    is one kernel on weights folded in float64; they are folded again whenever a parameter or statistic changes, however
+    it is written (``docs/behaviour.md`` states the bound for parts of a tensor that are written behind torch's back).
     With gradients on, backward recomputes the expanded tensor instead of saving it; a second derivative is refused.
     Under ``torch.func`` transforms and forward-mode differentiation the ordinary modules run.
 

@@ -290,8 +290,10 @@ class FusedBlock(nn.Module):
     def _forward_training(self, x: Tensor) -> Tensor:
         """With statistics of the batch, or dropouts: by the training kernels where they do, by the modules elsewhere,
         or, with ``recompute``, keeping x alone."""
+        if self.training_objection(x) is None:
+            return self._train_fused(x)
         if not self.recompute or not torch.is_grad_enabled():
-            return self._forward_modules(x) if self.training_objection(x) is not None else self._train_fused(x)
+            return self._forward_modules(x)
         why = self.fallback_reason()
         if why is None and reading.drops_now(self._dropouts):
             why = "it has dropouts between its layers, which would drop others the second time"
@@ -316,33 +318,44 @@ class FusedBlock(nn.Module):
         y = Recomputed.apply(x, run, eps, spec, batch, *parameters)
         return self._sum(x, y, drop_path, self._read_spec) if drop_path else y
 
-    def training_objection(self, x: Tensor | None = None) -> str | None:
-        """Why the inner modules run one by one in train(), given ``x``; None where the training kernels do."""
+    def not_trained(self) -> str | None:
+        """Why its norms' statistics of a batch take the ordinary modules; None where the training kernels have them."""
         if (why := self.fallback_reason()) is not None:
             return why
         if (why := training_ops.objection(self._read_spec)) is not None:
             return why
-        norms = [norm for _, norm in self._pairs]
-        if not any(map(is_live, norms[:-1])):
-            return "no norm inside takes its statistics from the batch"
-        if reading.drops_now(self._dropouts):
-            return "it has dropouts between its layers"
-        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms) and torch.distributed.is_initialized():
+        if any(isinstance(norm, nn.SyncBatchNorm) for _, norm in self._pairs) and torch.distributed.is_initialized():
             return "a SyncBatchNorm exchanges its statistics"
         parameters, _ = self._fold_parameters()
         weight = first_weight(parameters)
         if weight.dtype not in (torch.float32, torch.float64):
             return f"its parameters are {weight.dtype}, and the training kernels take float32 and float64"
         if not weight.is_cpu or backends.resolve_backend(self.backend, weight.device) != "cpu":
-            return "the training kernels run on the CPU"
+            return "the training kernels are the CPU's"
         if any(t is not None and (t.dtype != weight.dtype or freed(t)) for t in parameters):
             return "its parameters are of several dtypes"
-        return None if x is None else self._objection_to(x, weight.dtype)
+        return None
 
-    def _objection_to(self, x: Tensor, dtype: torch.dtype) -> str | None:
+    def training_objection(self, x: Tensor | None = None) -> str | None:
+        """Why its modules run in this state, given ``x``; None where the training kernels do."""
+        if (why := self.not_trained()) is not None:
+            return why
+        if not any(is_live(norm) for _, norm in self._pairs[:-1]):
+            return "no norm inside takes its statistics from the batch"
+        if reading.drops_now(self._dropouts):
+            return "it has dropouts between its layers"
+        return None if x is None else self._objection_to(x)
+
+    def _objection_to(self, x: Tensor) -> str | None:
         if torch.is_autocast_enabled("cpu"):
             return "autocast computes in another dtype"
-        if x.dtype != dtype or not x.is_cpu or x.layout != torch.strided or x.dim() != 4 or x.numel() == 0:
+        if (
+            x.dtype != self._pairs[0][0].weight.dtype
+            or not x.is_cpu
+            or x.layout != torch.strided
+            or x.dim() != 4
+            or x.numel() == 0
+        ):
             return "its input is not what the training kernels take"
         n, channels, height, width = x.shape
         spec = self._read_spec

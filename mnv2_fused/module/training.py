@@ -1,5 +1,6 @@
-"""Blocks in training: by the kernels that never write an expanded tensor, or keeping a block's input alone and computing
-the expanded tensor again in backward."""
+"""Blocks in training: by kernels that never write an expanded tensor, or keeping a block's input alone and computing
+the expanded tensor again in backward.
+"""
 
 from __future__ import annotations
 

@@ -311,7 +311,7 @@ class FusedSequential(RunsFused, nn.Sequential):
         y = self.run_fused(input)
         if y is not None:
             return y
-        if self.training and not torch.compiler.is_compiling():
+        if self.training and type(input) is Tensor and not torch.compiler.is_compiling():
             return train_row(input, [*self._modules.values()])
         return super().forward(input)
 

@@ -21,8 +21,10 @@ from ..module.training import is_live, norm_live, train_fused
 
 
 def train_row(x: Tensor, children: Sequence[nn.Module | None]) -> Tensor:
-    """What ``children`` make of x one after the other: a stem as the expansion of the block behind it, so that its
-    result, the widest tensor of a network, is never written; the norms of other convolutions by the training kernels."""
+    """What ``children`` make of x one after the other, the norms of 1x1 convolutions by the training kernels.
+
+    A stem is the expansion of the block behind it: its result, the widest tensor of a network, is never written.
+    """
     row = [child for child in children if child is not None]
     at = 0
     if len(row) > 1 and (y := _stem(x, *row[:2])) is not None:
@@ -73,12 +75,16 @@ def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:
     spec = block.spec
     if not is_live(norm) or spec is None or spec.expand or spec.residual or block.recompute:
         return None
-    if not spec.in_channels == conv.out_channels or block.training_objection() is not None:
+    if spec.in_channels != conv.out_channels or block.training_objection() is not None:
         return None
     own = parameters_of(conv, norm)
     parameters, eps = block._fold_parameters()
     expanded_by = reading.activation_of(activation)
-    if x.shape[1] != conv.in_channels or not _fit(x, [*own, *parameters]) or LEAKY_RELU in (expanded_by, spec.activation):
+    if (
+        x.shape[1] != conv.in_channels
+        or not _fit(x, [*own, *parameters])
+        or LEAKY_RELU in (expanded_by, spec.activation)
+    ):
         return None
     joint = dataclasses.replace(spec, in_channels=9 * conv.in_channels, expand=True, expand_activation=expanded_by)
     height, width = ((n - 1) // 2 + 1 for n in x.shape[2:])

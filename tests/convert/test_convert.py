@@ -786,11 +786,16 @@ def test_report_says_why_a_fused_block_runs_no_kernel(monkeypatch):
     assert "MNV2_FUSED_BACKEND must be one of" in row.reason
 
 
-def test_report_says_that_training_runs_the_modules():
+def test_report_says_what_trains_fused():
     fused = fuse(two_blocks())
     assert not report(fused).training
     assert "train()" not in str(report(fused))
-    assert str(report(fused.train())).endswith("call eval()")
+    assert str(report(fused.train())).endswith("now in train(), where 2 run fused, too")
+    assert [row.not_trained for row in report(fused).blocks] == [None, None]
+    fused[0].backend = "eager"
+    assert str(report(fused)).endswith(
+        "where 1 run fused, too; 1 as ordinary modules: the training kernels are the CPU's"
+    )
 
 
 def test_report_leaves_no_trace():
