@@ -303,7 +303,7 @@ class _Projected(torch.autograd.Function):
         grads[4] = dw_project.view(weights.project.shape)
         grads[5] = None if weights.project_bias is None else g.sum((0, 2, 3))
         grads[8], grads[9] = sums[1].to(dtype), sums[0].to(dtype)
-        if w is not None and weights.expand is not None:
+        if w is not None and of_e is not None and weights.expand is not None:
             s1a = e_sums[0]
             products = dw_expand.mT.double() - torch.outer(s1a, given.rest)  # G
             if first.live:
