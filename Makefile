@@ -130,7 +130,7 @@ chain: build/kernel_chain
 	build/kernel_chain int8
 
 # What knows no torch.
-KERNELS := csrc/block.cpp $(filter-out %/op.cpp %/run.cpp %/sequence.cpp,$(wildcard csrc/cpu/*.cpp csrc/cpu/int8/*.cpp))
+KERNELS := csrc/block.cpp $(filter-out %/op.cpp %/run.cpp %/sequence.cpp %/narrow.cpp,$(wildcard csrc/cpu/*.cpp csrc/cpu/*/*.cpp))
 
 build/kernel_chain: benchmarks/kernel_chain.cpp $(KERNELS) $(shell find csrc -name '*.h')
 	mkdir -p build

@@ -12,8 +12,10 @@
 
 #include "../../csrc/cpu/int8/args.h"
 #include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/training/args.h"
 
-// Kernels on 8-bit integers have a check of their own: the table of instruction sets is linked without them.
+// Kernels on 8-bit integers, and for training, are not checked here: the table of instruction sets is linked
+// without them.
 namespace mnv2_fused::cpu::int8 {
 #define NOT_LINKED(isa)        \
   namespace isa {              \
@@ -29,6 +31,20 @@ NOT_LINKED(neon_dotprod)
 NOT_LINKED(portable)
 #undef NOT_LINKED
 }  // namespace mnv2_fused::cpu::int8
+namespace mnv2_fused::cpu::training {
+namespace avx512 {
+const AllKernels kKernels = {};
+}
+namespace avx2 {
+const AllKernels kKernels = {};
+}
+namespace neon {
+const AllKernels kKernels = {};
+}
+namespace portable {
+const AllKernels kKernels = {};
+}
+}  // namespace mnv2_fused::cpu::training
 
 using namespace mnv2_fused;
 using namespace mnv2_fused::cpu;
