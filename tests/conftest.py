@@ -37,6 +37,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("mnv2_fused")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with tests of minutes first: at the end all but one process would wait for them."""
+    first = {item.path for item in items if item.get_closest_marker("minutes")}
+    items.sort(key=lambda item: item.path not in first)
+
+
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch):
     """A backend exported in the developer's shell must not decide what the tests test."""

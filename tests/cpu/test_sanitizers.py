@@ -20,7 +20,7 @@ BOTH = f"{ADDRESS},signed-integer-overflow,shift,integer-divide-by-zero,bounds,f
 # wide ones' register tiles.
 WIDE = {"avx512", "avx512_bf16", "avx2"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton's disassembler", allow_module_level=True)
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 # Each pair takes a processor minutes: of all generations and precisions a few, or those of the environment.
 CHOSEN = "75-half 90a-float32"

@@ -29,7 +29,7 @@ from cuda_emulation.emulation import CSRC, compiled_kernel, loaded
 
 from mnv2_fused.testing import threads
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
+pytestmark = [pytest.mark.slow, pytest.mark.minutes, pytest.mark.usefixtures("poison")]
 
 
 @pytest.fixture(autouse=True, scope="module")

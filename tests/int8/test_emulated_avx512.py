@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from support.source_tree import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 HERE = ROOT / "tests/int8"
 # Fewer rows of pixels in a register tile than there are registers for, or the compiler takes minutes.

@@ -15,7 +15,7 @@ from support.source_tree import ROOT
 
 from mnv2_fused.testing import available_instruction_sets
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 # Register tiles of few heights, and checks that are calls: either halves the compiler's minutes.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-DMNV2_MOST_ROWS=2"]

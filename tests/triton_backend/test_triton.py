@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.skipif(NO_TRITON is None, reason="the kernel's tests run in this process")
 def test_in_the_interpreter():
     """Every test of the kernel, here and in two other files, in two processes at a time."""
