@@ -41,7 +41,11 @@ inline int64_t slots_of(const BlockShape& s) { return std::min(s.batch, kMostSlo
 
 // Panels of channels that run together at most, where a vector register holds `lanes`: as many as a
 // register tile is wide.
+#ifdef MNV2_MOST_PANELS  // of checks: several, whatever the vectors
+constexpr int64_t most_panels(int64_t) { return MNV2_MOST_PANELS; }
+#else
 constexpr int64_t most_panels(int64_t lanes) { return lanes == kPanel ? 4 : 1; }
+#endif
 // Bytes of a worker's scratch that every L2 has room for, beside weights and x.
 constexpr int64_t kNear = int64_t{128} << 10;
 

@@ -1,0 +1,198 @@
+// Training kernels of this processor beside the portable ones in double, on random blocks: for sanitizers, and
+// for processors that are emulated. Every array has just the elements that args.h says.
+//   training_kernel_check COUNT    blocks; exits with 1 where results differ
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/training/args.h"
+
+namespace mnv2_fused::cpu::training {
+// Those that are not linked are null.
+namespace avx512 {
+extern const AllKernels kKernels __attribute__((weak));
+}
+namespace avx2 {
+extern const AllKernels kKernels __attribute__((weak));
+}
+namespace neon {
+extern const AllKernels kKernels __attribute__((weak));
+}
+}  // namespace mnv2_fused::cpu::training
+
+using namespace mnv2_fused;
+using namespace mnv2_fused::cpu::training;
+
+namespace {
+
+std::mt19937 g_random;
+
+int64_t between(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(g_random);
+}
+
+template <class T>
+struct Block {
+  BlockShape s{};
+  std::vector<T> x, w_expand, b_expand, w_depthwise, g, w_project, rows, w_input;
+};
+
+std::vector<double> drawn(int64_t count) {
+  std::normal_distribution<double> normal;
+  std::vector<double> v(static_cast<size_t>(count));
+  for (double& value : v) value = normal(g_random);
+  return v;
+}
+
+// [panels][terms][16], zeros from channel `channels` on.
+std::vector<double> panels(int64_t channels, int64_t terms) {
+  const int64_t count = ceil_div(channels, kPanel);
+  std::vector<double> v = drawn(count * terms * kPanel);
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t t = 0; t < terms; ++t)
+      for (int64_t l = 0; l < kPanel; ++l)
+        if (p * kPanel + l >= channels) v[size_t((p * terms + t) * kPanel + l)] = 0;
+  return v;
+}
+
+BlockShape shape() {
+  BlockShape s{};
+  const bool expands = between(0, 3) > 0;
+  s.batch = between(1, 3);
+  s.in_channels = between(1, 24);
+  s.hidden_channels = expands ? between(1, 90) : s.in_channels;
+  s.out_channels = between(1, 24);
+  s.expand = expands ? Expand::kPointwise : Expand::kNone;
+  s.kernel = kKernelSizes[between(0, kKernelSizeCount - 1)];
+  s.stride = between(1, 2);
+  s.column_stride = between(0, 2);
+  if (s.stride == 1 && s.stride_across() == 1) s.dilation = between(1, 3);
+  for (int64_t* pad : {&s.pad_left, &s.pad_right, &s.pad_top, &s.pad_bottom})
+    *pad = between(0, s.extent() - 1);
+  s.height = std::max<int64_t>(1, s.extent() - s.pad_top - s.pad_bottom) + between(0, 12);
+  s.width = std::max<int64_t>(1, s.extent() - s.pad_left - s.pad_right) + between(0, 60);
+  const Activation known[] = {Activation::kRelu6,     Activation::kRelu, Activation::kIdentity,
+                              Activation::kHardswish, Activation::kSilu, Activation::kLeakyRelu};
+  s.activation = known[between(0, 5)];
+  s.expand_activation = known[between(0, 5)];
+  return s;
+}
+
+Block<double> block() {
+  Block<double> b;
+  const BlockShape s = b.s = shape();
+  const int64_t hidden = s.hidden_panels() * kPanel;
+  b.x = drawn(s.batch * s.height * s.width * s.in_channels);
+  b.w_expand = panels(s.hidden_channels, s.in_channels);
+  b.b_expand = panels(s.hidden_channels, 1);
+  b.w_depthwise = panels(s.hidden_channels, s.taps());
+  b.g = drawn(s.out_elements());
+  b.w_project = panels(s.hidden_channels, s.out_channels);
+  b.rows.resize(size_t(6 * hidden));
+  for (int64_t row = 0; row < 6; ++row) {
+    const std::vector<double> values = panels(s.hidden_channels, 1);
+    std::copy(values.begin(), values.end(), b.rows.begin() + row * hidden);
+  }
+  b.w_input = panels(s.in_channels, hidden);
+  for (int64_t p = 0; p < ceil_div(s.in_channels, kPanel); ++p)
+    for (int64_t e = s.hidden_channels; e < hidden; ++e)
+      std::fill_n(b.w_input.begin() + (p * hidden + e) * kPanel, kPanel, 0.0);
+  return b;
+}
+
+template <class T>
+std::vector<T> as(const std::vector<double>& v) {
+  return {v.begin(), v.end()};
+}
+
+// Results of the three passes, each NaN before.
+template <class T>
+std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels) {
+  const BlockShape& s = from.s;
+  const int64_t hidden = s.hidden_panels() * kPanel, slots = slots_of(s);
+  const auto x = as<T>(from.x), w_expand = as<T>(from.w_expand), b_expand = as<T>(from.b_expand),
+             w_depthwise = as<T>(from.w_depthwise), g = as<T>(from.g),
+             w_project = as<T>(from.w_project), rows = as<T>(from.rows),
+             w_input = as<T>(from.w_input);
+  const Layout layout(s, kernels.lanes, sizeof(T));
+  constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+  std::vector<double> all;
+  const auto pass = [&](auto run, int step) {
+    Args<T> a{s, x.data(), w_expand.data(), b_expand.data(), w_depthwise.data()};
+    std::vector<T> scratch(size_t(layout.total()), kNaN);
+    const auto made = [&](int64_t count) { return std::vector<T>(size_t(count), kNaN); };
+    std::vector<double> sums(size_t(slots * 2 * hidden), kNaN);
+    std::vector<T> dw_project = made(slots * s.out_channels * hidden),
+                   dw_expand = made(slots * s.in_channels * hidden),
+                   dw_depthwise = made(slots * s.taps() * hidden), g_x = made(int64_t(x.size()));
+    a.sums = sums.data();
+    if (step > 0) {
+      a.g = g.data();
+      a.w_project = w_project.data();
+      const T* at = rows.data();
+      for (const T** p : {&a.scale, &a.shift, &a.mean, &a.inverse, &a.offset, &a.slope})
+        *p = at, at += hidden;
+      a.w_input = w_input.data();
+      a.dw_project = dw_project.data();
+      a.dw_expand = dw_expand.data();
+      a.dw_depthwise = dw_depthwise.data();
+      a.g_x = g_x.data();
+    }
+    for (int64_t slot = 0; slot < slots; ++slot) run(a, layout, slot, scratch.data());
+    const auto keep = [&](const auto& v) { all.insert(all.end(), v.begin(), v.end()); };
+    const bool expands = s.expand == Expand::kPointwise;
+    if (step < 2 || expands) keep(sums);
+    if (step == 1) keep(dw_project);
+    if (step == 2) keep(dw_depthwise), keep(g_x);
+    if (step == 2 && expands) keep(dw_expand);
+  };
+  pass(kernels.statistics, 0);
+  pass(kernels.backward_project, 1);
+  pass(kernels.backward_expand, 2);
+  return all;
+}
+
+// Whether `found` is `expected` to `allowed` of its largest value, and finite.
+bool close(const std::vector<double>& found, const std::vector<double>& expected, double allowed) {
+  double largest = 1, off = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (!std::isfinite(found[i]) || !std::isfinite(expected[i])) return false;
+    largest = std::max(largest, std::abs(expected[i]));
+    off = std::max(off, std::abs(found[i] - expected[i]));
+  }
+  return off <= allowed * largest;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int blocks = count > 1 ? std::atoi(arguments[1]) : 20;
+  std::vector<std::pair<const char*, const AllKernels*>> all{{"portable", &portable::kKernels}};
+#if defined(__x86_64__)
+  if (&avx2::kKernels && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    all.push_back({"avx2", &avx2::kKernels});
+  if (&avx512::kKernels && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    all.push_back({"avx512", &avx512::kKernels});
+#else
+  if (&neon::kKernels) all.push_back({"neon", &neon::kKernels});
+#endif
+  int wrong = 0;
+  for (int i = 0; i < blocks; ++i) {
+    g_random.seed(unsigned(i));
+    const Block<double> b = block();
+    const std::vector<double> expected = results(b, portable::kKernels.f64);
+    for (const auto& [name, kernels] : all) {
+      // A gate near its bound may open in float and stay shut in double: most of such errors are small.
+      const bool right = close(results(b, kernels->f64), expected, 1e-10) &&
+                         close(results(b, kernels->f32), expected, 1e-3);
+      if (!right) std::printf("block %d, %s: differs\n", i, name), ++wrong;
+    }
+  }
+  for (const auto& [name, kernels] : all) std::printf("%s ", name);
+  std::printf("%d blocks, %d wrong\n", blocks, wrong);
+  return wrong > 0;
+}
