@@ -95,7 +95,7 @@ def _note(norm: BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
 
 def is_live(norm: Norm | None) -> bool:
     """Whether a norm takes its statistics from the batch. A FrozenBatchNorm2d has no parameters."""
-    return norm is not None and norm.training and bool(norm._parameters)
+    return norm is not None and norm.training and len(norm._parameters) > 0
 
 
 def _norm_of(stage: ConvNorm, eps: float, live: bool) -> training_ops.Norm:
