@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.flop_counter import register_flop_formula
 
 from .encoding import COLUMN_STRIDE, SQUEEZE_CHANNELS, LayerKind, split_layers
-from .spec import BlockSpec
+from .spec import BlockSpec, stem_size
 
 
 def multiply_adds(spec: BlockSpec, input_shape: Sequence[int]) -> int:
@@ -36,7 +36,7 @@ def sizes_of_layers(
         kind, stride = values[0], values[4]
         across = further[COLUMN_STRIDE] or stride if len(further) > COLUMN_STRIDE else stride
         if kind == LayerKind.STEM_AND_BLOCK:
-            height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+            height, width = stem_size(height), stem_size(width)
         before = height, width
         if kind <= LayerKind.STEM_AND_BLOCK:
             kernel, dilation, left, right, top, bottom = further[:6] or (3, 1, 1, 1, 1, 1)

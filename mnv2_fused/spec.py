@@ -50,6 +50,11 @@ class Geometry(TypedDict, total=False):
     activates_sum: bool  # whether out_activation comes after x is added, not before; default False
 
 
+def stem_size(size: Any) -> Any:
+    """Rows or columns that a stem (3x3, stride 2, padding 1) makes of an image's, an int or a symbol for one."""
+    return (size - 1) // 2 + 1
+
+
 KERNELS = (3, 5, 7)  # sizes of a depthwise kernel
 KERNELS_IN_WORDS = "3, 5 or 7"
 _PLAIN = (1, "relu6", "identity", "relu", "hardsigmoid")  # dilation, activations and gate of MobileNetV2's block

@@ -27,7 +27,7 @@ from .encoding import BLOCK_FIELDS, shape_of
 from .flops import count_flops
 from .fold import PANEL, BlockWeights, pack_block
 from .ops import packed_inverted_residual
-from .spec import BlockSpec
+from .spec import BlockSpec, stem_size
 
 # Activations whose derivative the kernels know; csrc/cpu/training/derivative.h is the twin.
 DIFFERENTIATED = ("relu6", "relu", "identity", "hardswish", "silu", "leaky_relu")
@@ -171,7 +171,7 @@ def _patches(x: Tensor, pilot: Tensor | None = None) -> Tensor:
         around = (-pilot).repeat(n, height + 2, width + 2, 1)
         torch.sub(pixels, pilot, out=around[:, 1:-1, 1:-1])
     image, row, _, _ = around.stride()
-    size = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    size = stem_size(height), stem_size(width)
     windows = around.as_strided((n, *size, 3, 3 * c), (image, 2 * row, 2 * c, row, 1))
     return windows.reshape(n, *size, 9 * c).permute(0, 3, 1, 2)
 

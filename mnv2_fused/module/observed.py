@@ -398,6 +398,9 @@ class FusedObserved(FusedInPlace):
     def _forward_training(self, x: Tensor) -> Tensor:
         return self._forward_modules(x)
 
+    def not_trained(self) -> str | None:
+        return super().not_trained() or "it was fused by what its class was seen to run in eval()"
+
     def allows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether these arguments change nothing in eval."""
         if not all(value is None or type(value) in (bool, int, float, str) for value in (*args, *kwargs.values())):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import training_ops
 from ..activations import function_of
 from ..fold import ConvNorm, conv_norms
-from ..spec import BlockSpec
+from ..spec import BlockSpec, stem_size
 from .parameters import Norm
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
@@ -147,7 +147,7 @@ def train_fused(
     p, found = training_ops.projected(x, weights, (first, made[-2]), inner)
     height, width = x.shape[2:]
     if expand is not None and expand.weight.shape[-1] > 1:  # a stem
-        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+        height, width = stem_size(height), stem_size(width)
     counts = x.shape[0] * height * width, p.shape[0] * p.shape[2] * p.shape[3]
     for norm, statistics, count in zip((norms[-3] if first else None, norms[-2]), found, counts, strict=True):
         if statistics is not None and isinstance(norm, BatchNorm):

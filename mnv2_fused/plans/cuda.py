@@ -10,14 +10,8 @@ import torch
 from .. import backends
 from ..encoding import shape_of
 from ..gpus import H200, Gpu
-from ..spec import ACTIVATIONS, BlockSpec
+from ..spec import ACTIVATIONS, BlockSpec, stem_size
 from ..tensors import check_dtype, check_gpu, check_shape
-
-
-def stem_size(size: int) -> int:
-    """Rows or columns that a stem makes of an image's."""
-    return (size - 1) // 2 + 1
-
 
 _FORCED = ("images", "tile_rows", "tile_cols", "strip_rows", "group", "splits")
 

@@ -18,6 +18,7 @@ from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
 from ..module.parameters import conv_norm_activation, freed, parameters_of
 from ..module.training import is_live, norm_live, train_fused
+from ..spec import stem_size
 
 
 def train_row(x: Tensor, children: Sequence[nn.Module | None]) -> Tensor:
@@ -78,7 +79,7 @@ def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:
         return None
     conv, norm, activation = conv_norm_activation(stem)
     spec = block.spec
-    if not is_live(norm) or spec is None or spec.expand or spec.residual or block.recompute:
+    if not is_live(norm) or spec is None or spec.expand or spec.residual:
         return None
     if spec.in_channels != conv.out_channels or block.training_objection() is not None:
         return None
@@ -92,7 +93,7 @@ def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:
     ):
         return None
     joint = dataclasses.replace(spec, in_channels=9 * conv.in_channels, expand=True, expand_activation=expanded_by)
-    height, width = ((n - 1) // 2 + 1 for n in x.shape[2:])
+    height, width = map(stem_size, x.shape[2:])
     sizes = height * width, math.prod(spec.out_size(height, width))
     if training_ops.objection(joint) is not None or x.shape[0] * min(sizes) < 2:
         return None

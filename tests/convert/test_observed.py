@@ -748,6 +748,8 @@ def test_train_runs_the_modules():
     assert not torch.equal(fused[1](x, drop_rate=0.999), fused[1](x))
     fused[1](x).sum().backward()
     assert fused[1].yankee.weight.grad is not None
+    assert report(fused).blocks[0].not_trained == fused[1].training_objection()
+    assert "seen to run in eval()" in fused[1].training_objection()
 
 
 def test_changes_after_fusing():

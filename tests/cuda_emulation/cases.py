@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mnv2_fused import BlockSpec, cuda_plan, fold, inverted_residual_reference, pack
 from mnv2_fused.activations import function_of
-from mnv2_fused.plans.cuda import stem_size
+from mnv2_fused.spec import stem_size
 from mnv2_fused.testing import agreement, random_weights
 
 from .emulation import compiled_kernel, emulated_inverted_residual, loaded

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mnv2_fused import BlockSpec, CudaPlan, PackedWeights
 from mnv2_fused.encoding import BLOCK_FIELDS, shape_of
-from mnv2_fused.plans.cuda import stem_size
+from mnv2_fused.spec import stem_size
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"

@@ -294,6 +294,26 @@ def test_a_norm(dtype, affine, added):
         assert error <= 2 * eager + 20 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("name", ["stride 2", "strides apart, rows", "no expansion", "dilated"])
+def test_multiply_adds_are_counted(name):
+    """Each pass by itself: of expansion, filter and projection as often as the pass computes them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec, shape = SPECS[name]
+    block = Block(spec, shape)
+    with FlopCounterMode(display=False) as counter:
+        block.results(block.fused)
+    height, width = spec.out_size(*shape[2:])
+    pixels, after = shape[0] * shape[2] * shape[3], shape[0] * height * width * spec.hidden_channels
+    e = pixels * spec.in_channels * spec.hidden_channels if spec.expand else 0
+    d, p = after * spec.kernel**2, after * spec.out_channels
+    found = {str(op).split(".")[-1]: count // 2 for op, count in counter.flop_counts["Global"].items()}
+    assert found["training_statistics"] == e + d and found["inverted_residual"] == e + d + p
+    assert found["training_backward_project"] == e + d + 2 * p
+    assert found["training_backward_expand"] == 3 * e + 3 * d + p
+    assert found.get("training_centre", 0) == (pixels * spec.in_channels**2 if spec.expand else 0)
+
+
 def test_objections():
     assert objection(BlockSpec(8, 16, 8)) is None
     assert "squeeze-and-excite" in objection(BlockSpec(8, 16, 8, squeeze_channels=4))
