@@ -17,17 +17,20 @@
 
 // Of a block in training: `block` has the fields of block_fields.h.
 #define MNV2_TRAINING_ARGUMENTS "(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise"
-#define MNV2_GRADIENTS ", Tensor g, Tensor w_project, Tensor of_d"
+#define MNV2_GRADIENTS ", Tensor g, Tensor w_project, Tensor of_d, Tensor? gate"
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("inverted_residual" MNV2_BLOCK_ARGUMENTS MNV2_LAST);
   m.def("inverted_residual_triton" MNV2_BLOCK_ARGUMENTS MNV2_LAST);
   m.def("inverted_residual_cuda" MNV2_BLOCK_ARGUMENTS ", bool tf32=False" MNV2_LAST);
   m.def("training_statistics" MNV2_TRAINING_ARGUMENTS ", int[] block) -> Tensor");
+  m.def("training_pool" MNV2_TRAINING_ARGUMENTS ", Tensor of_d, int[] block) -> Tensor");
+  m.def("training_project" MNV2_TRAINING_ARGUMENTS
+        ", Tensor of_d, Tensor gate, Tensor w_output, int[] block) -> Tensor");
   m.def("training_backward_project" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
         ", int[] block) -> (Tensor, Tensor)");
   m.def("training_backward_expand" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
-        ", Tensor? w_input, int[] block) -> (Tensor, Tensor, Tensor, Tensor)");
+        ", Tensor? of_pooled, Tensor? w_input, int[] block) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("training_moments(Tensor x) -> Tensor");
   m.def("training_centre(Tensor x, Tensor? mean) -> (Tensor, Tensor, Tensor)");
   m.def("training_normalise(Tensor x, Tensor values, Tensor? added) -> Tensor");

@@ -10,14 +10,28 @@ norm1's statistics need no pass over e: its mean is W times x's, its variance th
 one pass that sums d up. Backward, one pass sums up the gradient of a2 and its products with d^, another one goes on to
 x. What norm1 adds to the gradients of W and x has a closed form in cov(x) and the sums G of products of a1's gradient
 with x.
+
+A squeeze-and-excite takes one pass more, which sums h2 up over each image; p = P (gate h2). Backward, five sums of each
+image give the gate's gradient, and with it norm2's.
+
+Kernels compute in float32 or float64. Tensors in half precision are converted where they are as wide as the block's own
+input and result, and stay in half precision where they are kept for backward. Under autocast, too, every number inside
+is a float32.
+
+Norms of one process group take their statistics from the batches of all its processes: what they sum up is summed over
+processes, in float64. Gradients of parameters are each process's part: their sum over processes is the gradient of the
+sum of losses.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,8 +49,6 @@ DIFFERENTIATED = ("relu6", "relu", "identity", "hardswish", "silu", "leaky_relu"
 
 def objection(spec: BlockSpec) -> str | None:
     """Why no kernel trains this block, None if they do."""
-    if spec.squeeze_channels:
-        return "it has a squeeze-and-excite"
     activations = (spec.activation, spec.expanded_by) if spec.expand else (spec.activation,)
     for activation in activations:
         if activation not in DIFFERENTIATED:
@@ -52,6 +64,7 @@ class Norm(NamedTuple):
     eps: float
     mean: Tensor | None = None  # [C]
     variance: Tensor | None = None  # [C]
+    group: Any = None  # torch.distributed's, whose processes have statistics together
 
     @property
     def live(self) -> bool:
@@ -85,16 +98,52 @@ class _Affine(NamedTuple):
         return self.bias - self.scale * self.mean
 
 
+class Statistics(NamedTuple):
+    """What a norm took from the batch."""
+
+    mean: Tensor  # float64 [C]
+    variance: Tensor  # float64 [C], biased
+    count: float  # of values in each channel
+
+
+def _together(group: Any, count: float, mean: Tensor, squares: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Of the values of all processes: how many, their mean and their variance or covariance, from one process's own."""
+    if group is None:
+        return count, mean, squares
+    totals = _summed(group, torch.cat([mean * count, mean.new_tensor([count])]))
+    total = float(totals[-1])
+    of_all = totals[:-1] / total
+    off = mean - of_all
+    spread = squares + (off * off if squares.dim() == 1 else torch.outer(off, off))
+    return total, of_all, _summed(group, spread * count) / total
+
+
+def _summed(group: Any, t: Tensor) -> Tensor:
+    """Over all processes."""
+    if group is None:
+        return t
+    t = t.contiguous()
+    dist.all_reduce(t, group=group)
+    return t
+
+
 class _Moments(NamedTuple):
     """Of what an expansion multiplies, [N, C, H, W] less ``pilot``: what the norm behind it needs."""
 
-    pilot: Tensor | None  # [C]: a mean, rounded to x's dtype
+    pilot: Tensor | None  # [C]: a mean, rounded to the dtype that kernels compute in
     rest: Tensor  # float64 [C]: the mean that is left
     covariance: Tensor | None = None  # float64 [C, C]
+    count: float = 0.0  # pixels
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What kernels compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    """In the dtype that kernels compute in."""
+    return x.to(_dtype_of(x)).contiguous(memory_format=torch.channels_last)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -102,8 +151,13 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _moments(x: Tensor, weights: Weights) -> tuple[Tensor, _Moments]:
-    """Of a float32 or float64 x: the mean is taken off before anything is squared."""
+def _count(x: Tensor) -> int:
+    """Values in each channel."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _moments(x: Tensor, weights: Weights, group: Any) -> tuple[Tensor, _Moments]:
+    """The mean is taken off before anything is squared."""
     x = _channels_last(x)
     mean = torch.ops.mnv2_fused.training_moments(x)[0].to(x.dtype)
     if _is_stem(weights):
@@ -112,13 +166,16 @@ def _moments(x: Tensor, weights: Weights) -> tuple[Tensor, _Moments]:
     else:
         pilot = mean
         centred, total, products = torch.ops.mnv2_fused.training_centre(x, _padded(pilot[None]))
-    count = centred.shape[0] * centred.shape[2] * centred.shape[3]
-    rest = total[0] / count
-    return centred, _Moments(pilot, rest, products / count - torch.outer(rest, rest))
+    own = _count(centred)
+    rest = total[0] / own
+    covariance = products / own - torch.outer(rest, rest)
+    count, mean, covariance = _together(group, own, rest + pilot.double() if group else rest, covariance)
+    return centred, _Moments(pilot, mean - pilot.double() if group else mean, covariance, count)
 
 
 def _taken(x: Tensor, weights: Weights, pilot: Tensor | None = None) -> Tensor:
     """What the expansion multiplies, less ``pilot``, channels_last."""
+    x = x.to(_dtype_of(x))
     if _is_stem(weights):
         return _patches(x, None if pilot is None else pilot[: x.shape[1]])
     return _channels_last(x if pilot is None else x - pilot[:, None, None])
@@ -150,6 +207,7 @@ class _Kernel(NamedTuple):
 def _kernel(spec: BlockSpec, x: Tensor, w_expand: Tensor | None, b_expand: Tensor | None, w_depthwise: Tensor):
     dtype = x.dtype
     n, _, height, width = x.shape
+    spec = dataclasses.replace(spec, squeeze_channels=0)  # its gate is an argument of its own
     return _Kernel(
         None if w_expand is None else _panels(w_expand.to(dtype)),
         None if b_expand is None else _padded(b_expand.to(dtype)),
@@ -196,83 +254,121 @@ class Weights(NamedTuple):
     depthwise_bias: Tensor | None  # [E]
     project: Tensor  # [C_out, E, 1, 1]
     project_bias: Tensor | None  # [C_out]
+    # Of a squeeze-and-excite.
+    reduce: Tensor | None = None  # [S, E, 1, 1]
+    reduce_bias: Tensor | None = None  # [S]
+    excite: Tensor | None = None  # [E, S, 1, 1]
+    excite_bias: Tensor | None = None  # [E]
 
 
-def _weights_of(tensors: Sequence[Any]) -> Weights:
-    return Weights(*tensors[:6])
+_WEIGHTS = len(Weights._fields)
 
 
-class Statistics(NamedTuple):
-    """Means and biased variances that norms took from the batch, float64 [E]; None of others."""
+def _weights_of(tensors: Sequence[Any], dtype: torch.dtype) -> Weights:
+    converted: list[Any] = [None if t is None else t.to(dtype) for t in tensors[:_WEIGHTS]]
+    return Weights(*converted)
 
-    expand: tuple[Tensor, Tensor] | None
-    depthwise: tuple[Tensor, Tensor] | None
+
+def _gate(pooled: Tensor, squeeze: Sequence[Tensor | None], spec: BlockSpec) -> Tensor:  # [N, E] both
+    """The factors of a squeeze-and-excite. ``squeeze``: weight and bias of its two convolutions.
+
+    In float64: how many threads torch's products are shared out among is lost when the result is rounded.
+    """
+    reduce, reduce_bias, excite, excite_bias = (None if t is None else t.double() for t in squeeze)
+    assert reduce is not None and excite is not None
+    s = F.linear(pooled, reduce.flatten(1), reduce_bias)
+    s = function_of(spec.squeeze_activation, spec.negative_slope)(s)
+    return function_of(spec.gate)(F.linear(s, excite.flatten(1), excite_bias))
 
 
 def projected(
-    x: Tensor, weights: Weights, norms: tuple[Norm | None, Norm], spec: BlockSpec
-) -> tuple[Tensor, Statistics]:
+    x: Tensor,
+    weights: Weights,
+    norms: tuple[Norm | None, Norm],
+    spec: BlockSpec,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, tuple[Statistics | None, Statistics | None]]:
     """The block up to its projection's result p [N, C_out, H', W'], channels_last, with gradients; and what running
-    statistics are updated by.
+    statistics are updated by, None of norms that are not live.
 
     ``norms``: behind the expansion, where there is one, and behind the depthwise convolution. Where a network's stem is
-    the expansion, ``spec`` is that of its patches, and an image gets no gradient.
+    the expansion, ``spec`` is that of its patches, and an image gets no gradient. ``dtype``: p's, else x's.
     """
     first, second = norms
     of_first = (None, None) if first is None else (first.weight, first.bias)
-    p, *found = _Projected.apply(x, spec, norms, *weights, *of_first, second.weight, second.bias)
-    means = iter(found)
-    pairs = [(next(means), next(means)) if norm is not None and norm.live else None for norm in norms]
-    return p, Statistics(*pairs)
+    p, *found = _Projected.apply(x, spec, norms, dtype or x.dtype, *weights, *of_first, second.weight, second.bias)
+    values = iter(found)
+    of_e, of_d = (
+        Statistics(next(values), next(values), next(values)) if norm is not None and norm.live else None
+        for norm in norms
+    )
+    return p, (of_e, of_d)
 
 
 class _Projected(torch.autograd.Function):
-    """Keeps x, weights and a few numbers of each channel."""
+    """Keeps x, weights and a few numbers of each channel, with a squeeze-and-excite of each channel of an image."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: BlockSpec, norms: tuple[Norm | None, Norm], *tensors: Tensor | None) -> Any:
-        weights = _weights_of(tensors)
+    @torch.autocast("cpu", enabled=False)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        spec: BlockSpec,
+        norms: tuple[Norm | None, Norm],
+        p_dtype: torch.dtype,
+        *tensors: Tensor | None,
+    ) -> Any:
+        weights = _weights_of(tensors, _dtype_of(x))
         first, second = norms
-        statistics: list[Tensor] = []
+        statistics: list[Any] = []
         of_e, w_expand, b_expand = None, None, None
         if weights.expand is None or first is None:
             centred, given = _channels_last(x), _Moments(None, x.new_zeros(0, dtype=torch.float64))
         else:
             w = _matrix(weights.expand).double()
             if first.live:
-                centred, given = _moments(x, weights)
+                centred, given = _moments(x, weights, first.group)
                 assert given.pilot is not None and given.covariance is not None
                 variance = ((w @ given.covariance) * w).sum(1).clamp(min=0)
                 # Less the pilot's part, which is taken off x.
                 of_e = _Affine.of(first, w @ given.rest, variance)
                 mean = of_e.mean + w @ given.pilot.double()
-                statistics += [mean if weights.expand_bias is None else mean + weights.expand_bias, variance]
+                mean = mean if weights.expand_bias is None else mean + weights.expand_bias
+                statistics += [mean, variance, given.count]
             else:
                 centred, given = _taken(x, weights), _Moments(None, w.new_zeros(w.shape[1]))
                 of_e = _Affine.fixed(first, weights.expand_bias)
             w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
         kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
+        ctx.count = 0.0
         if second.live:
             d = torch.ops.mnv2_fused.training_statistics(centred, *kernel)
-            of_d = _Affine.of(second, d[0], d[1])
-            statistics += [d[0] if weights.depthwise_bias is None else d[0] + weights.depthwise_bias, d[1]]
+            own = x.shape[0] * math.prod(spec.out_size(*centred.shape[2:]))
+            ctx.count, mean, variance = _together(second.group, own, d[0], d[1])
+            of_d = _Affine.of(second, mean, variance)
+            mean = mean if weights.depthwise_bias is None else mean + weights.depthwise_bias
+            statistics += [mean, variance, ctx.count]
         else:
             of_d = _Affine.fixed(second, weights.depthwise_bias)
-        p = _project(centred, spec, w_expand, b_expand, weights, of_d)
+        if weights.reduce is None:
+            p = _project(centred, spec, w_expand, b_expand, weights, of_d)
+        else:
+            p, ctx.pooled = _project_gated(centred, spec, kernel, weights, of_d)
         ctx.spec, ctx.norms, ctx.affines = spec, norms, (of_e, of_d)
         ctx.given = given
         ctx.save_for_backward(x, *tensors)
-        ctx.mark_non_differentiable(*statistics)
-        return p, *statistics
+        ctx.mark_non_differentiable(*(t for t in statistics if isinstance(t, Tensor)))
+        return p.to(p_dtype), *statistics
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _by_torch(ctx, g, x, tensors)
-        weights, spec, (of_e, of_d) = _weights_of(tensors), ctx.spec, ctx.affines
+        dtype, given = _dtype_of(x), ctx.given
+        weights, spec, (of_e, of_d) = _weights_of(tensors, dtype), ctx.spec, ctx.affines
         first, second = ctx.norms
-        dtype, given = x.dtype, ctx.given
         centred = _taken(x, weights, given.pilot)
         x_needed = ctx.needs_input_grad[0]
         w = w_expand = b_expand = None
@@ -280,97 +376,170 @@ class _Projected(torch.autograd.Function):
             w = _matrix(weights.expand).double()
             w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
         kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
-        g = _channels_last(g)
-        pixels = g.shape[0] * g.shape[2] * g.shape[3]
-        zero = torch.zeros_like(of_d.mean)
-
-        def rows(offset: Tensor, slope: Tensor) -> Tensor:
-            return _padded(torch.stack([of_d.scale, of_d.shift, of_d.mean, of_d.inverse, offset, slope])).to(dtype)
+        g = _channels_last(g.to(dtype))
+        grads: list[Tensor | None] = [None] * len(tensors)
 
         w_project = _panels(weights.project.flatten(1).mT)
+        gate = of_pooled = None
+        if weights.reduce is not None:
+            factors, differentiate = _differentiable_gate(ctx.pooled, weights, spec)
+            gate = _padded(factors).to(dtype)
         sums, dw_project = torch.ops.mnv2_fused.training_backward_project(
-            centred, *kernel[:3], g, w_project, rows(zero, zero), kernel.block
+            centred, *kernel[:3], g, w_project, _rows(of_d, dtype), gate, kernel.block
         )
-        s2 = of_d.scale / pixels
-        of_d_rows = rows(-s2 * sums[0], -s2 * sums[1]) if second.live else rows(zero, zero)
+        if gate is not None:
+            images = sums[:, :, : of_d.mean.shape[0]]
+            of_mean, *grads[6:10] = differentiate(images[:, 0])
+            of_image = of_mean / (g.shape[2] * g.shape[3])  # of each pixel
+            of_pooled = _padded(of_image).to(dtype)
+            sums = torch.stack([(factors * images[:, i] + of_image * images[:, i + 1]).sum(0) for i in (1, 3)])
+        of_d_rows = _rows(of_d, dtype)
+        if second.live:
+            share = -of_d.scale / ctx.count * _summed(second.group, sums.clone() if second.group else sums)
+            of_d_rows = _rows(of_d, dtype, share)
         w_input = None if w_expand is None or not x_needed else _panels(_padded_rows(w_expand).mT.to(dtype))
         g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward_expand(
-            centred, *kernel[:3], g, w_project, of_d_rows, w_input, kernel.block
+            centred, *kernel[:3], g, w_project, of_d_rows, gate, of_pooled, w_input, kernel.block
         )
-        grads: list[Tensor | None] = [None] * len(tensors)
         grads[2] = dw_depthwise.mT.reshape(weights.depthwise.shape)
         grads[3] = _of_conv_bias(weights.depthwise_bias, second, of_d, sums[0])
         grads[4] = dw_project.view(weights.project.shape)
         grads[5] = None if weights.project_bias is None else g.sum((0, 2, 3))
-        grads[8], grads[9] = sums[1].to(dtype), sums[0].to(dtype)
+        grads[_WEIGHTS + 2 :] = sums[1], sums[0]
         if w is not None and of_e is not None and weights.expand is not None:
             s1a = e_sums[0]
             products = dw_expand.mT.double() - torch.outer(s1a, given.rest)  # G
             if first.live:
                 s1b = (w * products).sum(1) * of_e.inverse
-                correction = (s1b * of_e.inverse)[:, None] * (w @ given.covariance)
+                total_a, total_b = _summed(first.group, torch.stack([s1a, s1b]))
+                part = _count(centred) / given.count  # of all processes' pixels
+                correction = (total_b * of_e.inverse * part)[:, None] * (w @ given.covariance)
                 grads[0] = of_e.scale[:, None] * (products - correction)
                 if x_needed:
-                    count = x.shape[0] * x.shape[2] * x.shape[3]
-                    weighted = (of_e.scale * s1b * of_e.inverse / count)[:, None] * w
+                    weighted = (of_e.scale * total_b * of_e.inverse / given.count)[:, None] * w
                     a = w.mT @ weighted
-                    constant = w.mT @ (of_e.scale * s1a / count) - a @ given.rest
+                    constant = w.mT @ (of_e.scale * total_a / given.count) - a @ given.rest
                     pixels_of = _pixels(g_x)
                     pixels_of.addmm_(_pixels(centred), a.to(dtype), alpha=-1).sub_(constant.to(dtype))
             else:
                 s1b = ((w * products).sum(1) - of_e.mean * s1a) * of_e.inverse
                 grads[0] = of_e.scale[:, None] * products
-            grads[0] = _of_matrix(grads[0].to(dtype), weights.expand)
+            grads[0] = _of_matrix(grads[0], weights.expand)
             grads[1] = _of_conv_bias(weights.expand_bias, first, of_e, s1a)
-            grads[6], grads[7] = s1b.to(dtype), s1a.to(dtype)
-        found = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
-        return g_x if x_needed else None, None, None, *found
+            grads[_WEIGHTS : _WEIGHTS + 2] = s1b, s1a
+        found = (None if t is None else _gradient_of(t, grad) for t, grad in zip(tensors, grads, strict=True))
+        return g_x.to(x.dtype) if x_needed else None, None, None, None, *found
+
+
+def _gradient_of(t: Tensor, grad: Tensor | None) -> Tensor | None:
+    """In the dtype and strides of t, which DistributedDataParallel wants."""
+    if grad is None or grad.stride() == t.stride():
+        return None if grad is None else grad.to(t.dtype)
+    return torch.empty_like(t).copy_(grad)
+
+
+def _rows(of_d: _Affine, dtype: torch.dtype, share: Tensor | None = None) -> Tensor:
+    """What kernels take of the second norm. ``share`` [2, E]: what statistics of the batch add to the gradient of d,
+    once and times its normalised value."""
+    more = torch.zeros_like(of_d.mean).expand(2, -1) if share is None else share
+    return _padded(torch.stack([of_d.scale, of_d.shift, of_d.mean, of_d.inverse, *more])).to(dtype)
+
+
+def _project_gated(
+    x: Tensor, spec: BlockSpec, kernel: _Kernel, weights: Weights, of_d: _Affine
+) -> tuple[Tensor, Tensor]:
+    """p, and the means of h2 over each image [N, E]."""
+    e = of_d.scale.shape[0]
+    arguments = (x, *kernel[:3], _rows(of_d, x.dtype))
+    totals = torch.ops.mnv2_fused.training_pool(*arguments, kernel.block)[:, :e]
+    pooled = totals / math.prod(spec.out_size(*x.shape[2:]))
+    gate = _gate(pooled, weights[6:10], spec).to(x.dtype)
+    w_output = _panels(_padded(weights.project.flatten(1)))
+    p = torch.ops.mnv2_fused.training_project(*arguments, _padded(gate), w_output, kernel.block)
+    if weights.project_bias is not None:
+        p += weights.project_bias[:, None, None]
+    return p, pooled
+
+
+def _differentiable_gate(
+    pooled: Tensor, weights: Weights, spec: BlockSpec
+) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
+    """The gate [N, E] in float64, and what turns its gradient into those of ``pooled`` [N, E] and of its weights."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (pooled, *weights[6:10])]
+    with torch.enable_grad():
+        first = leaves[0]
+        assert first is not None
+        gate = _gate(first, leaves[1:], spec)
+
+    def differentiate(g: Tensor) -> list[Any]:
+        found = iter(torch.autograd.grad(gate, [t for t in leaves if t is not None], g))
+        return [None if t is None else next(found) for t in leaves]
+
+    return gate.detach(), differentiate
 
 
 def normed(
     p: Tensor, norm: Norm, added: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # [N, C, H, W], the norm's statistics
+) -> tuple[Tensor, Statistics]:  # [N, C, H, W], the norm's statistics
     """norm(p), plus ``added``, by a norm that takes its statistics from the batch; with gradients."""
-    y, mean, variance = _Normed.apply(p, norm.weight, norm.bias, norm.eps, added)
-    return y, (mean, variance)
+    y, *found = _Normed.apply(p, norm.weight, norm.bias, norm.eps, norm.group, added)
+    return y, Statistics(*found)
 
 
 class _Normed(torch.autograd.Function):
     """Keeps p and a few numbers of each channel."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(
-        ctx: Any, p: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, added: Tensor | None
+        ctx: Any, p: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any, added: Tensor | None
     ) -> Any:
+        ctx.save_for_backward(p, weight, bias)
+        dtype = p.dtype if added is None else torch.promote_types(p.dtype, added.dtype)
         p = _channels_last(p)
         mean, variance = torch.ops.mnv2_fused.training_moments(p)
+        ctx.count, mean, variance = _together(group, _count(p), mean, variance)
         affine = _Affine.of(Norm(weight, bias, eps), mean, variance)
         values = _padded(torch.stack([mean, affine.scale, affine.bias])).to(p.dtype)
-        other = None if added is None else _channels_last(added)
-        ctx.save_for_backward(p, weight, bias)
-        ctx.affine, ctx.eps = affine, eps
+        other = None if added is None else _channels_last(added.to(p.dtype))
+        ctx.affine, ctx.eps, ctx.group = affine, eps, group
+        ctx.added = None if added is None else added.dtype
         ctx.mark_non_differentiable(mean, variance)
-        return torch.ops.mnv2_fused.training_normalise(p, values, other), mean, variance
+        return torch.ops.mnv2_fused.training_normalise(p, values, other).to(dtype), mean, variance, ctx.count
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
         p, weight, bias = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[:3], False, False)
-        added = g if ctx.needs_input_grad[4] else None
+        needs = ctx.needs_input_grad[:3]
+        added = g.to(ctx.added) if ctx.needs_input_grad[5] else None
         if torch.is_grad_enabled():
-            y = F.batch_norm(p, None, None, weight, bias, training=True, eps=ctx.eps)
-            wanted = [t for t, need in zip((p, weight, bias), needs, strict=False) if need]
-            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            return (*(next(found) if need else None for need in needs[:3]), None, added)
-        g, affine = _channels_last(g), ctx.affine
+            _refuse_group(ctx.group)
+            dtype = _dtype_of(p)
+            given = (None if t is None else t.to(dtype) for t in (weight, bias))
+            y = F.batch_norm(p.to(dtype), None, None, *given, training=True, eps=ctx.eps)
+            wanted = [t for t, need in zip((p, weight, bias), needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, g.to(dtype), create_graph=True))
+            return (*(next(found) if need else None for need in needs), None, None, added)
+        to, affine = p.dtype, ctx.affine
+        p = _channels_last(p)
+        g = _channels_last(g.to(p.dtype))
         rows = [affine.mean, affine.inverse]
         of_p = _padded(torch.stack(rows)).to(p.dtype)
         sums = torch.ops.mnv2_fused.training_gradient_sums(g, p, of_p)
-        share = affine.scale / (p.shape[0] * p.shape[2] * p.shape[3])
-        rows += [affine.scale, -share * sums[0], -share * sums[1]]
+        total = _summed(ctx.group, sums.clone() if ctx.group else sums)
+        share = affine.scale / ctx.count
+        rows += [affine.scale, -share * total[0], -share * total[1]]
         g_p = torch.ops.mnv2_fused.training_gradient(g, p, _padded(torch.stack(rows)).to(p.dtype))
-        grads = None if weight is None else sums[1].to(p.dtype), None if bias is None else sums[0].to(p.dtype)
-        return g_p, *grads, None, added
+        grads = (None if t is None else s.to(t.dtype) for t, s in ((weight, sums[1]), (bias, sums[0])))
+        return g_p.to(to), *grads, None, None, added
+
+
+def _refuse_group(group: Any) -> None:
+    if group is not None:
+        raise RuntimeError(
+            "a norm whose statistics are those of several processes has no second derivative here (create_graph=True)"
+        )
 
 
 def _padded_rows(t: Tensor) -> Tensor:
@@ -407,14 +576,16 @@ def _project(
 
 def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) -> Any:
     """The same by torch's own derivatives, which have derivatives themselves."""
-    weights, spec = _weights_of(tensors), ctx.spec
-    affine = [tensors[6:8], tensors[8:10]]
+    dtype = _dtype_of(x)
+    weights, spec = _weights_of(tensors, dtype), ctx.spec
 
     def normalised(y: Tensor, i: int) -> Tensor:
-        norm = ctx.norms[i]
-        return F.batch_norm(y, norm.mean, norm.variance, *affine[i], training=norm.live, eps=norm.eps)
+        norm, affine = ctx.norms[i], tensors[_WEIGHTS + 2 * i : _WEIGHTS + 2 * i + 2]
+        _refuse_group(norm.group)
+        mean, variance, *affine = (None if t is None else t.to(dtype) for t in (norm.mean, norm.variance, *affine))
+        return F.batch_norm(y, mean, variance, *affine, training=norm.live, eps=norm.eps)
 
-    y = x
+    y = x.to(dtype)
     if weights.expand is not None:
         of_stem = (2, 1) if _is_stem(weights) else ()  # stride and padding
         y = normalised(F.conv2d(y, weights.expand, weights.expand_bias, *of_stem), 0)
@@ -423,11 +594,13 @@ def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) 
     groups = weights.depthwise.shape[0]
     y = F.conv2d(y, weights.depthwise, weights.depthwise_bias, spec.stride, 0, spec.dilation, groups)
     y = function_of(spec.activation, spec.negative_slope)(normalised(y, 1))
+    if weights.reduce is not None:
+        y = y * _gate(y.mean((2, 3)).double(), weights[6:10], spec).to(dtype)[..., None, None]
     y = F.conv2d(y, weights.project, weights.project_bias)
     wanted = [t for t in (x, *tensors) if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, g.to(dtype), create_graph=True))
     grads = [next(found) if t is not None and t.requires_grad else None for t in (x, *tensors)]
-    return grads[0], None, None, *grads[1:]
+    return grads[0], None, None, None, *grads[1:]
 
 
 def _hidden(block: Sequence[int]) -> int:
@@ -438,12 +611,23 @@ def _statistics_fake(x, w_expand, b_expand, w_depthwise, block):
     return x.new_empty(2, _hidden(block), dtype=torch.float64)
 
 
-def _backward_project_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, block):
+def _pool_fake(x, w_expand, b_expand, w_depthwise, of_d, block):
+    return x.new_empty(x.shape[0], of_d.shape[1], dtype=torch.float64)
+
+
+def _project_fake(x, w_expand, b_expand, w_depthwise, of_d, gate, w_output, block):
+    fields = dict(zip(BLOCK_FIELDS, block, strict=True))
+    size = fields["out_channels"], *_out_size(fields)
+    return x.new_empty(x.shape[0], *size).contiguous(memory_format=torch.channels_last)
+
+
+def _backward_project_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, gate, block):
     e = _hidden(block)
-    return x.new_empty(2, e, dtype=torch.float64), x.new_empty(g.shape[1], e)
+    size = (2, e) if gate is None else (x.shape[0], 5, of_d.shape[1])
+    return x.new_empty(size, dtype=torch.float64), x.new_empty(g.shape[1], e)
 
 
-def _backward_expand_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, w_input, block):
+def _backward_expand_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, gate, of_pooled, w_input, block):
     e, taps = _hidden(block), w_depthwise.shape[1]
     channels = 0 if w_expand is None else x.shape[1]
     g_x = x.new_empty(0) if channels and w_input is None else _like(x)
@@ -469,6 +653,8 @@ def _centre_fake(x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor
 
 _FAKES: dict[str, Any] = {
     "training_statistics": _statistics_fake,
+    "training_pool": _pool_fake,
+    "training_project": _project_fake,
     "training_backward_project": _backward_project_fake,
     "training_backward_expand": _backward_expand_fake,
     "training_moments": _moments_fake,
@@ -479,16 +665,21 @@ _FAKES: dict[str, Any] = {
 }
 
 
+def _out_size(block: dict[str, int]) -> tuple[int, int]:
+    height, width = block["height"], block["width"]
+    left, right, top, bottom = (block[f"pad_{side}"] for side in ("left", "right", "top", "bottom"))
+    extent, stride = block["dilation"] * (block["kernel"] - 1) + 1, block["stride"]
+    columns = (width + left + right - extent) // (block["column_stride"] or stride) + 1
+    return (height + top + bottom - extent) // stride + 1, columns
+
+
 def _counted(expand: int, depthwise: int, project: int) -> Callable[..., int]:
     """Multiply-adds of a pass that computes each product so many times; of the other arguments ``block`` is last."""
 
     def count(x: Tensor, w_expand: Tensor | None, b_expand: Tensor | None, w_depthwise: Tensor, *others: Any) -> int:
         block = dict(zip(BLOCK_FIELDS, others[-1], strict=True))
         height, width = block["height"], block["width"]
-        left, right, top, bottom = (block[f"pad_{side}"] for side in ("left", "right", "top", "bottom"))
-        extent, stride = block["dilation"] * (block["kernel"] - 1) + 1, block["stride"]
-        rows = (height + top + bottom - extent) // stride + 1
-        columns = (width + left + right - extent) // (block["column_stride"] or stride) + 1
+        rows, columns = _out_size(block)
         terms = 0 if w_expand is None else expand * x.shape[1] * height * width
         after = depthwise * block["kernel"] ** 2 + project * block["out_channels"]
         return x.shape[0] * block["hidden_channels"] * (terms + after * rows * columns)
@@ -502,6 +693,8 @@ def _none(*_: Any) -> int:
 
 _COUNTS: dict[str, Callable[..., int]] = {
     "training_statistics": _counted(1, 1, 0),
+    "training_pool": _counted(1, 1, 0),
+    "training_project": _counted(1, 1, 1),
     "training_backward_project": _counted(1, 1, 2),
     "training_backward_expand": _counted(3, 3, 1),
     "training_centre": lambda x, mean: x.numel() * x.shape[1],

@@ -26,7 +26,7 @@ from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
-from .training import BatchNorm, Recomputed, is_live, train_fused, unfolded
+from .training import TRAINED_DTYPES, BatchNorm, Recomputed, is_live, takes_dtypes, train_fused, unfolded
 
 SCRIPTED = (
     "torch.jit.script puts ordinary modules into the model itself where fused ones were: call fuse() again to go on "
@@ -324,12 +324,10 @@ class FusedBlock(nn.Module):
             return why
         if (why := training_ops.objection(self._read_spec)) is not None:
             return why
-        if any(isinstance(norm, nn.SyncBatchNorm) for _, norm in self._pairs) and torch.distributed.is_initialized():
-            return "a SyncBatchNorm exchanges its statistics"
         parameters, _ = self._fold_parameters()
         weight = first_weight(parameters)
-        if weight.dtype not in (torch.float32, torch.float64):
-            return f"its parameters are {weight.dtype}, and the training kernels take float32 and float64"
+        if weight.dtype not in TRAINED_DTYPES:
+            return f"its parameters are {weight.dtype}"
         if not weight.is_cpu or backends.resolve_backend(self.backend, weight.device) != "cpu":
             return "the training kernels are the CPU's"
         if any(t is not None and (t.dtype != weight.dtype or freed(t)) for t in parameters):
@@ -347,10 +345,8 @@ class FusedBlock(nn.Module):
         return None if x is None else self._objection_to(x)
 
     def _objection_to(self, x: Tensor) -> str | None:
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast computes in another dtype"
         if (
-            x.dtype != self._pairs[0][0].weight.dtype
+            not takes_dtypes(x.dtype, self._pairs[0][0].weight.dtype)
             or not x.is_cpu
             or x.layout != torch.strided
             or x.dim() != 4

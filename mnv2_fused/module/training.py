@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import training_ops
 from ..activations import function_of
 from ..fold import ConvNorm, conv_norms
-from ..spec import BlockSpec, stem_size
+from ..spec import BlockSpec
 from .parameters import Norm
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
@@ -82,8 +83,11 @@ def _of_batch(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     return F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, training=True, momentum=momentum, eps=eps)
 
 
-def _note(norm: BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Averages statistics of a batch of ``count`` values for each channel into the norm's running ones."""
+def _note(norm: Norm | None, found: training_ops.Statistics | None) -> None:
+    """Averages what a norm took from the batch into its running statistics."""
+    if found is None or not isinstance(norm, BatchNorm):
+        return
+    mean, variance, count = found
     momentum = _momentum(norm)
     if momentum is None:
         return
@@ -93,30 +97,46 @@ def _note(norm: BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
         norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
 
 
+TRAINED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def takes_dtypes(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether the kernels stand in for modules with such weights, given such an x: of one dtype, or what autocast
+    converts."""
+    if torch.is_autocast_enabled("cpu"):
+        return all(dtype in TRAINED_DTYPES and dtype != torch.float64 for dtype in (x, weight))
+    return x == weight and x in TRAINED_DTYPES
+
+
 def is_live(norm: Norm | None) -> bool:
     """Whether a norm takes its statistics from the batch. A FrozenBatchNorm2d has no parameters."""
     return norm is not None and norm.training and len(norm._parameters) > 0
 
 
-def _norm_of(stage: ConvNorm, eps: float, live: bool) -> training_ops.Norm:
-    if live:
-        return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps)
+def _group_of(norm: Norm | None) -> Any:
+    """The processes that a norm has statistics together with, None for this one alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _norm_of(stage: ConvNorm, eps: float, norm: Norm | None) -> training_ops.Norm:
+    if is_live(norm):
+        return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps, group=_group_of(norm))
     if stage.mean is None:  # a convolution alone
         none = torch.zeros_like(stage.weight[:, 0, 0, 0])
         return training_ops.Norm(None, None, 0.0, none, torch.ones_like(none))
     return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps, stage.mean, stage.variance)
 
 
-def _normed(x: Tensor, made: training_ops.Norm, norm: Norm | None, added: Tensor | None = None) -> Tensor:
-    y, statistics = training_ops.normed(x, made, added)
-    if isinstance(norm, BatchNorm):
-        _note(norm, *statistics, x.shape[0] * x.shape[2] * x.shape[3])
+def norm_live(x: Tensor, norm: Norm, added: Tensor | None = None) -> Tensor:
+    """What ``norm`` makes of x on the CPU with statistics of the batch, plus ``added``; its running ones follow."""
+    assert isinstance(norm, BatchNorm)
+    made = training_ops.Norm(norm.weight, norm.bias, norm.eps, group=_group_of(norm))
+    y, found = training_ops.normed(x, made, added)
+    _note(norm, found)
     return y
-
-
-def norm_live(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """What ``norm`` makes of a float32 or float64 x on the CPU, with the batch's statistics."""
-    return _normed(x, training_ops.Norm(norm.weight, norm.bias, norm.eps), norm)
 
 
 def train_fused(
@@ -133,30 +153,27 @@ def train_fused(
     stem, see :func:`mnv2_fused.training_ops.projected`. ``drops``: stochastic depth in front
     of the sum with x.
     """
-    stages, _ = conv_norms(parameters, len(eps))
-    live = [is_live(norm) for norm in norms]
-    made = [_norm_of(*stage) for stage in zip(stages, eps, live, strict=True)]
+    stages, squeeze = conv_norms(parameters, len(eps))
+    made = [_norm_of(*stage) for stage in zip(stages, eps, norms, strict=True)]
     expand = stages[-3] if len(stages) == 3 else None
     depthwise, project = stages[-2:]
     weights = training_ops.Weights(
         *((None, None) if expand is None else (expand.weight, expand.bias)),
         *(depthwise.weight, depthwise.bias, project.weight, project.bias),
+        *(t for conv in squeeze for t in conv[:2]),
     )
     inner = dataclasses.replace(spec, residual=False, out_activation="identity", activates_sum=False)
     first = made[-3] if expand is not None else None
-    p, found = training_ops.projected(x, weights, (first, made[-2]), inner)
-    height, width = x.shape[2:]
-    if expand is not None and expand.weight.shape[-1] > 1:  # a stem
-        height, width = stem_size(height), stem_size(width)
-    counts = x.shape[0] * height * width, p.shape[0] * p.shape[2] * p.shape[3]
-    for norm, statistics, count in zip((norms[-3] if first else None, norms[-2]), found, counts, strict=True):
-        if statistics is not None and isinstance(norm, BatchNorm):
-            _note(norm, *statistics, count)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    p, found = training_ops.projected(x, weights, (first, made[-2]), inner, dtype)
+    for norm, statistics in zip((norms[-3] if first else None, norms[-2]), found, strict=True):
+        _note(norm, statistics)
     act = function_of(spec.out_activation, spec.negative_slope)
     plain = spec.out_activation == "identity" or spec.activates_sum
     with_sum = spec.residual and plain and drops is None
-    if live[-1]:
-        y = _normed(p, made[-1], norms[-1], x if with_sum else None)
+    last = norms[-1]
+    if last is not None and is_live(last):
+        y = norm_live(p, last, x if with_sum else None)
     else:
         scale, bias = project.norm_weight, project.norm_bias
         y = p if project.mean is None else F.batch_norm(p, project.mean, project.variance, scale, bias, eps=eps[-1])

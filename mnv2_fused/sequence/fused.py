@@ -312,8 +312,22 @@ class FusedSequential(RunsFused, nn.Sequential):
         if y is not None:
             return y
         if self.training and type(input) is Tensor and not torch.compiler.is_compiling():
-            return train_row(input, [*self._modules.values()])
+            return train_row(input, list(self._row_in_training()))
         return super().forward(input)
+
+    def _row_in_training(self) -> Iterator[nn.Module]:
+        """Its children, and those of others of its kind in their place, so that a stem finds the block behind it."""
+        for child in self._modules.values():
+            if isinstance(child, FusedSequential) and child.training and child._is_its_children():
+                yield from child._row_in_training()
+            elif child is not None:
+                yield child
+
+    def _is_its_children(self) -> bool:
+        """Whether a call of it is nothing but calls of its children."""
+        if type(self).forward is not FusedSequential.forward or "forward" in vars(self):
+            return False
+        return not (has_hooks(self) or is_compiled(self) or torch_module._has_any_global_hook())
 
     def train(self, mode: bool = True) -> nn.Module:
         self._forget_flat()

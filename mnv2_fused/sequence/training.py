@@ -17,16 +17,15 @@ from ..module import reading
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
 from ..module.parameters import conv_norm_activation, freed, parameters_of
-from ..module.training import is_live, norm_live, train_fused
+from ..module.training import is_live, norm_live, takes_dtypes, train_fused
 from ..spec import stem_size
 
 
-def train_row(x: Tensor, children: Sequence[nn.Module | None]) -> Tensor:
-    """What ``children`` make of x one after the other, the norms of 1x1 convolutions by the training kernels.
+def train_row(x: Tensor, row: Sequence[nn.Module]) -> Tensor:
+    """What the modules of ``row`` make of x one after the other, the norms of 1x1 convolutions by the training kernels.
 
     A stem is the expansion of the block behind it: its result, the widest tensor of a network, is never written.
     """
-    row = [child for child in children if child is not None]
     blocks = (child for child in row if isinstance(child, FusedBlock))
     if not any(block.training_objection() is None for block in blocks):  # eager, by whatever is asked for
         for child in row:
@@ -36,39 +35,41 @@ def train_row(x: Tensor, children: Sequence[nn.Module | None]) -> Tensor:
     if len(row) > 1 and (y := _stem(x, *row[:2])) is not None:
         x, at = y, 2
     for child in row[at:]:
-        y = _head(x, child) if isinstance(child, nn.Sequential) else None
+        y = _with_norm(x, child) if isinstance(child, nn.Sequential) else None
         x = child(x) if y is None else y
     return x
 
 
 def _by_modules(x: Tensor) -> bool:
-    """Whether only modules give what is asked for: graphs, transforms, autocast, hooks around all modules."""
+    """Whether only modules give what is asked for: graphs, transforms, hooks around all modules."""
     if torch.compiler.is_compiling() or backends.transformed() or torch_module._has_any_global_hook():
         return True
     ordinary = type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel() > 0 and x.layout is torch.strided
-    return not ordinary or torch.is_autocast_enabled("cpu") or backends.resolve_backend("auto", x.device) != "cpu"
+    return not ordinary or backends.resolve_backend("auto", x.device) != "cpu"
 
 
 def _fit(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Whether weights are what the training kernels take beside x."""
-    if x.dtype not in (torch.float32, torch.float64):
-        return False
-    return all(t is None or (t.dtype == x.dtype and t.is_cpu and not freed(t)) for t in tensors)
+    return all(t is None or (takes_dtypes(x.dtype, t.dtype) and t.is_cpu and not freed(t)) for t in tensors)
 
 
-def _head(x: Tensor, layer: nn.Sequential) -> Tensor | None:
-    """[1x1 convolution, norm, activation] with the norm on its kernel; None where the modules have to run."""
-    if _by_modules(x) or next(reading.conv_objections(layer, "head"), None) is not None or has_hooks(layer):
+def _with_norm(x: Tensor, layer: nn.Sequential) -> Tensor | None:
+    """A head or stem, [convolution, norm, activation], with the norm on its kernel; None where the modules have to
+    run."""
+    if _by_modules(x) or has_hooks(layer):
+        return None
+    if all(next(reading.conv_objections(layer, role), None) is not None for role in ("head", "stem")):
         return None
     conv, norm, activation = layer._modules.values()
-    if type(norm) is not nn.BatchNorm2d or not is_live(norm) or not isinstance(conv, nn.Conv2d):
+    if type(norm) is not nn.BatchNorm2d and type(norm) is not nn.SyncBatchNorm:
+        return None
+    if not is_live(norm) or not isinstance(conv, nn.Conv2d):
         return None
     if x.shape[1] != conv.in_channels or not _fit(x, parameters_of(conv, norm)):
         return None
-    if x.shape[0] * x.shape[2] * x.shape[3] < 2:
-        return None
     assert activation is not None  # conv_objections looked at it
-    return activation(norm_live(conv(x), norm))
+    y = conv(x)
+    return activation(norm_live(y, norm) if y.shape[0] * y.shape[2] * y.shape[3] > 1 else norm(y))
 
 
 def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:

@@ -51,21 +51,47 @@ def trains_fused(model):
     return model
 
 
+def small_v3(seed=0):
+    """hardswish and ReLU, with and without squeeze-and-excite; the stem and a first block with a residual."""
+    from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+
+    torch.manual_seed(seed)
+    rows = [(16, 3, 16, 16, False, "RE", 1), (16, 3, 48, 24, True, "RE", 2), (24, 5, 72, 24, True, "HS", 1)]
+    configs = [InvertedResidualConfig(*row, 1, 1.0) for row in rows]
+    made = MobileNetV3(configs, last_channel=64, num_classes=5, dropout=0.0)
+    return made.to(memory_format=torch.channels_last).train()
+
+
+def small_efficientnet(seed=0):
+    """SiLU and squeeze-and-excite in every block, of which the stem joins the first."""
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
+    torch.manual_seed(seed)
+    rows = [(1, 3, 1, 16, 8, 1), (6, 3, 2, 8, 12, 2), (6, 5, 2, 12, 16, 1)]
+    made = EfficientNet([MBConvConfig(*row) for row in rows], dropout=0.0, stochastic_depth_prob=0.0, num_classes=5)
+    return made.to(memory_format=torch.channels_last).train()
+
+
+NETWORKS = {"V2": small, "V3": small_v3, "EfficientNet": small_efficientnet}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_twenty_steps_in_float64(accumulate):
+def test_twenty_steps_in_float64(accumulate, network):
     """The same losses to 1e-8, the same parameters and statistics."""
-    eager = small().double()
+    eager = NETWORKS[network]().double()
     fused = trains_fused(fuse(eager).train())
     x, y = batch()
     ours, theirs = (losses(model, x, y, 20, accumulate=accumulate) for model in (fused, eager))
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-8
-    assert ours[-1] < ours[0]
+    assert min(ours) < ours[0] or network == "V3"  # which rises at first, in eager as well
     for (name, mine), other in zip(fused.state_dict().items(), eager.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_the_first_loss_in_float32():
-    eager = small()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_first_loss_in_float32(network):
+    eager = NETWORKS[network]()
     truth = copy.deepcopy(eager).double()
     x, y = batch()
     fused = trains_fused(fuse(eager).train())
@@ -75,17 +101,19 @@ def test_the_first_loss_in_float32():
         torch.testing.assert_close(mine.double(), other.double(), rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_whole_networks_give_the_same_bits_for_any_number_of_threads():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_whole_networks_give_the_same_bits_for_any_number_of_threads(network):
     x, _ = batch(torch.float32)
-    model = fuse(small())
+    model = fuse(NETWORKS[network]())
 
     def grads(count):
         trained = copy.deepcopy(model).train()
-        # From the stem to the last block: what torch itself runs behind them rests on the number of threads.
-        features = trained.features[:-1]
+        # What torch itself runs rests on the number of threads: what is behind the blocks, and a stem that does not
+        # join the first one.
+        features = trained.features[network == "V3" : -1]
         with threads(count):
-            z = features(x)
-            z.backward(torch.ones_like(z) * torch.arange(z.shape[1])[:, None, None])
+            z = features(x if network != "V3" else x.repeat(1, 6, 1, 1)[:, :16])
+            z.backward(torch.randn(z.shape, generator=torch.Generator().manual_seed(0)))
         return [z, *(p.grad for p in features.parameters()), *features.buffers()]
 
     expected = grads(1)
@@ -166,14 +194,13 @@ def test_one_value_a_channel_is_torchs_error():
 
 def test_what_does_not_train_fused_says_why():
     model = fuse(torchvision.models.mobilenet_v3_small()).train()
+    assert {row.not_trained for row in report(model).blocks} == {None}
+    model.features[2].block[0][1].double()
     found = report(model)
-    assert {row.not_trained for row in found.blocks} == {None, "it has a squeeze-and-excite"}
-    assert "9 as ordinary modules: it has a squeeze-and-excite" in str(found)
-    half = fuse(small().bfloat16()).train()
-    assert "bfloat16" in report(half).blocks[0].not_trained
+    assert "1 as ordinary modules: its parameters are of several dtypes" in str(found)
 
 
-@pytest.mark.parametrize("why", ["eager", "autocast", "hook", "dtype"])
+@pytest.mark.parametrize("why", ["eager", "hook"])
 def test_where_kernels_do_not_run_the_modules_do(why):
     eager = small()
     fused = fuse(eager, backend="eager" if why == "eager" else "auto").train()
@@ -183,10 +210,61 @@ def test_where_kernels_do_not_run_the_modules_do(why):
             for module in model.modules():
                 if isinstance(module, nn.ReLU6):
                     module.register_forward_hook(lambda *_: None)
-    if why == "dtype":
-        x, eager, fused = x.bfloat16(), eager.bfloat16(), fused.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
-        assert torch.equal(fused(x), eager(x))
+    assert torch.equal(fused(x), eager(x))
+
+
+def relative(found, truth):
+    return (found.double() - truth).norm().item() / truth.norm().item()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("way", ["autocast", "parameters"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_nearer_to_float64_than_eager(dtype, way, network):
+    """Results, losses' gradients and running statistics, in the dtypes that eager has; inside all is float32."""
+    truth = NETWORKS[network]()
+    if way == "parameters":
+        truth.to(dtype)
+    models = [trains_fused(fuse(truth).train()), copy.deepcopy(truth)]
+    truth = truth.double()
+    x, y = batch(torch.float32)
+    x = x if way == "autocast" else x.to(dtype)
+    found = []
+    for model in (*models, truth):
+        with torch.autocast("cpu", dtype=dtype, enabled=way == "autocast" and model is not truth):
+            z = model(x.double() if model is truth else x)
+            F.cross_entropy(z, y).backward()
+        grads = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+        buffers = torch.cat([b.flatten().double() for b in model.buffers()])
+        dtypes = {n: t.dtype for n, t in [("y", z), *((n, p.grad) for n, p in model.named_parameters())]}
+        found.append((z.detach(), grads, buffers, dtypes))
+    ours, theirs, exact = found
+    assert ours[3] == theirs[3]
+    for mine, other, correct in zip(ours[:3], theirs[:3], exact[:3], strict=True):
+        assert relative(mine, correct) <= 1.1 * relative(other, correct) + torch.finfo(dtype).eps / 8
+
+
+def test_gradients_beyond_half_precision_skip_a_step():
+    """GradScaler finds the infinities and halves its scale, as it does for the ordinary modules."""
+    model = fuse(small()).train()
+    x, y = batch(torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scales = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        if len(scales) == 1:
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert scales[0] == 2.0**39 and scales[-1] == scales[-2] < 2.0**39
+    assert not torch.equal(model.classifier[1].weight, before["classifier.1.weight"])
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_block_in_a_network_of_ones_own():

@@ -36,7 +36,7 @@ int64_t between(int64_t low, int64_t high) {
 template <class T>
 struct Block {
   BlockShape s{};
-  std::vector<T> x, w_expand, b_expand, w_depthwise, g, w_project, rows, w_input;
+  std::vector<T> x, w_expand, b_expand, w_depthwise, g, w_project, rows, w_input, w_output, gates;
 };
 
 std::vector<double> drawn(int64_t count) {
@@ -95,10 +95,20 @@ Block<double> block() {
     const std::vector<double> values = panels(s.hidden_channels, 1);
     std::copy(values.begin(), values.end(), b.rows.begin() + row * hidden);
   }
-  b.w_input = panels(s.in_channels, hidden);
-  for (int64_t p = 0; p < ceil_div(s.in_channels, kPanel); ++p)
-    for (int64_t e = s.hidden_channels; e < hidden; ++e)
-      std::fill_n(b.w_input.begin() + (p * hidden + e) * kPanel, kPanel, 0.0);
+  const auto transposed = [&](int64_t channels) {
+    std::vector<double> v = panels(channels, hidden);
+    for (int64_t p = 0; p < ceil_div(channels, kPanel); ++p)
+      for (int64_t e = s.hidden_channels; e < hidden; ++e)
+        std::fill_n(v.begin() + (p * hidden + e) * kPanel, kPanel, 0.0);
+    return v;
+  };
+  b.w_input = transposed(s.in_channels);
+  b.w_output = transposed(s.out_channels);
+  // Factors of each image, and what they add to gradients.
+  for (int64_t i = 0; i < 2 * s.batch; ++i) {
+    const std::vector<double> values = panels(s.hidden_channels, 1);
+    b.gates.insert(b.gates.end(), values.begin(), values.end());
+  }
   return b;
 }
 
@@ -107,7 +117,7 @@ std::vector<T> as(const std::vector<double>& v) {
   return {v.begin(), v.end()};
 }
 
-// Results of the three passes, each NaN before.
+// Results of all passes, of those behind the pooled values with and without a gate; each NaN before.
 template <class T>
 std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels) {
   const BlockShape& s = from.s;
@@ -115,20 +125,31 @@ std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels
   const auto x = as<T>(from.x), w_expand = as<T>(from.w_expand), b_expand = as<T>(from.b_expand),
              w_depthwise = as<T>(from.w_depthwise), g = as<T>(from.g),
              w_project = as<T>(from.w_project), rows = as<T>(from.rows),
-             w_input = as<T>(from.w_input);
+             w_input = as<T>(from.w_input), w_output = as<T>(from.w_output),
+             gates = as<T>(from.gates);
   const Layout layout(s, kernels.lanes, sizeof(T));
   constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
   std::vector<double> all;
-  const auto pass = [&](auto run, int step) {
+  enum Pass { kStatistics, kPool, kProject, kBackwardProject, kBackwardExpand };
+  const auto pass = [&](auto run, Pass step, bool gated = false) {
     Args<T> a{s, x.data(), w_expand.data(), b_expand.data(), w_depthwise.data()};
     std::vector<T> scratch(size_t(layout.total()), kNaN);
     const auto made = [&](int64_t count) { return std::vector<T>(size_t(count), kNaN); };
-    std::vector<double> sums(size_t(slots * 2 * hidden), kNaN);
+    const int64_t of_image = step == kPool ? kPooledSums : gated ? kGateSums : 0;
+    const bool by_image = step == kPool || (step == kBackwardProject && gated);
+    std::vector<double> sums(size_t((by_image ? s.batch * of_image : slots * 2) * hidden), kNaN);
+    std::vector<T> p = made(s.out_elements());
     std::vector<T> dw_project = made(slots * s.out_channels * hidden),
                    dw_expand = made(slots * s.in_channels * hidden),
                    dw_depthwise = made(slots * s.taps() * hidden), g_x = made(int64_t(x.size()));
     a.sums = sums.data();
-    if (step > 0) {
+    a.p = p.data();
+    a.w_output = w_output.data();
+    if (gated) {
+      a.gate = gates.data();
+      a.of_pooled = step == kBackwardExpand ? gates.data() + s.batch * hidden : nullptr;
+    }
+    if (step > kStatistics) {
       a.g = g.data();
       a.w_project = w_project.data();
       const T* at = rows.data();
@@ -143,14 +164,19 @@ std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels
     for (int64_t slot = 0; slot < slots; ++slot) run(a, layout, slot, scratch.data());
     const auto keep = [&](const auto& v) { all.insert(all.end(), v.begin(), v.end()); };
     const bool expands = s.expand == Expand::kPointwise;
-    if (step < 2 || expands) keep(sums);
-    if (step == 1) keep(dw_project);
-    if (step == 2) keep(dw_depthwise), keep(g_x);
-    if (step == 2 && expands) keep(dw_expand);
+    if (step == kProject) return keep(p);
+    if (step != kBackwardExpand || expands) keep(sums);
+    if (step == kBackwardProject) keep(dw_project);
+    if (step == kBackwardExpand) keep(dw_depthwise), keep(g_x);
+    if (step == kBackwardExpand && expands) keep(dw_expand);
   };
-  pass(kernels.statistics, 0);
-  pass(kernels.backward_project, 1);
-  pass(kernels.backward_expand, 2);
+  pass(kernels.statistics, kStatistics);
+  pass(kernels.pool, kPool);
+  for (const bool gated : {false, true}) {
+    pass(kernels.project, kProject, gated);
+    pass(kernels.backward_project, kBackwardProject, gated);
+    pass(kernels.backward_expand, kBackwardExpand, gated);
+  }
   return all;
 }
 

@@ -1,8 +1,9 @@
-// Arguments of the CPU's training kernels: a block without squeeze-and-excite whose norms take their
-// statistics from the batch. Plain data: no torch.
+// Arguments of the CPU's training kernels: a block whose norms take their statistics from the batch. Plain
+// data: no torch.
 //
 // x is the block's input less its mean, e = w_expand x + b_expand has the first norm folded in,
-// d = w_depthwise * act(e) has none, and a = scale d + shift is d behind its norm. p = w_project act(a).
+// d = w_depthwise * act(e) has none, and a = scale d + shift is d behind its norm. p = w_project act(a), or
+// w_project (gate act(a)) where a squeeze-and-excite lies between.
 #pragma once
 
 #include <algorithm>
@@ -19,20 +20,30 @@ struct Args {
   const T* w_expand;     // [E/16][C_in][16]
   const T* b_expand;     // [E/16 * 16]
   const T* w_depthwise;  // [E/16][taps][16]
+  // Of a squeeze-and-excite, or null. [N][E/16 * 16] each: factors of act(a), and what a factor's own
+  // gradient adds to that of each act(a).
+  const T *gate = nullptr, *of_pooled = nullptr;
+  // Of the pass that projects:
+  const T* w_output = nullptr;  // [C_out/16][E/16 * 16][16], w_project transposed
+  T* p = nullptr;               // [N][H'][W'][C_out]
   // Of the two passes backward:
   const T* g = nullptr;          // [N][H'][W'][C_out], gradient of p
   const T* w_project = nullptr;  // [E/16][C_out][16]
-  // [E/16 * 16] each. Gradient of d: scale * (gradient of a) + offset + slope * (d - mean) * inverse.
+  // [E/16 * 16] each, of every pass behind the statistics. Gradient of d: scale * (gradient of a) + offset + slope * (d - mean) * inverse.
   const T *scale = nullptr, *shift = nullptr, *mean = nullptr, *inverse = nullptr;
   const T *offset = nullptr, *slope = nullptr;
   const T* w_input = nullptr;  // [C_in/16][E/16 * 16][16], w_expand transposed
-  // Results, one after the other for each slot:
-  double* sums = nullptr;     // [2][E/16 * 16]
+  // Results, one after the other for each slot, of a squeeze-and-excite's passes for each image:
+  double* sums = nullptr;     // [2][E/16 * 16], of each image kPooledSums or kGateSums rows
   T* dw_project = nullptr;    // [C_out][E/16 * 16]
   T* dw_expand = nullptr;     // [C_in][E/16 * 16]
   T* dw_depthwise = nullptr;  // [taps][E/16 * 16]
   T* g_x = nullptr;           // [N][H][W][C_in], of all slots together, or null
 };
+
+// Of an image: act(a). Backward: act(a) q, act'(a) q, act'(a), act'(a) q d^, act'(a) d^ with q = g w_project
+// and d^ = (d - mean) * inverse.
+constexpr int64_t kPooledSums = 1, kGateSums = 5;
 
 // Images are shared out among slots, each with results of its own, which are then added up in order: so
 // sums are the same whatever the number of threads.
@@ -122,7 +133,12 @@ struct Kernels {
   // Each runs the images of one slot. scratch: a layout's total.
   // sums: of d, the mean and the sum of squares less it.
   void (*statistics)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
-  // sums: of a's gradient, and of its products with d's normalised values; dw_project.
+  // sums: of act(a), for each image.
+  void (*pool)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
+  // p.
+  void (*project)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
+  // sums: of a's gradient, and of its products with d's normalised values, or with a gate kGateSums for each
+  // image; dw_project.
   void (*backward_project)(const Args<T>&, const Layout&, int64_t slot, T* scratch);
   // sums: of e's gradient, and nothing; dw_depthwise, dw_expand, g_x without what the first norm adds.
   void (*backward_expand)(const Args<T>&, const Layout&, int64_t slot, T* scratch);

@@ -2,6 +2,8 @@
 // behind its V; see avx2.cpp.
 //
 //   statistics         x -> act(e) -> d: its mean, and its squares
+//   pool               the same, then act(a): its sums over each image
+//   project            the same, then p = w_project (gate act(a))
 //   backward_project   the same, then q = g w_project and from it the gradient of a, summed up; dw_project
 //   backward_expand    the same, then the gradients of d, of act(e), of e, of x; dw_depthwise, dw_expand
 //
@@ -20,7 +22,7 @@
 
 namespace {
 
-enum class Step { kStatistics, kProject, kExpand };
+enum class Step { kStatistics, kPool, kProject, kProjectBackward, kExpandBackward };
 
 template <class V>
 class Training {
@@ -42,12 +44,14 @@ class Training {
     first_image_ = s_.batch * slot / slots;
     end_image_ = s_.batch * (slot + 1) / slots;
     sums_ = a_.sums + slot * 2 * hidden_;
+    if (step_ == Step::kPool) sums_of_image_ = kPooledSums;
+    if (step_ == Step::kProjectBackward && a_.gate) sums_of_image_ = kGateSums;
     dw_project_ = a_.dw_project + slot * s_.out_channels * hidden_;
     dw_expand_ = a_.dw_expand + slot * s_.in_channels * hidden_;
     dw_depthwise_ = a_.dw_depthwise + slot * s_.taps() * hidden_;
     // Columns around the image stay zeros: nothing is written there.
     std::fill(expanded_, expanded_ + l_.ring(), T(0));
-    if (step_ == Step::kExpand) {
+    if (step_ == Step::kExpandBackward) {
       std::fill(gradient_, gradient_ + l_.grad(), T(0));
       std::fill(zeros_, zeros_ + l_.zeros(), T(0));
     }
@@ -66,14 +70,16 @@ class Training {
   int64_t vectors() const { return panels_ * kPerPanel; }
   bool expands() const { return s_.expand != Expand::kNone; }
 
+  // Of this chunk, in rows of all channels.
+  template <class R>
+  void clear(R* p, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r)
+      std::fill_n(p + r * hidden_ + channel(), panels_ * kPanel, R(0));
+  }
   void clear_results() {
-    const int64_t first = channel(), count = panels_ * kPanel;
-    const auto clear = [&](auto* p, int64_t rows) {
-      for (int64_t r = 0; r < rows; ++r) std::fill_n(p + r * hidden_ + first, count, 0);
-    };
-    clear(sums_, 2);
-    if (step_ == Step::kProject) clear(dw_project_, s_.out_channels);
-    if (step_ == Step::kExpand) {
+    if (step_ != Step::kProject && sums_of_image_ == 0) clear(sums_, 2);
+    if (step_ == Step::kProjectBackward) clear(dw_project_, s_.out_channels);
+    if (step_ == Step::kExpandBackward) {
       clear(dw_depthwise_, s_.taps());
       if (expands()) clear(dw_expand_, s_.in_channels);
     }
@@ -83,6 +89,10 @@ class Training {
   void run_image() {
     const int64_t height = s_.out_height();
     expanded_rows_ = finished_rows_ = 0;
+    if (sums_of_image_ > 0) {
+      sums_ = a_.sums + image_ * sums_of_image_ * hidden_;
+      clear(sums_, sums_of_image_);
+    }
     for (int64_t row = 0; row < height; row += l_.band) {
       row_ = row;
       rows_ = least(l_.band, height - row);
@@ -92,10 +102,13 @@ class Training {
       depthwise();
       if (step_ == Step::kStatistics) {
         add_statistics();
+      } else if (step_ == Step::kPool || step_ == Step::kProject) {
+        activate_behind_norm();
+        if (step_ == Step::kProject) project_band();
       } else {
         project_gradient();
         behind_norm();
-        if (step_ == Step::kProject) {
+        if (step_ == Step::kProjectBackward) {
           add_project_weights();
         } else {
           add_depthwise_weights();
@@ -106,7 +119,7 @@ class Training {
       }
     }
     // Rows of x that no tap reaches.
-    if (step_ == Step::kExpand && a_.g_x && finished_rows_ < s_.height)
+    if (step_ == Step::kExpandBackward && a_.g_x && finished_rows_ < s_.height)
       std::fill(g_x_row(finished_rows_), g_x_row(s_.height), T(0));
   }
 
@@ -124,9 +137,11 @@ class Training {
   T* g_x_row(int64_t row) const {
     return a_.g_x + (image_ * s_.height + row) * s_.width * s_.in_channels;
   }
-  const T* g_band() const {
-    return a_.g + (image_ * s_.out_height() + row_) * s_.out_width() * s_.out_channels;
+  // Of g and p, where this band begins.
+  int64_t band_offset() const {
+    return (image_ * s_.out_height() + row_) * s_.out_width() * s_.out_channels;
   }
+  const T* g_band() const { return a_.g + band_offset(); }
   int64_t pixels() const { return rows_ * s_.out_width(); }
 
   // Rows of act(e) up to `end`, and of e where it is kept.
@@ -247,6 +262,40 @@ class Training {
     summed_ += pixels();
   }
 
+  // act(a): its sums, or times the gate in the place of d.
+  void activate_behind_norm() {
+    with_activation(s_.activation, [&](auto kind) MNV2_INLINE_LAMBDA {
+      for (int64_t v = 0; v < vectors(); ++v) activate_behind_norm_of<kind()>(v);
+    });
+  }
+  template <Activation kind>
+  void activate_behind_norm_of(int64_t v) {
+    const int64_t c = channel() + v * V::kLanes;
+    const V scale = V::load(a_.scale + c), shift = V::load(a_.shift + c);
+    T* at = d_ + vector_offset<V>(v, l_.out_panel());
+    const T* const end = at + pixels() * kPanel;
+    const auto value = [&](const T* d) MNV2_INLINE_LAMBDA {
+      return value_of<kind>(V::fma(V::load(d), scale, shift), s_.negative_slope);
+    };
+    if (step_ == Step::kPool) {
+      V sum = V::set1(0);
+      for (; at < end; at += kPanel) sum = V::add(sum, value(at));
+      add_lanes<V>(sum, sums_ + c);
+    } else {
+      const V gate = of_image(a_.gate, c, 1);
+      for (; at < end; at += kPanel) multiplied(value(at), gate).store(at);
+    }
+  }
+  // Of [N][E/16 * 16], or `otherwise` where there is none.
+  V of_image(const T* values, int64_t c, T otherwise) const {
+    return values ? V::load(values + image_ * hidden_ + c) : V::set1(otherwise);
+  }
+  void project_band() {
+    project<V, T>({d_, l_.out_panel(), panels_, a_.w_output + channel() * kPanel, hidden_ * kPanel,
+                   a_.p + band_offset(), s_.out_channels, first_ > 0},
+                  pixels());
+  }
+
   // q = g w_project
   void project_gradient() {
     const int64_t panel = l_.out_panel();
@@ -273,13 +322,33 @@ class Training {
     const V minus_mean = multiplied(V::load(a_.mean + c), V::set1(-1));
     T* const d = d_ + vector_offset<V>(v, l_.out_panel());
     const T* const q = q_ + vector_offset<V>(v, l_.out_panel());
+    const V gate = of_image(a_.gate, c, 1), of_pooled = of_image(a_.of_pooled, c, 0);
     const auto gradient = [&](int64_t i, V a) MNV2_INLINE_LAMBDA {
-      return times_derivative<kind>(V::load(q + i * kPanel), a, s_.negative_slope);
+      const V of_value = V::fma(V::load(q + i * kPanel), gate, of_pooled);
+      return times_derivative<kind>(of_value, a, s_.negative_slope);
     };
     const auto normalised = [&](V d) MNV2_INLINE_LAMBDA {
       return multiplied(V::add(d, minus_mean), inverse);
     };
-    if (step_ == Step::kProject) {
+    if (sums_of_image_ == kGateSums) {
+      V sums[kGateSums];
+      unrolled<kGateSums>([&](auto row) MNV2_INLINE_LAMBDA { sums[row] = V::set1(0); });
+      for (int64_t i = 0; i < pixels(); ++i) {
+        T* const at = d + i * kPanel;
+        const V value = V::load(at), a = V::fma(value, scale, shift);
+        const V of_value = V::load(q + i * kPanel), result = value_of<kind>(a, s_.negative_slope);
+        const V slope = times_derivative<kind>(V::set1(1), a, s_.negative_slope);
+        const V g = times_derivative<kind>(of_value, a, s_.negative_slope);
+        sums[0] = V::fma(result, of_value, sums[0]);
+        sums[1] = V::add(sums[1], g);
+        sums[2] = V::add(sums[2], slope);
+        sums[3] = V::fma(g, normalised(value), sums[3]);
+        sums[4] = V::fma(slope, normalised(value), sums[4]);
+        multiplied(result, gate).store(at);
+      }
+      unrolled<kGateSums>(
+          [&](auto row) MNV2_INLINE_LAMBDA { add_lanes<V>(sums[row], sums_ + row * hidden_ + c); });
+    } else if (step_ == Step::kProjectBackward) {
       V sum = V::set1(0), products = V::set1(0);
       for (int64_t i = 0; i < pixels(); ++i) {
         T* const at = d + i * kPanel;
@@ -438,7 +507,8 @@ class Training {
   int64_t first_ = 0, panels_ = 0;  // this chunk
   int64_t image_ = 0, row_ = 0, rows_ = 0;
   int64_t expanded_rows_ = 0, finished_rows_ = 0;
-  int64_t summed_ = 0;  // pixels
+  int64_t summed_ = 0;         // pixels
+  int64_t sums_of_image_ = 0;  // rows of sums for each image; 0: for all of the slot
 };
 
 template <class V, Step kStep>
@@ -461,8 +531,10 @@ constexpr Kernels<typename V::T> training_kernels_of() {
   using N = Narrow<V>;
   return {V::kLanes,
           &run_training<V, Step::kStatistics>,
+          &run_training<V, Step::kPool>,
           &run_training<V, Step::kProject>,
-          &run_training<V, Step::kExpand>,
+          &run_training<V, Step::kProjectBackward>,
+          &run_training<V, Step::kExpandBackward>,
           &run_narrow<V, &N::moments>,
           &run_narrow<V, &N::normalise>,
           &run_narrow<V, &N::gradient_sums>,

@@ -24,7 +24,7 @@ BlockShape shape_of(IntHeaderOnlyArrayRef fields) {
   check_slope(s.negative_slope);
   if (const std::string why = unsupported(s); !why.empty()) fail(why);
   if (s.expand == Expand::kStem) fail("a stem has no training kernel");
-  if (s.squeeze_channels > 0) fail("a block with a squeeze-and-excite has no training kernel");
+  if (s.squeeze_channels > 0) fail("a squeeze-and-excite is given by its gate");
   for (const Activation a : {s.activation, s.expand_activation})
     if (!has_derivative(a)) fail("no training kernel knows the derivative of ", row_of(a).name);
   if (s.batch < 1) fail("a batch must have at least one image");
@@ -50,15 +50,20 @@ class Call {
         weights<T>("w_depthwise", w_depthwise, {s.hidden_panels(), s.taps(), kPanel});
   }
 
+  Sizes out_sizes() const { return {s.batch, s.out_channels, s.out_height(), s.out_width()}; }
+
   // of_d: [6][E/16 * 16], see Args.
-  void set_gradient(const Tensor& g, const Tensor& w_project, const Tensor& of_d) {
-    args.g = activation<T>("g", g, {s.batch, s.out_channels, s.out_height(), s.out_width()});
-    args.w_project =
-        weights<T>("w_project", w_project, {s.hidden_panels(), s.out_channels, kPanel});
+  void set_norm(const Tensor& of_d, const std::optional<Tensor>& gate = {}) {
+    if (gate) args.gate = weights<T>("gate", *gate, {s.batch, hidden});
     const T* at = weights<T>("of_d", of_d, {6, hidden});
     for (const T** p :
          {&args.scale, &args.shift, &args.mean, &args.inverse, &args.offset, &args.slope})
       *p = std::exchange(at, at + hidden);
+  }
+  void set_gradient(const Tensor& g, const Tensor& w_project) {
+    args.g = activation<T>("g", g, out_sizes());
+    args.w_project =
+        weights<T>("w_project", w_project, {s.hidden_panels(), s.out_channels, kPanel});
   }
 
   // Memory for `count` elements of each slot.
@@ -123,29 +128,70 @@ Tensor statistics(const Tensor& x, const std::optional<Tensor>& w_expand,
   });
 }
 
+// Sums of act(a) over each image: [N, E/16 * 16] float64.
+Tensor pool(const Tensor& x, const std::optional<Tensor>& w_expand,
+            const std::optional<Tensor>& b_expand, const Tensor& w_depthwise, const Tensor& of_d,
+            IntHeaderOnlyArrayRef block) {
+  return with_dtype("training_pool", x, [&]<class T>(T) {
+    Call<T> call(x, w_expand, b_expand, w_depthwise, block);
+    call.set_norm(of_d);
+    const Tensor sums = dense({call.s.batch, call.hidden}, ScalarType::Double);
+    call.args.sums = static_cast<double*>(sums.mutable_data_ptr());
+    call.run(kernels<T>().pool);
+    return sums;
+  });
+}
+
+Tensor project(const Tensor& x, const std::optional<Tensor>& w_expand,
+               const std::optional<Tensor>& b_expand, const Tensor& w_depthwise, const Tensor& of_d,
+               const Tensor& gate, const Tensor& w_output, IntHeaderOnlyArrayRef block) {
+  return with_dtype("training_project", x, [&]<class T>(T) {
+    Call<T> call(x, w_expand, b_expand, w_depthwise, block);
+    call.set_norm(of_d, gate);
+    call.args.w_output = weights<T>("w_output", w_output,
+                                    {ceil_div(call.s.out_channels, kPanel), call.hidden, kPanel});
+    const Tensor p = empty(call.out_sizes(), type_of<T>, true);
+    call.args.p = static_cast<T*>(p.mutable_data_ptr());
+    call.run(kernels<T>().project);
+    return p;
+  });
+}
+
+// With a gate the sums are of each image: [N, kGateSums, E/16 * 16].
 std::tuple<Tensor, Tensor> backward_project(const Tensor& x, const std::optional<Tensor>& w_expand,
                                             const std::optional<Tensor>& b_expand,
                                             const Tensor& w_depthwise, const Tensor& g,
                                             const Tensor& w_project, const Tensor& of_d,
+                                            const std::optional<Tensor>& gate,
                                             IntHeaderOnlyArrayRef block) {
   return with_dtype("training_backward_project", x, [&]<class T>(T) {
     Call<T> call(x, w_expand, b_expand, w_depthwise, block);
-    call.set_gradient(g, w_project, of_d);
-    const double* const sums = call.args.sums = call.template of_slots<double>(2 * call.hidden);
+    call.set_norm(of_d, gate);
+    call.set_gradient(g, w_project);
+    const Tensor of_images =
+        dense({gate ? call.s.batch : 0, kGateSums, call.hidden}, ScalarType::Double);
+    const double* const sums = call.args.sums =
+        gate ? static_cast<double*>(of_images.mutable_data_ptr())
+             : call.template of_slots<double>(2 * call.hidden);
     const T* const dw = call.args.dw_project =
         call.template of_slots<T>(call.s.out_channels * call.hidden);
     call.run(kernels<T>().backward_project);
-    return std::make_tuple(call.summed(sums, 2), call.summed(dw, call.s.out_channels));
+    return std::make_tuple(gate ? of_images : call.summed(sums, 2),
+                           call.summed(dw, call.s.out_channels));
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand(
     const Tensor& x, const std::optional<Tensor>& w_expand, const std::optional<Tensor>& b_expand,
     const Tensor& w_depthwise, const Tensor& g, const Tensor& w_project, const Tensor& of_d,
+    const std::optional<Tensor>& gate, const std::optional<Tensor>& of_pooled,
     const std::optional<Tensor>& w_input, IntHeaderOnlyArrayRef block) {
   return with_dtype("training_backward_expand", x, [&]<class T>(T) {
     Call<T> call(x, w_expand, b_expand, w_depthwise, block);
-    call.set_gradient(g, w_project, of_d);
+    call.set_norm(of_d, gate);
+    call.set_gradient(g, w_project);
+    if (of_pooled)
+      call.args.of_pooled = weights<T>("of_pooled", *of_pooled, {call.s.batch, call.hidden});
     const BlockShape& s = call.s;
     const bool expands = s.expand == Expand::kPointwise;
     // Without w_input, x of an expansion gets no gradient.
@@ -174,6 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand(
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("training_statistics", TORCH_BOX(&mnv2_fused::cpu::training::statistics));
+  m.impl("training_pool", TORCH_BOX(&mnv2_fused::cpu::training::pool));
+  m.impl("training_project", TORCH_BOX(&mnv2_fused::cpu::training::project));
   m.impl("training_backward_project", TORCH_BOX(&mnv2_fused::cpu::training::backward_project));
   m.impl("training_backward_expand", TORCH_BOX(&mnv2_fused::cpu::training::backward_expand));
 }
