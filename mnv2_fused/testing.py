@@ -73,7 +73,7 @@ def fit_batch_norm(model: nn.Module, batch: Tensor) -> nn.Module:
     A deep network with random weights and made-up statistics forgets its input; with fitted ones it does not, so
     that comparing two of them compares something.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
