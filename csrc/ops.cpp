@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("training_backward_expand" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
         ", Tensor? of_pooled, Tensor? w_input, int[] block) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("training_moments(Tensor x) -> Tensor");
+  m.def("training_patches(Tensor x, Tensor? mean) -> Tensor");
   m.def("training_centre(Tensor x, Tensor? mean) -> (Tensor, Tensor, Tensor)");
   m.def("training_normalise(Tensor x, Tensor values, Tensor? added) -> Tensor");
   m.def("training_gradient_sums(Tensor g, Tensor x, Tensor values) -> Tensor");

@@ -127,10 +127,15 @@ def _summed(group: Any, t: Tensor) -> Tensor:
     return t
 
 
+# Where the mean of a channel is more deviations away from 0, a pilot is taken off. Up to there rounding of products
+# grows by a factor of 65, and stays below what torch's own statistics are off.
+_FAR = 8.0
+
+
 class _Moments(NamedTuple):
     """Of what an expansion multiplies, [N, C, H, W] less ``pilot``: what the norm behind it needs."""
 
-    pilot: Tensor | None  # [C]: a mean, rounded to the dtype that kernels compute in
+    pilot: Tensor | None  # [C]: about a mean, in the dtype that kernels compute in; None where no channel is _FAR
     rest: Tensor  # float64 [C]: the mean that is left
     covariance: Tensor | None = None  # float64 [C, C]
     count: float = 0.0  # pixels
@@ -159,25 +164,32 @@ def _count(x: Tensor) -> int:
 def _moments(x: Tensor, weights: Weights, group: Any) -> tuple[Tensor, _Moments]:
     """The mean is taken off before anything is squared."""
     x = _channels_last(x)
-    mean = torch.ops.mnv2_fused.training_moments(x)[0].to(x.dtype)
+    mean, variance = torch.ops.mnv2_fused.training_moments(x[:1])  # near enough: the rest is taken off in float64
+    pilot = mean.to(x.dtype) if (mean * mean > _FAR**2 * variance).any() else None
     if _is_stem(weights):
-        centred, pilot = _patches(x, mean), mean.repeat(9)
+        centred = torch.ops.mnv2_fused.training_patches(x, pilot)
+        pilot = None if pilot is None else pilot.repeat(9)
         _, total, products = torch.ops.mnv2_fused.training_centre(centred, None)
+    elif pilot is None:
+        centred = x
+        _, total, products = torch.ops.mnv2_fused.training_centre(x, None)
     else:
-        pilot = mean
         centred, total, products = torch.ops.mnv2_fused.training_centre(x, _padded(pilot[None]))
     own = _count(centred)
     rest = total[0] / own
     covariance = products / own - torch.outer(rest, rest)
-    count, mean, covariance = _together(group, own, rest + pilot.double() if group else rest, covariance)
-    return centred, _Moments(pilot, mean - pilot.double() if group else mean, covariance, count)
+    if group is None:
+        return centred, _Moments(pilot, rest, covariance, own)
+    off = 0.0 if pilot is None else pilot.double()
+    count, mean, covariance = _together(group, own, rest + off, covariance)
+    return centred, _Moments(pilot, mean - off, covariance, count)
 
 
 def _taken(x: Tensor, weights: Weights, pilot: Tensor | None = None) -> Tensor:
     """What the expansion multiplies, less ``pilot``, channels_last."""
     x = x.to(_dtype_of(x))
     if _is_stem(weights):
-        return _patches(x, None if pilot is None else pilot[: x.shape[1]])
+        return torch.ops.mnv2_fused.training_patches(_channels_last(x), None if pilot is None else pilot[: x.shape[1]])
     return _channels_last(x if pilot is None else x - pilot[:, None, None])
 
 
@@ -214,24 +226,6 @@ def _kernel(spec: BlockSpec, x: Tensor, w_expand: Tensor | None, b_expand: Tenso
         _panels(w_depthwise.flatten(1)),
         list(shape_of(spec, n, height, width).values()),
     )
-
-
-def _patches(x: Tensor, pilot: Tensor | None = None) -> Tensor:
-    """[N, C, H, W] less ``pilot`` -> [N, 9 C, H', W'], channels_last: what a stem's 3x3 convolution of stride 2
-    multiplies, by rows of the kernel, columns, channels. So that convolution is a product, as an expansion is.
-    """
-    n, c, height, width = x.shape
-    pixels = x.permute(0, 2, 3, 1)
-    if pilot is None:
-        around = x.new_zeros(n, height + 2, width + 2, c)
-        around[:, 1:-1, 1:-1] = pixels
-    else:
-        around = (-pilot).repeat(n, height + 2, width + 2, 1)
-        torch.sub(pixels, pilot, out=around[:, 1:-1, 1:-1])
-    image, row, _, _ = around.stride()
-    size = stem_size(height), stem_size(width)
-    windows = around.as_strided((n, *size, 3, 3 * c), (image, 2 * row, 2 * c, row, 1))
-    return windows.reshape(n, *size, 9 * c).permute(0, 3, 1, 2)
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -328,11 +322,11 @@ class _Projected(torch.autograd.Function):
             w = _matrix(weights.expand).double()
             if first.live:
                 centred, given = _moments(x, weights, first.group)
-                assert given.pilot is not None and given.covariance is not None
+                assert given.covariance is not None
                 variance = ((w @ given.covariance) * w).sum(1).clamp(min=0)
                 # Less the pilot's part, which is taken off x.
                 of_e = _Affine.of(first, w @ given.rest, variance)
-                mean = of_e.mean + w @ given.pilot.double()
+                mean = of_e.mean if given.pilot is None else of_e.mean + w @ given.pilot.double()
                 mean = mean if weights.expand_bias is None else mean + weights.expand_bias
                 statistics += [mean, variance, given.count]
             else:
@@ -642,6 +636,11 @@ def _moments_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(2, x.shape[1], dtype=torch.float64)
 
 
+def _patches_fake(x: Tensor, mean: Tensor | None) -> Tensor:
+    n, c, height, width = x.shape
+    return x.new_empty(n, 9 * c, stem_size(height), stem_size(width)).contiguous(memory_format=torch.channels_last)
+
+
 def _centre_fake(x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     c = x.shape[1]
     return (
@@ -658,6 +657,7 @@ _FAKES: dict[str, Any] = {
     "training_backward_project": _backward_project_fake,
     "training_backward_expand": _backward_expand_fake,
     "training_moments": _moments_fake,
+    "training_patches": _patches_fake,
     "training_centre": _centre_fake,
     "training_normalise": _like,
     "training_gradient_sums": _moments_fake,

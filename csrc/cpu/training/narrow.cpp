@@ -139,6 +139,43 @@ std::tuple<Tensor, Tensor, Tensor> centre(const Tensor& x, const std::optional<T
   });
 }
 
+// What a 3x3 convolution of stride 2 and padding 1 multiplies, less the mean [C]: [N, 9 C, H', W'] by rows of
+// the kernel, columns, channels.
+Tensor patches(const Tensor& x, const std::optional<Tensor>& mean) {
+  return with_dtype("training_patches", x, [&]<class T>(T) {
+    const auto [n, c, height, width] = sizes_of(x);
+    const T* const from = activation<T>("x", x, sizes_of(x));
+    std::vector<T> of_row(size_t(3 * c), T(0));
+    if (mean) {
+      const T* const m = weights<T>("mean", *mean, {c});
+      for (int64_t i = 0; i < 3 * c; ++i) of_row[size_t(i)] = m[i % c];
+    }
+    const int64_t out_height = (height + 1) / 2, out_width = (width + 1) / 2, row = 3 * c;
+    const Tensor y = empty({n, 9 * c, out_height, out_width}, type_of<T>, true);
+    T* const first = static_cast<T*>(y.mutable_data_ptr());
+    const T* const means = of_row.data();
+    torch::stable::parallel_for(0, n * out_height, 1, [&](int64_t at, int64_t end) {
+      for (; at < end; ++at)
+        for (int64_t ky = 0; ky < 3; ++ky) {
+          const int64_t line = at % out_height * 2 - 1 + ky;
+          const bool inside = line >= 0 && line < height;
+          const T* const pixels = from + (at / out_height * height + line) * width * c;
+          T* to = first + at * out_width * 9 * c + ky * row;
+          for (int64_t col = -1; col + 1 < width; col += 2, to += 9 * c)
+            if (inside && col >= 0 && col + 2 < width)
+              for (int64_t i = 0; i < row; ++i) to[i] = pixels[col * c + i] - means[i];
+            else
+              for (int64_t i = 0; i < row; ++i) {
+                const int64_t place = col * c + i;
+                const bool image = inside && place >= 0 && place < width * c;
+                to[i] = (image ? pixels[place] : T(0)) - means[i];
+              }
+        }
+    });
+    return y;
+  });
+}
+
 }  // namespace
 }  // namespace mnv2_fused::cpu::training
 
@@ -147,5 +184,6 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("training_normalise", TORCH_BOX(&mnv2_fused::cpu::training::normalise));
   m.impl("training_gradient_sums", TORCH_BOX(&mnv2_fused::cpu::training::gradient_sums));
   m.impl("training_gradient", TORCH_BOX(&mnv2_fused::cpu::training::gradient));
+  m.impl("training_patches", TORCH_BOX(&mnv2_fused::cpu::training::patches));
   m.impl("training_centre", TORCH_BOX(&mnv2_fused::cpu::training::centre));
 }
