@@ -199,12 +199,17 @@ def _is_stem(weights: Weights) -> bool:
 
 def _panels(weight: Tensor) -> Tensor:
     """[C, K] -> [C/16, K, 16], zeros past the last channel."""
-    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
-    return padded.view(-1, PANEL, weight.shape[1]).mT.contiguous()
+    return _padded_rows(weight).reshape(-1, PANEL, weight.shape[1]).mT.contiguous()
 
 
 def _padded(t: Tensor) -> Tensor:
-    return F.pad(t, (0, -t.shape[-1] % PANEL))
+    more = -t.shape[-1] % PANEL
+    return F.pad(t, (0, more)) if more else t.contiguous()
+
+
+def _padded_rows(t: Tensor) -> Tensor:
+    more = -t.shape[0] % PANEL
+    return F.pad(t, (0, 0, 0, more)) if more else t
 
 
 class _Kernel(NamedTuple):
@@ -221,7 +226,7 @@ def _kernel(spec: BlockSpec, x: Tensor, w_expand: Tensor | None, b_expand: Tenso
     n, _, height, width = x.shape
     spec = dataclasses.replace(spec, squeeze_channels=0)  # its gate is an argument of its own
     return _Kernel(
-        None if w_expand is None else _panels(w_expand.to(dtype)),
+        None if w_expand is None else _panels(w_expand),
         None if b_expand is None else _padded(b_expand.to(dtype)),
         _panels(w_depthwise.flatten(1)),
         list(shape_of(spec, n, height, width).values()),
@@ -319,20 +324,23 @@ class _Projected(torch.autograd.Function):
         if weights.expand is None or first is None:
             centred, given = _channels_last(x), _Moments(None, x.new_zeros(0, dtype=torch.float64))
         else:
-            w = _matrix(weights.expand).double()
+            w = _matrix(weights.expand)
+            exact = w.double()
             if first.live:
                 centred, given = _moments(x, weights, first.group)
                 assert given.covariance is not None
-                variance = ((w @ given.covariance) * w).sum(1).clamp(min=0)
+                spread = exact @ given.covariance
+                variance = (spread * exact).sum(1).clamp(min=0)
+                ctx.spread = spread.to(w.dtype)
                 # Less the pilot's part, which is taken off x.
-                of_e = _Affine.of(first, w @ given.rest, variance)
-                mean = of_e.mean if given.pilot is None else of_e.mean + w @ given.pilot.double()
+                of_e = _Affine.of(first, exact @ given.rest, variance)
+                mean = of_e.mean if given.pilot is None else of_e.mean + exact @ given.pilot.double()
                 mean = mean if weights.expand_bias is None else mean + weights.expand_bias
                 statistics += [mean, variance, given.count]
             else:
-                centred, given = _taken(x, weights), _Moments(None, w.new_zeros(w.shape[1]))
+                centred, given = _taken(x, weights), _Moments(None, exact.new_zeros(w.shape[1]))
                 of_e = _Affine.fixed(first, weights.expand_bias)
-            w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
+            w_expand, b_expand = _scaled(of_e.scale, w), of_e.shift
         kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
         ctx.count = 0.0
         if second.live:
@@ -349,7 +357,7 @@ class _Projected(torch.autograd.Function):
         else:
             p, ctx.pooled = _project_gated(centred, spec, kernel, weights, of_d)
         ctx.spec, ctx.norms, ctx.affines = spec, norms, (of_e, of_d)
-        ctx.given = given
+        ctx.given, ctx.kernel = given, kernel
         ctx.save_for_backward(x, *tensors)
         ctx.mark_non_differentiable(*(t for t in statistics if isinstance(t, Tensor)))
         return p.to(p_dtype), *statistics
@@ -365,11 +373,7 @@ class _Projected(torch.autograd.Function):
         first, second = ctx.norms
         centred = _taken(x, weights, given.pilot)
         x_needed = ctx.needs_input_grad[0]
-        w = w_expand = b_expand = None
-        if of_e is not None and weights.expand is not None:
-            w = _matrix(weights.expand).double()
-            w_expand, b_expand = of_e.scale[:, None] * w, of_e.shift
-        kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
+        kernel = ctx.kernel
         g = _channels_last(g.to(dtype))
         grads: list[Tensor | None] = [None] * len(tensors)
 
@@ -391,7 +395,9 @@ class _Projected(torch.autograd.Function):
         if second.live:
             share = -of_d.scale / ctx.count * _summed(second.group, sums.clone() if second.group else sums)
             of_d_rows = _rows(of_d, dtype, share)
-        w_input = None if w_expand is None or not x_needed else _panels(_padded_rows(w_expand).mT.to(dtype))
+        w_input = None
+        if of_e is not None and weights.expand is not None and x_needed:
+            w_input = _panels(_padded_rows(_scaled(of_e.scale, _matrix(weights.expand))).mT)
         g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward_expand(
             centred, *kernel[:3], g, w_project, of_d_rows, gate, of_pooled, w_input, kernel.block
         )
@@ -400,29 +406,32 @@ class _Projected(torch.autograd.Function):
         grads[4] = dw_project.view(weights.project.shape)
         grads[5] = None if weights.project_bias is None else g.sum((0, 2, 3))
         grads[_WEIGHTS + 2 :] = sums[1], sums[0]
-        if w is not None and of_e is not None and weights.expand is not None:
-            s1a = e_sums[0]
-            products = dw_expand.mT.double() - torch.outer(s1a, given.rest)  # G
+        if of_e is not None and weights.expand is not None:
+            w, s1a = _matrix(weights.expand), e_sums[0]
+            products = torch.addr(dw_expand.mT, s1a.to(dtype), given.rest.to(dtype), alpha=-1)  # G
+            of_w = (w * products).sum(1, dtype=torch.float64)
             if first.live:
-                s1b = (w * products).sum(1) * of_e.inverse
+                s1b = of_w * of_e.inverse
                 total_a, total_b = _summed(first.group, torch.stack([s1a, s1b]))
-                part = _count(centred) / given.count  # of all processes' pixels
-                correction = (total_b * of_e.inverse * part)[:, None] * (w @ given.covariance)
-                grads[0] = of_e.scale[:, None] * (products - correction)
+                share = total_b * of_e.inverse / given.count
+                # Of all processes' pixels, this one's.
+                products -= _scaled(share * _count(centred), ctx.spread)
                 if x_needed:
-                    weighted = (of_e.scale * total_b * of_e.inverse / given.count)[:, None] * w
-                    a = w.mT @ weighted
-                    constant = w.mT @ (of_e.scale * total_a / given.count) - a @ given.rest
-                    pixels_of = _pixels(g_x)
-                    pixels_of.addmm_(_pixels(centred), a.to(dtype), alpha=-1).sub_(constant.to(dtype))
+                    a = w.mT @ _scaled(of_e.scale * share, w)
+                    constant = (of_e.scale * total_a / given.count).to(dtype) @ w - a @ given.rest.to(dtype)
+                    _pixels(g_x).addmm_(_pixels(centred), a, alpha=-1).sub_(constant)
             else:
-                s1b = ((w * products).sum(1) - of_e.mean * s1a) * of_e.inverse
-                grads[0] = of_e.scale[:, None] * products
-            grads[0] = _of_matrix(grads[0], weights.expand)
+                s1b = (of_w - of_e.mean * s1a) * of_e.inverse
+            grads[0] = _of_matrix(_scaled(of_e.scale, products), weights.expand)
             grads[1] = _of_conv_bias(weights.expand_bias, first, of_e, s1a)
             grads[_WEIGHTS : _WEIGHTS + 2] = s1b, s1a
         found = (None if t is None else _gradient_of(t, grad) for t, grad in zip(tensors, grads, strict=True))
         return g_x.to(x.dtype) if x_needed else None, None, None, None, *found
+
+
+def _scaled(scale: Tensor, rows: Tensor) -> Tensor:
+    """Each row times its value, in the rows' dtype."""
+    return scale.to(rows.dtype)[:, None] * rows
 
 
 def _gradient_of(t: Tensor, grad: Tensor | None) -> Tensor | None:
@@ -536,10 +545,6 @@ def _refuse_group(group: Any) -> None:
         )
 
 
-def _padded_rows(t: Tensor) -> Tensor:
-    return F.pad(t, (0, 0, 0, -t.shape[0] % PANEL))
-
-
 def _of_conv_bias(bias: Tensor | None, norm: Norm | None, affine: _Affine, total: Tensor) -> Tensor | None:
     """A norm with the batch's statistics takes a bias in front of it off again."""
     if bias is None:
@@ -555,7 +560,7 @@ def _project(
     e = of_d.scale.shape[0]
     bias = weights.project_bias
     folded = BlockWeights(
-        None if w_expand is None else w_expand.to(x.dtype)[..., None, None],
+        None if w_expand is None else w_expand[..., None, None],
         None if b_expand is None else b_expand.to(x.dtype),
         (of_d.scale.view(e, 1, 1, 1) * weights.depthwise.double()).to(x.dtype),
         of_d.shift.to(x.dtype),
