@@ -41,13 +41,14 @@ struct F32x8 {
   static MNV2_INLINE F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
   static MNV2_INLINE F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
   static MNV2_INLINE F32x8 div(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
-  // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
+  static MNV2_INLINE F32x8 reciprocal(F32x8 a) { return div(set1(1), a); }
   // x where low < v < high or v is NaN, else 0.
   static MNV2_INLINE F32x8 where_between(F32x8 v, F32x8 low, F32x8 high, F32x8 x) {
     const auto outside =
         _mm256_or_ps(_mm256_cmp_ps(v.v, low.v, _CMP_LE_OQ), _mm256_cmp_ps(v.v, high.v, _CMP_GE_OQ));
     return {_mm256_andnot_ps(outside, x.v)};
   }
+  // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
   static MNV2_INLINE F32x8 power_of_two(F32x8 bits) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(bits.v), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)))};
@@ -86,12 +87,14 @@ struct F64x4 {
   static MNV2_INLINE F64x4 min(F64x4 a, F64x4 b) { return {_mm256_min_pd(a.v, b.v)}; }
   static MNV2_INLINE F64x4 max(F64x4 a, F64x4 b) { return {_mm256_max_pd(a.v, b.v)}; }
   static MNV2_INLINE F64x4 div(F64x4 a, F64x4 b) { return {_mm256_div_pd(a.v, b.v)}; }
+  static MNV2_INLINE F64x4 reciprocal(F64x4 a) { return div(set1(1), a); }
   // x where low < v < high or v is NaN, else 0.
   static MNV2_INLINE F64x4 where_between(F64x4 v, F64x4 low, F64x4 high, F64x4 x) {
     const auto outside =
         _mm256_or_pd(_mm256_cmp_pd(v.v, low.v, _CMP_LE_OQ), _mm256_cmp_pd(v.v, high.v, _CMP_GE_OQ));
     return {_mm256_andnot_pd(outside, x.v)};
   }
+  // 2^n from the sum of n and 1.5 * 2^(bits of the mantissa), in whose last bits n lies.
   static MNV2_INLINE F64x4 power_of_two(F64x4 bits) {
     const __m256i exponent = _mm256_slli_epi64(_mm256_castpd_si256(bits.v), 52);
     return {_mm256_castsi256_pd(_mm256_add_epi64(exponent, _mm256_set1_epi64x(0x3ffll << 52)))};

@@ -43,6 +43,7 @@ struct F32x4 {
   static MNV2_INLINE F32x4 min(F32x4 a, F32x4 b) { return {vminq_f32(a.v, b.v)}; }
   static MNV2_INLINE F32x4 max(F32x4 a, F32x4 b) { return {vmaxq_f32(a.v, b.v)}; }
   static MNV2_INLINE F32x4 div(F32x4 a, F32x4 b) { return {vdivq_f32(a.v, b.v)}; }
+  static MNV2_INLINE F32x4 reciprocal(F32x4 a) { return div(set1(1), a); }
   // x where low < v < high or v is NaN, else 0.
   static MNV2_INLINE F32x4 where_between(F32x4 v, F32x4 low, F32x4 high, F32x4 x) {
     const auto outside = vorrq_u32(vcleq_f32(v.v, low.v), vcgeq_f32(v.v, high.v));
@@ -78,6 +79,7 @@ struct F64x2 {
   static MNV2_INLINE F64x2 min(F64x2 a, F64x2 b) { return {vminq_f64(a.v, b.v)}; }
   static MNV2_INLINE F64x2 max(F64x2 a, F64x2 b) { return {vmaxq_f64(a.v, b.v)}; }
   static MNV2_INLINE F64x2 div(F64x2 a, F64x2 b) { return {vdivq_f64(a.v, b.v)}; }
+  static MNV2_INLINE F64x2 reciprocal(F64x2 a) { return div(set1(1), a); }
   // x where low < v < high or v is NaN, else 0.
   static MNV2_INLINE F64x2 where_between(F64x2 v, F64x2 low, F64x2 high, F64x2 x) {
     const auto outside = vorrq_u64(vcleq_f64(v.v, low.v), vcgeq_f64(v.v, high.v));

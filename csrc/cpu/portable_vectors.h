@@ -34,6 +34,7 @@ struct Vector16 {
   static MNV2_INLINE Vector16 min(Vector16 a, Vector16 b) { return {a.v < b.v ? a.v : b.v}; }
   static MNV2_INLINE Vector16 max(Vector16 a, Vector16 b) { return {a.v > b.v ? a.v : b.v}; }
   static MNV2_INLINE Vector16 div(Vector16 a, Vector16 b) { return {a.v / b.v}; }
+  static MNV2_INLINE Vector16 reciprocal(Vector16 a) { return div(set1(1), a); }
   // x where low < v < high or v is NaN, else 0.
   static MNV2_INLINE Vector16 where_between(Vector16 v, Vector16 low, Vector16 high, Vector16 x) {
     return {(v.v <= low.v) | (v.v >= high.v) ? Lanes{} : x.v};

@@ -5,6 +5,13 @@
 
 namespace {
 
+// 1 / (1 + exp(-v)). The bound keeps the quotient's divisor finite.
+template <class V>
+MNV2_INLINE V sigmoid(V v) {
+  constexpr typename V::T kLowest = sizeof(typename V::T) == 4 ? -88 : -709;
+  return V::reciprocal(one_plus_exp_of_minus(V::max(V::set1(kLowest), v)));
+}
+
 // g times the derivative at v. Of one that clips, v may be its result as well.
 template <Activation kind, class V>
 MNV2_INLINE V times_derivative(V g, V v, [[maybe_unused]] double negative_slope) {
@@ -23,7 +30,7 @@ MNV2_INLINE V times_derivative(V g, V v, [[maybe_unused]] double negative_slope)
                   above);
   } else if constexpr (kind == Activation::kSilu) {
     // s + v s (1 - s) with s = 1 / (1 + exp(-v)).
-    const V s = V::div(V::set1(1), one_plus_exp_of_minus(v));
+    const V s = sigmoid(v);
     const V rest = V::fma(multiplied(s, V::set1(-1)), s, s);
     return multiplied(g, V::fma(v, rest, s));
   } else if constexpr (kind == Activation::kLeakyRelu) {
@@ -56,6 +63,8 @@ MNV2_INLINE V value_of(V v, double negative_slope) {
   if constexpr (is_clip(kind)) {
     const Clip<typename V::T> clip(kind);
     return clamp(v, V::set1(clip.low), V::set1(clip.high));
+  } else if constexpr (kind == Activation::kSilu) {
+    return multiplied(v, sigmoid(v));
   } else {
     return formula<kind>(v, negative_slope);
   }
