@@ -127,12 +127,12 @@ std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels
              w_project = as<T>(from.w_project), rows = as<T>(from.rows),
              w_input = as<T>(from.w_input), w_output = as<T>(from.w_output),
              gates = as<T>(from.gates);
-  const Layout layout(s, kernels.lanes, sizeof(T));
   constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
   std::vector<double> all;
   enum Pass { kStatistics, kPool, kProject, kBackwardProject, kBackwardExpand };
   const auto pass = [&](auto run, Pass step, bool gated = false) {
     Args<T> a{s, x.data(), w_expand.data(), b_expand.data(), w_depthwise.data()};
+    const Layout layout(s, kernels.lanes, sizeof(T), step == kBackwardExpand);
     std::vector<T> scratch(size_t(layout.total()), kNaN);
     const auto made = [&](int64_t count) { return std::vector<T>(size_t(count), kNaN); };
     const int64_t of_image = step == kPool ? kPooledSums : gated ? kGateSums : 0;

@@ -70,17 +70,17 @@ struct Layout {
   int64_t grad_rows, grad_cols;  // of d's gradient, `stride_across` columns apart
   int64_t grad_left;
   int64_t out_pixels, in_pixels;  // of a band, at most
-  bool keeps_e;                   // beside act(e), which does not tell the derivative
+  bool keeps_e;                   // beside act(e), where that does not tell the derivative
 
   // The whole image where that is near, else as many rows of it. Fewer panels would leave register tiles
   // narrow, which costs more than it saves.
-  Layout(const BlockShape& s, int64_t lanes, int64_t element) {
+  Layout(const BlockShape& s, int64_t lanes, int64_t element, bool differentiates_e) {
     const int64_t across = s.stride_across(), spread = (s.out_width() - 1) * across;
     left = s.pad_left;
     ring_cols = left + std::max(s.width, spread + s.extent() - s.pad_left);
     grad_left = s.extent() - 1 - s.pad_left;
     grad_cols = grad_left + std::max(spread + 1, s.width + s.pad_left);
-    keeps_e = s.expand != Expand::kNone && !is_clip(s.expand_activation);
+    keeps_e = differentiates_e && s.expand != Expand::kNone && !is_clip(s.expand_activation);
     panels = std::min(most_panels(lanes), s.hidden_panels());
     set_rows(s, s.out_height());
     while (band > 1 && total() * element > kNear) set_rows(s, ceil_div(band, 2));

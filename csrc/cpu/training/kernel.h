@@ -28,6 +28,7 @@ template <class V>
 class Training {
   using T = typename V::T;
   static constexpr int64_t kPerPanel = kPanel / V::kLanes;
+  static constexpr int64_t kPixelsInL1 = 64;
 
  public:
   Training(Step step, const Args<T>& args, const Layout& layout, int64_t slot, T* scratch)
@@ -152,9 +153,15 @@ class Training {
     if (!expands()) {
       for (int64_t row = first; row < end; ++row)
         copy(x_row(row), ring_row(expanded_, row) + l_.left * kPanel);
-    } else if (l_.keeps_e) {
-      expand_rows(first, end, sums_of_e_, [](V sum) MNV2_INLINE_LAMBDA { return sum; });
-      for (int64_t row = first; row < end; ++row) activate(row);
+    } else if (!is_clip(s_.expand_activation)) {
+      T* const sums = l_.keeps_e ? sums_of_e_ : expanded_;
+      // As many rows at a time as stay in L1, but enough pixels for tiles.
+      const int64_t some = greatest(kPixelsInL1 / s_.width, 1);
+      for (int64_t row = first; row < end; row += some) {
+        const int64_t last = least(row + some, end);
+        expand_rows(row, last, sums, [](V sum) MNV2_INLINE_LAMBDA { return sum; });
+        for (int64_t r = row; r < last; ++r) activate(sums, r);
+      }
     } else {
       const Clip<T> clip(s_.expand_activation);
       const V low = V::set1(clip.low), high = V::set1(clip.high);
@@ -194,8 +201,8 @@ class Training {
                [&](T* at, int64_t v, V sum)
                    MNV2_INLINE_LAMBDA { f(sum).store(at + vector_offset<V>(v, panel)); });
   }
-  void activate(int64_t row) {
-    const T* const sums = ring_row(sums_of_e_, row) + l_.left * kPanel;
+  void activate(T* ring, int64_t row) {
+    const T* const sums = ring_row(ring, row) + l_.left * kPanel;
     T* const to = ring_row(expanded_, row) + l_.left * kPanel;
     with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
       for (int64_t v = 0; v < vectors(); ++v) {

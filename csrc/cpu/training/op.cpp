@@ -75,7 +75,7 @@ class Call {
 
   void run(void (*pass)(const Args<T>&, const Layout&, int64_t, T*)) {
     const Kernels<T>& k = kernels<T>();
-    const Layout layout(s, k.lanes, sizeof(T));
+    const Layout layout(s, k.lanes, sizeof(T), pass == k.backward_expand);
     const int64_t slice = round_up(layout.total() * int64_t{sizeof(T)}, 256);
     const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), slots);
     const Tensor scratch = buffer(slice * workers);
