@@ -14,11 +14,12 @@ import functools
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..fold import BlockWeights, conv_norms, eps_of
 from ..reference import in_torch
@@ -29,6 +30,10 @@ from .in_place import FusedInPlace, name_clash
 from .parameters import parameters_of
 from .reading import Around, Parts, Unfusable, full_name
 from .recording import record
+from .training import is_live, unfolded
+
+_Kwargs = Mapping[str, Any]
+_NO_KWARGS: _Kwargs = {}
 
 # Heights and widths, odd and even, so that padding by size shows; those of the first ones are compared, too.
 _SIZES = ((7, 10), (9, 9), (8, 8), (12, 11))
@@ -76,19 +81,22 @@ def observe(block: nn.Module) -> Parts:
         raise Unfusable(f"a module that it was seen to use is gone ({error})") from None
 
 
-def recipe_of(block: nn.Module, *args: Any, **kwargs: Any) -> Recipe:
-    """The same by names, looked at once for as long as structure and attributes stay. More arguments: of forward."""
+def recipe_of(block: nn.Module, args: Sequence[Any] = (), kwargs: _Kwargs = _NO_KWARGS, trains: bool = False) -> Recipe:
+    """The same by names, looked at once for as long as structure and attributes stay. ``args`` and ``kwargs``: what
+    forward takes beside x. ``trains``: as it computes in the modes that its modules are in, where norms may take their
+    statistics from the batch; else in eval.
+    """
     structure = _structure(block)
     kept = _recipes.get(block)
     if kept is None or not _same(kept[0], structure):
         kept = _recipes[block] = structure, _recipes_of_equals(block, structure)
-    call = (args, tuple(sorted(kwargs.items())))
+    call = (tuple(args), tuple(sorted(kwargs.items())), trains)
     found = kept[1].get(call)
     if found is None:
         try:
             # As ordinary calls do: inference mode keeps operations whole, autocast adds some.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), _one_thread():
-                found = _observed(block, args, kwargs)
+                found = _observed(block, args, kwargs, trains)
         except Unfusable as why:
             found = str(why)
         kept[1][call] = found
@@ -154,7 +162,7 @@ class _DoesNotRun(Unfusable):
     """On images of so many channels."""
 
 
-def _observed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe:
+def _observed(block: nn.Module, args: Sequence[Any], kwargs: _Kwargs, trains: bool) -> Recipe:
     if _original(block).forward is nn.Module.forward:
         raise Unfusable(
             "a graph of torch.fx runs its layers: fuse first, then trace or extract features, with "
@@ -163,7 +171,7 @@ def _observed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     prepared = next((m for m in block.modules() if type(m).__module__.startswith("torch.ao.")), None)
     if prepared is not None:
         raise Unfusable(f"it is prepared for quantisation: it has a {full_name(prepared)}")
-    model = _random_copy(block)
+    model = _random_copy(block, trains)
     # Nothing says which convolution comes first: most often the one that was registered first.
     channels = dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     refusals = []
@@ -211,8 +219,9 @@ def _attributes_same(module: nn.Module, was: dict[str, Any]) -> bool:
     return all(now[k] is v or (type(v) in (int, float) and now[k] == v) for k, v in was.items())
 
 
-def _random_copy(block: nn.Module) -> nn.Module:
-    """In float64 on the CPU, in eval, with weights that hide no operation, as a norm that has seen nothing does."""
+def _random_copy(block: nn.Module, trains: bool) -> nn.Module:
+    """In float64 on the CPU, in eval unless it ``trains``, with weights that hide no operation, as a norm that has seen
+    nothing does."""
     model: nn.Module = _original(block).__new__(_original(block))
     own = block.OWN if isinstance(block, FusedInPlace) else ()
     state = {name: value for name, value in vars(block).items() if name not in own}
@@ -230,7 +239,11 @@ def _random_copy(block: nn.Module) -> nn.Module:
         raise Unfusable(f"it cannot be copied to be looked at: {type(error).__name__}") from None
     for module in model.modules():  # whose hooks are not to see what it is looked at with
         vars(module).update({name: OrderedDict() for name in vars(module) if name in _HOOKS})
-    model.eval()  # which of some classes gives None
+    if not trains:
+        model.eval()  # which of some classes gives None
+    for module in model.modules():  # a count of batches is no part of what is computed
+        if trains and type(module).forward is _BatchNorm.forward:
+            module._buffers["num_batches_tracked"] = None
     return model
 
 
@@ -271,6 +284,13 @@ def _with_padding(seen: Iterable[tuple[Recipe, tuple[int, int, int, int], tuple[
 def _expected(model: nn.Module, recipe: Recipe, weights: BlockWeights, x: Tensor) -> Tensor:
     """What the block, and what runs around it, gives by the reference."""
     around = recipe.around
+    stages = _parts(model, recipe).stages
+    batch = tuple(is_live(cast(Any, norm)) for _, norm in stages)
+    if any(batch):
+        if around is not None:
+            raise Unfusable("more than the block takes part in training")
+        rows, eps = _rows(_parts(model, recipe))
+        return unfolded(x, rows, eps, recipe.spec, batch)
     if around is None:
         return in_torch(x, weights, recipe.spec)
     y = in_torch(model.get_submodule(around.lead)(x), weights, recipe.spec)
@@ -313,11 +333,16 @@ def _verify(model: nn.Module, recipe: Recipe, results: list[tuple[Tensor, Tensor
                 raise Unfusable("it computes something else than the operations that it runs say")
 
 
-def _folded(parts: Parts) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+def _rows(parts: Parts) -> tuple[list[Tensor | None], list[float]]:
+    """What is folded, and the eps of each norm."""
     rows = [t for conv, norm in parts.stages for t in parameters_of(conv, cast(Any, norm))]
     rows += [t for conv in parts.squeeze or () for t in parameters_of(conv, None)[:2]]
+    return rows, [0.0 if norm is None else eps_of(norm) for _, norm in parts.stages]
+
+
+def _folded(parts: Parts) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    rows, eps = _rows(parts)
     stages, squeeze = conv_norms(rows, len(parts.stages))
-    eps = [0.0 if norm is None else eps_of(norm) for _, norm in parts.stages]
     return [s.folded(e) for s, e in zip(stages, eps, strict=True)], [t for conv in squeeze for t in conv.folded(0.0)]
 
 
@@ -337,9 +362,9 @@ def _allows(token: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
 
 
 class FusedObserved(FusedInPlace):
-    """A block that was read by what it computes, which is known of eval alone.
+    """A block that was read by what it computes in eval. In training it is looked at once more.
 
-    What forward takes beside x is passed to the modules, unless it was seen to change nothing in eval.
+    What forward takes beside x is passed to the modules, unless it was seen to change nothing.
     """
 
     _FOUND = (*FusedInPlace._FOUND, "_allowed", "_is_part")
@@ -396,22 +421,36 @@ class FusedObserved(FusedInPlace):
         return any(m.training and _may_mind_mode(m) for m in self.modules())
 
     def _forward_training(self, x: Tensor) -> Tensor:
-        return self._forward_modules(x)
+        return self._forward_modules(x) if self.training_objection(x) is not None else self._train_fused(x)
 
     def not_trained(self) -> str | None:
-        return super().not_trained() or "it was fused by what its class was seen to run in eval()"
+        if (why := super().not_trained()) is not None:
+            return why
+        if self._is_part:
+            return "more than a block was fused by what its class was seen to run"
+        norms = [norm for _, norm in self._pairs if norm is not None]
+        if any(getattr(type(norm), "forward", None) is not _BatchNorm.forward for norm in norms):
+            return "its norms have a forward of their own"
+        if not self._trains():  # it is looked at when it does
+            return None
+        try:
+            same = recipe_of(self, trains=True) == recipe_of(self)
+        except Unfusable as why:
+            return f"in train(), {why}"
+        return None if same else "in train() its class was seen to run something else"
 
     def allows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether these arguments change nothing in eval."""
+        """Whether these arguments change nothing, in eval or in the mode that it is in."""
         if not all(value is None or type(value) in (bool, int, float, str) for value in (*args, *kwargs.values())):
             return False
         ready = self._ready
         if ready is None or not ready.is_valid():
             self._allowed = {}
-        call = (args, tuple(sorted(kwargs.items())))
+        trains = self._trains()
+        call = (args, tuple(sorted(kwargs.items())), trains)
         if call not in self._allowed:
             try:
-                self._allowed[call] = recipe_of(self, *args, **kwargs) == recipe_of(self)
+                self._allowed[call] = recipe_of(self, args, kwargs, trains) == recipe_of(self)
             except Unfusable:
                 self._allowed[call] = False
         return self._allowed[call]
@@ -421,7 +460,7 @@ class FusedObserved(FusedInPlace):
             return self._forward_whole(args[0])
         rest = dict(kwargs)
         x = args[0] if args else rest.pop(_first_parameter(type(self).original), None)
-        fits = isinstance(x, Tensor) and not self._trains()
+        fits = isinstance(x, Tensor) and not (self._trains() and self.training_objection(x) is not None)
         if fits and (not (args[1:] or rest) or _allows(self._token, args[1:], tuple(rest.items()))):
             return self._forward_whole(x)
         return super(FusedBlock, self).forward(*args, **kwargs)

@@ -129,7 +129,8 @@ class Recording(TorchDispatchMode):
                 both = (tuple(v) if len(v) > 1 else (v[0], v[0]) for v in (stride, padding, dilation))
                 options = (*both, groups)
                 return Value("convolution", shape, (inputs[0],), base, named(1, 2), options)
-        if base == "native_batch_norm" and known(1, 2, 3, 4) and args[3] is not None and not args[5]:
+        # With the batch's statistics, or its running ones.
+        if base == "native_batch_norm" and known(1, 2, 3, 4) and args[3] is not None:
             return Value("norm", shape, (inputs[0],), base, named(1, 2, 3, 4), (args[7],))
         over = sorted(d % 4 for d in args[1] or ()) if base == "mean" and len(args) > 1 else []
         if over == [2, 3] and len(inputs[0].shape) == 4:
