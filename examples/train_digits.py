@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,25 +114,27 @@ def accuracy(model: nn.Module, of: Digits, training: Digits, resolution: int) ->
         return (model(x).argmax(1) == y).float().mean().item()
 
 
-def peaks(name: str) -> dict[str, int]:
-    """Bytes of activations and gradients that a step on some images of 224x224 holds at most."""
+def peaks(make: Callable[[], nn.Module]) -> dict[str, int]:
+    """Bytes of activations and gradients that a step on some images of 224x224 holds at most; prints them."""
     count, resolution = METERED
     x = torch.randn(count, 3, resolution, resolution).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(count, dtype=torch.long)
     found = {}
     for way in (EAGER, FUSED):
-        model = new_network(name, 0)
-        model = mnv2_fused.fuse(model).train() if way == FUSED else model
+        model = mnv2_fused.fuse(make()).train() if way == FUSED else make()
 
         def step(model=model) -> None:
             model.zero_grad()
             F.cross_entropy(model(x), y).backward()
 
         found[way] = peak_activation_bytes(step)
+    share = found[FUSED] / found[EAGER]
+    print("\npeak memory of a step on {} images of {}x{}: ".format(*METERED, METERED[1]), end="")
+    print(f"eager {found[EAGER] / 1e6:.0f} MB, fused {found[FUSED] / 1e6:.0f} MB, {share:.0%}")
     return found
 
 
-def draw(runs: dict[str, list[Run]], memory: dict[str, int], args: argparse.Namespace) -> None:
+def draw(runs: dict[str, list[Run]], memory: dict[str, int], title: str, output: Path) -> None:
     """Losses of all seeds on the left, peak memory on the right."""
     import matplotlib
 
@@ -142,7 +145,7 @@ def draw(runs: dict[str, list[Run]], memory: dict[str, int], args: argparse.Name
     for way, found in runs.items():
         for i, run in enumerate(found):
             left.plot(run.losses, color=COLOURS[way], linewidth=1, alpha=0.8, label=None if i else way)
-    left.set(xlabel="step", ylabel="loss", title=f"{args.network} from scratch, {args.seeds} seeds", ylim=(0, None))
+    left.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
     left.legend(frameon=False)
     values = [memory[way] / 1e6 for way in memory]
     bars = right.bar(range(len(values)), values, 0.6, color=[COLOURS[way] for way in memory])
@@ -152,7 +155,7 @@ def draw(runs: dict[str, list[Run]], memory: dict[str, int], args: argparse.Name
     right.margins(y=0.12)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.output, dpi=110, format="png")
+    figure.savefig(output, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -174,11 +177,8 @@ def compare(args: argparse.Namespace) -> None:
     for way, found in runs.items():
         last = [run.last for run in found]
         print(f"mean of the last losses, {way}: {statistics.fmean(last):.4f}, from {min(last):.4f} to {max(last):.4f}")
-    memory = peaks(args.network)
-    share = memory[FUSED] / memory[EAGER]
-    print("\npeak memory of a step on {} images of {}x{}: ".format(*METERED, METERED[1]), end="")
-    print(f"eager {memory[EAGER] / 1e6:.0f} MB, fused {memory[FUSED] / 1e6:.0f} MB, {share:.0%}")
-    draw(runs, memory, args)
+    memory = peaks(lambda: new_network(args.network, 0))
+    draw(runs, memory, f"{args.network} from scratch, {args.seeds} seeds", args.output)
     print(f"wrote {args.output}")
 
 
