@@ -192,11 +192,10 @@ def _block_report(
         never_written = sum(
             plan(block.spec, (1, *shape[1:]), dtype=weight.dtype).bytes_never_written for shape in inputs
         )
-    not_trained = _IN_ROWS if isinstance(block, FusedFlat) else reason if backend is None else block.not_trained()
+    not_trained = reason if backend is None else block.not_trained()
     return BlockReport(name, block.spec, True, backend, reason, never_written, not_trained)
 
 
-_IN_ROWS = "its layers lie among others' in one Sequential"
 _IN_ROWS_ALONE = "layers that lie among others' in one Sequential run fused by the CPU's and CUDA C++'s kernels alone"
 
 

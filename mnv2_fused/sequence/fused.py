@@ -316,8 +316,9 @@ class FusedSequential(RunsFused, nn.Sequential):
         return super().forward(input)
 
     def _row_in_training(self) -> Iterator[nn.Module]:
-        """Its children, and those of others of its kind in their place, so that a stem finds the block behind it."""
-        for child in self._modules.values():
+        """Its children, blocks in the place of their layers, and what others of its kind hold in theirs, so that a stem
+        finds the block behind it."""
+        for child in self._in_turn():
             if isinstance(child, FusedSequential) and child.training and child._is_its_children():
                 yield from child._row_in_training()
             elif child is not None:

@@ -14,6 +14,7 @@ from .. import backends, training_ops
 from ..activations import LEAKY_RELU
 from ..fold import eps_of
 from ..module import reading
+from ..module.flat import FusedFlat
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
 from ..module.parameters import conv_norm_activation, freed, parameters_of
@@ -29,14 +30,23 @@ def train_row(x: Tensor, row: Sequence[nn.Module]) -> Tensor:
     blocks = (child for child in row if isinstance(child, FusedBlock))
     if not any(block.training_objection() is None for block in blocks):  # eager, by whatever is asked for
         for child in row:
-            x = child(x)
+            x = _run(x, child)
         return x
     at = 0
     if len(row) > 1 and (y := _stem(x, *row[:2])) is not None:
         x, at = y, 2
     for child in row[at:]:
         y = _with_norm(x, child) if isinstance(child, nn.Sequential) else None
-        x = child(x) if y is None else y
+        x = _run(x, child) if y is None else y
+    return x
+
+
+def _run(x: Tensor, child: nn.Module) -> Tensor:
+    """Layers that lie among others' run as a block where that trains, else one by one."""
+    if not isinstance(child, FusedFlat) or (not _by_modules(x) and child.training_objection(x) is None):
+        return child(x)
+    for layer in child.parts:
+        x = layer(x)
     return x
 
 

@@ -149,8 +149,8 @@ def test_training_and_back(ran):
     for one in (model, plain):
         one.train()
     ran.clear()
-    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
-    assert not ran and report(model).training
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)  # by the training kernels
+    assert not ran and report(model).training and {block.not_trained for block in report(model).blocks} == {None}
     for one in (model, plain):
         one.eval()
     check(model, plain, x)  # whose statistics are others now

@@ -371,6 +371,7 @@ def fuzzed(draw):
     most = dilation * (kernel - 1)
     padding = one_of(None, None, "same", tuple(draw(st.integers(0, most)) for _ in range(4)))
     c_in = draw(st.integers(1, 40))
+    squeeze = one_of({}, {"squeeze_channels": draw(st.integers(1, 12)), "gate": one_of("sigmoid", "hardsigmoid")})
     spec = BlockSpec(
         c_in,
         draw(st.integers(1, 90)) if expand else c_in,
@@ -382,6 +383,7 @@ def fuzzed(draw):
         padding=padding,
         activation=one_of(*DIFFERENTIATED),
         expand_activation=one_of(None, *DIFFERENTIATED) if expand else None,
+        **squeeze,
     )
     around = padding if isinstance(padding, tuple) else (most, 0, most, 0)
     width, height = (max(1, most + 1 - a - b) for a, b in (around[:2], around[2:]))
