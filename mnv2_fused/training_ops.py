@@ -26,6 +26,7 @@ sum of losses.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -54,6 +55,17 @@ def objection(spec: BlockSpec) -> str | None:
         if activation not in DIFFERENTIATED:
             return f"no kernel has the derivative of {activation}"
     return None
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch.autocast decorates, but with a context of each call: threads would share its state."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return call
 
 
 class Norm(NamedTuple):
@@ -90,8 +102,9 @@ class _Affine(NamedTuple):
     @classmethod
     def fixed(cls, norm: Norm, conv_bias: Tensor | None) -> _Affine:
         assert norm.mean is not None and norm.variance is not None
-        mean = norm.mean.double()
-        return cls.of(norm, mean if conv_bias is None else mean - conv_bias.double(), norm.variance.double())
+        # Copies: backward is of the statistics that forward had.
+        mean, variance = (t.to(torch.float64, copy=True) for t in (norm.mean, norm.variance))
+        return cls.of(norm, mean if conv_bias is None else mean - conv_bias.double(), variance)
 
     @property
     def shift(self) -> Tensor:
@@ -162,10 +175,12 @@ def _count(x: Tensor) -> int:
 
 
 def _moments(x: Tensor, weights: Weights, group: Any) -> tuple[Tensor, _Moments]:
-    """The mean is taken off before anything is squared."""
+    """A mean that is far from 0 is taken off before anything is squared."""
     x = _channels_last(x)
-    mean, variance = torch.ops.mnv2_fused.training_moments(x[:1])  # near enough: the rest is taken off in float64
-    pilot = mean.to(x.dtype) if (mean * mean > _FAR**2 * variance).any() else None
+    some = sorted({0, x.shape[0] // 2, x.shape[0] - 1})  # images: near enough, as the rest is taken off in float64
+    means, variances = zip(*(torch.ops.mnv2_fused.training_moments(x[i : i + 1]) for i in some), strict=True)
+    far = any((m * m > _FAR**2 * v).any() for m, v in zip(means, variances, strict=True))
+    pilot = torch.stack(means).mean(0).to(x.dtype) if far else None
     if _is_stem(weights):
         centred = torch.ops.mnv2_fused.training_patches(x, pilot)
         pilot = None if pilot is None else pilot.repeat(9)
@@ -308,7 +323,7 @@ class _Projected(torch.autograd.Function):
     """Keeps x, weights and a few numbers of each channel, with a squeeze-and-excite of each channel of an image."""
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @_without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -363,7 +378,7 @@ class _Projected(torch.autograd.Function):
         return p.to(p_dtype), *statistics
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @_without_autocast
     def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -493,7 +508,7 @@ class _Normed(torch.autograd.Function):
     """Keeps p and a few numbers of each channel."""
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @_without_autocast
     def forward(
         ctx: Any, p: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any, added: Tensor | None
     ) -> Any:
@@ -511,7 +526,7 @@ class _Normed(torch.autograd.Function):
         return torch.ops.mnv2_fused.training_normalise(p, values, other).to(dtype), mean, variance, ctx.count
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @_without_autocast
     def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
         p, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -581,6 +596,8 @@ def _by_torch(ctx: Any, g: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) 
     def normalised(y: Tensor, i: int) -> Tensor:
         norm, affine = ctx.norms[i], tensors[_WEIGHTS + 2 * i : _WEIGHTS + 2 * i + 2]
         _refuse_group(norm.group)
+        if not norm.live and norm.eps == 0.0:  # a convolution alone
+            return y
         mean, variance, *affine = (None if t is None else t.to(dtype) for t in (norm.mean, norm.variance, *affine))
         return F.batch_norm(y, mean, variance, *affine, training=norm.live, eps=norm.eps)
 

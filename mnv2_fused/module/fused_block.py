@@ -26,7 +26,16 @@ from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
 from .reading import Parts, Unfusable
-from .training import TRAINED_DTYPES, BatchNorm, Recomputed, is_live, takes_dtypes, train_fused, unfolded
+from .training import (
+    TRAINED_DTYPES,
+    BatchNorm,
+    Recomputed,
+    fewest_values,
+    is_live,
+    takes_dtypes,
+    train_fused,
+    unfolded,
+)
 
 SCRIPTED = (
     "torch.jit.script puts ordinary modules into the model itself where fused ones were: call fuse() again to go on "
@@ -346,7 +355,8 @@ class FusedBlock(nn.Module):
 
     def _objection_to(self, x: Tensor) -> str | None:
         if (
-            not takes_dtypes(x.dtype, self._pairs[0][0].weight.dtype)
+            type(x) not in (Tensor, nn.Parameter)
+            or not takes_dtypes(x.dtype, self._pairs[0][0].weight.dtype)
             or not x.is_cpu
             or x.layout != torch.strided
             or x.dim() != 4
@@ -358,7 +368,8 @@ class FusedBlock(nn.Module):
         if channels != spec.in_channels:
             return "its input has another number of channels"  # which the modules say better
         out_height, out_width = spec.out_size(height, width)
-        if min(n * height * width, n * out_height * out_width) < 2 or min(out_height, out_width) < 1:
+        least = fewest_values([norm for _, norm in self._pairs])
+        if min(n * height * width, n * out_height * out_width) < least or min(out_height, out_width) < 1:
             return "a channel has one value"
         return None
 

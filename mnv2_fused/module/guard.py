@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, device, dtype, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -171,6 +171,18 @@ def unwatched_values(module: nn.Module) -> dict[str, Any]:
 
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()
+
+
+def changeable(module: nn.Module) -> list[str]:
+    """Attributes whose insides may change, which :func:`unwatched_values` does not tell."""
+    return [name for name in unwatched_values(module) if not _plain(vars(module)[name])]
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    known = (bool, int, float, str, types.NoneType, dtype, device, type)
+    return isinstance(value, (*known, types.FunctionType, types.BuiltinFunctionType))
 
 
 def _comparable(value: Any) -> Any:

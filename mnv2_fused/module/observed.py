@@ -12,6 +12,8 @@ import copy
 import dataclasses
 import functools
 import inspect
+import random
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from ..fold import BlockWeights, conv_norms, eps_of
 from ..reference import in_torch
 from .chain import Chain, Recipe, require
 from .fused_block import FusedBlock, block_of, fallback_reason_of
-from .guard import unwatched_values, watched_entries
+from .guard import changeable, unwatched_values, watched_entries
 from .in_place import FusedInPlace, name_clash
 from .parameters import parameters_of
 from .reading import Around, Parts, Unfusable, full_name
@@ -90,12 +92,15 @@ def recipe_of(block: nn.Module, args: Sequence[Any] = (), kwargs: _Kwargs = _NO_
     kept = _recipes.get(block)
     if kept is None or not _same(kept[0], structure):
         kept = _recipes[block] = structure, _recipes_of_equals(block, structure)
-    call = (tuple(args), tuple(sorted(kwargs.items())), trains)
+    # Others of its attributes are not watched: in eval they are taken for what they were.
+    unwatched = repr([unwatched_values(m) for m in block.modules()]) if trains else ""
+    call = (tuple(args), tuple(sorted(kwargs.items())), trains, unwatched)
     found = kept[1].get(call)
     if found is None:
         try:
             # As ordinary calls do: inference mode keeps operations whole, autocast adds some.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), _one_thread():
+            ordinary = torch.autocast("cpu", enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), ordinary, _one_thread(), _no_random_numbers():
                 found = _observed(block, args, kwargs, trains)
         except Unfusable as why:
             found = str(why)
@@ -103,6 +108,22 @@ def recipe_of(block: nn.Module, args: Sequence[Any] = (), kwargs: _Kwargs = _NO_
     if isinstance(found, str):
         raise Unfusable(found)
     return found
+
+
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Refuses a forward that draws some by Python or NumPy; torch's are seen as operations."""
+    numpy = getattr(sys.modules.get("numpy"), "random", None)
+    before, of_numpy = random.getstate(), None if numpy is None else numpy.get_state()
+    try:
+        yield
+        drawn = random.getstate() != before or (numpy is not None and repr(numpy.get_state()) != repr(of_numpy))
+    finally:
+        random.setstate(before)
+        if numpy is not None:
+            numpy.set_state(of_numpy)
+    if drawn:
+        raise Unfusable("its forward draws random numbers")
 
 
 @contextlib.contextmanager
@@ -171,19 +192,21 @@ def _observed(block: nn.Module, args: Sequence[Any], kwargs: _Kwargs, trains: bo
     prepared = next((m for m in block.modules() if type(m).__module__.startswith("torch.ao.")), None)
     if prepared is not None:
         raise Unfusable(f"it is prepared for quantisation: it has a {full_name(prepared)}")
+    if trains and (name := next((n for m in block.modules() for n in changeable(m)), None)) is not None:
+        raise Unfusable(f"its {name} may change what it computes and tells nobody")
     model = _random_copy(block, trains)
     # Nothing says which convolution comes first: most often the one that was registered first.
     channels = dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     refusals = []
     for count in channels:
         try:
-            return _observed_on(model, count, lambda image: model(image, *args, **kwargs))
+            return _observed_on(model, count, lambda image: model(image, *args, **kwargs), trains)
         except _DoesNotRun as why:
             refusals.append(why)
     raise refusals[0]
 
 
-def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any]) -> Recipe:
+def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any], trains: bool) -> Recipe:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = [dict(vars(m)) for m in model.modules()]
     seen: list[tuple[Recipe, tuple[int, int, int, int], tuple[int, int]]] = []
@@ -192,7 +215,7 @@ def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any])
     for i, size in enumerate(_SIZES):
         x = torch.randn(1 if i else _IMAGES, channels, *size, generator=generator, dtype=torch.float64)
         try:
-            y, result, calls = record(call, x, tensors, dict(model.named_children()))
+            y, result, calls = record(call, x, tensors, dict(model.named_children()), trains)
         except Unfusable:
             raise
         except Exception as error:  # of a forward that anybody wrote
@@ -209,6 +232,8 @@ def _observed_on(model: nn.Module, channels: int, call: Callable[[Tensor], Any])
     recipe = _with_padding(seen)
     _verify(model, recipe, results[:_COMPARED])
     _verify_gradient(model, recipe, call, x)
+    if trains:
+        _verify_buffers(model, recipe, call, x)
     return recipe
 
 
@@ -241,9 +266,6 @@ def _random_copy(block: nn.Module, trains: bool) -> nn.Module:
         vars(module).update({name: OrderedDict() for name in vars(module) if name in _HOOKS})
     if not trains:
         model.eval()  # which of some classes gives None
-    for module in model.modules():  # a count of batches is no part of what is computed
-        if trains and type(module).forward is _BatchNorm.forward:
-            module._buffers["num_batches_tracked"] = None
     return model
 
 
@@ -320,6 +342,22 @@ def _verify_gradient(model: nn.Module, recipe: Recipe, call: Callable[[Tensor], 
     ours, theirs = gradients
     if not torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max())):
         raise Unfusable("its gradient is another than that of what it computes")
+
+
+def _verify_buffers(model: nn.Module, recipe: Recipe, call: Callable[[Tensor], Any], x: Tensor) -> None:
+    """Raises where a call in training leaves other running statistics than the kernels do, anywhere in the module."""
+    parts = _parts(model, recipe)
+    norms = [norm if isinstance(norm, _BatchNorm) else None for _, norm in parts.stages]
+    batch = tuple(is_live(cast(Any, norm)) for _, norm in parts.stages)
+    before = {name: t.clone() for name, t in model.named_buffers()}
+    call(x.clone())
+    found = {name: t.clone() for name, t in model.named_buffers()}
+    for name, t in model.named_buffers():
+        t.copy_(before[name])
+    unfolded(x, *_rows(parts), recipe.spec, batch, norms)
+    for name, t in model.named_buffers():
+        if not torch.allclose(t.double(), found[name].double(), rtol=1e-9, atol=1e-12):
+            raise Unfusable(f"it changes {name} in another way than a norm's forward does")
 
 
 def _verify(model: nn.Module, recipe: Recipe, results: list[tuple[Tensor, Tensor]]) -> None:
@@ -431,8 +469,8 @@ class FusedObserved(FusedInPlace):
         norms = [norm for _, norm in self._pairs if norm is not None]
         if any(getattr(type(norm), "forward", None) is not _BatchNorm.forward for norm in norms):
             return "its norms have a forward of their own"
-        if not self._trains():  # it is looked at when it does
-            return None
+        if not self._trains():
+            return "it is looked at in train()"
         try:
             same = recipe_of(self, trains=True) == recipe_of(self)
         except Unfusable as why:

@@ -58,8 +58,9 @@ class Recording(TorchDispatchMode):
     values by the same arithmetic: random numbers, a look at a value, a change of a weight or of the input.
     """
 
-    def __init__(self, x: Tensor, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, x: Tensor, tensors: dict[str, Tensor], trains: bool) -> None:
         super().__init__()
+        self._trains = trains  # norms take their statistics from the batch, and count batches
         self._names = {id(t): name for name, t in tensors.items()}
         self._storages = {t.untyped_storage()._cdata: name for name, t in tensors.items()}
         self._input = x
@@ -97,6 +98,8 @@ class Recording(TorchDispatchMode):
     def _refuse_changes(self, t: Tensor, name: str) -> None:
         storage = t.untyped_storage()._cdata
         if storage in self._storages:
+            if self._trains and self._storages[storage].endswith("num_batches_tracked"):
+                return
             raise Unfusable(f"its forward changes {self._storages[storage]} ({name})")
         if storage == self._input.untyped_storage()._cdata:
             raise Unfusable(f"its forward changes its input ({name})")
@@ -129,8 +132,8 @@ class Recording(TorchDispatchMode):
                 both = (tuple(v) if len(v) > 1 else (v[0], v[0]) for v in (stride, padding, dilation))
                 options = (*both, groups)
                 return Value("convolution", shape, (inputs[0],), base, named(1, 2), options)
-        # With the batch's statistics, or its running ones.
-        if base == "native_batch_norm" and known(1, 2, 3, 4) and args[3] is not None:
+        of_batch = base == "native_batch_norm" and args[5]
+        if base == "native_batch_norm" and known(1, 2, 3, 4) and args[3] is not None and self._trains >= of_batch:
             return Value("norm", shape, (inputs[0],), base, named(1, 2, 3, 4), (args[7],))
         over = sorted(d % 4 for d in args[1] or ()) if base == "mean" and len(args) > 1 else []
         if over == [2, 3] and len(inputs[0].shape) == 4:
@@ -191,7 +194,11 @@ class ChildCall(NamedTuple):
 
 
 def record(
-    call: Callable[[Tensor], Any], x: Tensor, tensors: dict[str, Tensor], children: dict[str, nn.Module]
+    call: Callable[[Tensor], Any],
+    x: Tensor,
+    tensors: dict[str, Tensor],
+    children: dict[str, nn.Module],
+    trains: bool = False,
 ) -> tuple[Value, Tensor, list[ChildCall]]:
     """Where the result of ``call(x)`` comes from, the result, and what calls of ``children`` take and give.
 
@@ -200,7 +207,7 @@ def record(
     calls: list[ChildCall] = []
     taken: list[Value | None] = []
     handles = []
-    with torch.no_grad(), Recording(x, tensors) as recording:
+    with torch.no_grad(), Recording(x, tensors, trains) as recording:
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             one = len(args) == 1 and type(args[0]) is Tensor and not kwargs

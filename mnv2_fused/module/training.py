@@ -121,6 +121,11 @@ def _group_of(norm: Norm | None) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def fewest_values(norms: Sequence[Norm | None]) -> int:
+    """Values that a channel must have here: two, or one where other processes have more."""
+    return 1 if all(_group_of(norm) is not None for norm in norms if is_live(norm)) else 2
+
+
 def _norm_of(stage: ConvNorm, eps: float, norm: Norm | None) -> training_ops.Norm:
     if is_live(norm):
         return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps, group=_group_of(norm))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from ..module.flat import FusedFlat
 from ..module.fused_block import FusedBlock
 from ..module.guard import has_hooks
 from ..module.parameters import conv_norm_activation, freed, parameters_of
-from ..module.training import is_live, norm_live, takes_dtypes, train_fused
+from ..module.training import fewest_values, is_live, norm_live, takes_dtypes, train_fused
 from ..spec import stem_size
 
 
@@ -79,7 +78,8 @@ def _with_norm(x: Tensor, layer: nn.Sequential) -> Tensor | None:
         return None
     assert activation is not None  # conv_objections looked at it
     y = conv(x)
-    return activation(norm_live(y, norm) if y.shape[0] * y.shape[2] * y.shape[3] > 1 else norm(y))
+    enough = y.shape[0] * y.shape[2] * y.shape[3] >= fewest_values([norm])
+    return activation(norm_live(y, norm) if enough else norm(y))
 
 
 def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:
@@ -105,8 +105,9 @@ def _stem(x: Tensor, stem: nn.Module, block: nn.Module) -> Tensor | None:
         return None
     joint = dataclasses.replace(spec, in_channels=9 * conv.in_channels, expand=True, expand_activation=expanded_by)
     height, width = map(stem_size, x.shape[2:])
-    sizes = height * width, math.prod(spec.out_size(height, width))
-    if training_ops.objection(joint) is not None or x.shape[0] * min(sizes) < 2:
-        return None
     norms = [norm, *(norm for _, norm in block._pairs)]
+    out_height, out_width = spec.out_size(height, width)
+    fewest = x.shape[0] * min(height * width, out_height * out_width)
+    if training_ops.objection(joint) is not None or fewest < fewest_values(norms) or min(out_height, out_width) < 1:
+        return None
     return train_fused(x, [*own, *parameters], [eps_of(norm), *eps], joint, norms)

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import random
+import types
 import warnings
 from typing import Protocol
 
@@ -991,3 +993,67 @@ def test_blocks_that_differ_inside_an_object_are_each_looked_at():
     x = torch.randn(2, 8, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
+
+
+class Dropping(Block):
+    """Drops in training, in many ways that a look at modules does not tell."""
+
+    _rate = 0.0
+
+    def __init__(self, how):
+        super().__init__(residual=True)
+        self.how = how
+        if how == "private":
+            self._rate = 0.0
+        if how == "object":
+            self.settings = types.SimpleNamespace(rate=0.0)
+        if how == "aside":
+            self.aside = nn.BatchNorm2d(8)
+
+    def forward(self, image, *args, **kwargs):
+        if self.training and self.how == "aside":
+            self.aside(image)
+        if self.training and self.how == "python" and random.random() < 0.01:
+            return image
+        y = super().forward(image, *args, **kwargs)
+        rate = self.settings.rate if self.how == "object" else self._rate
+        return F.dropout(y, rate, self.training) if rate else y
+
+
+@pytest.mark.parametrize("how", ["private", "object", "python", "aside"])
+def test_train_follows_what_a_forward_does_in_training_alone(how):
+    state = random.getstate()
+    model = model_of(Dropping(how))
+    fused = fuse(model).train()
+    model.train()
+    assert random.getstate() == state
+    x = torch.randn(4, 8, 9, 9)
+    for rate in (0.0, 0.5):
+        for net in (model, fused):
+            setattr(net[1].settings, "rate", rate) if how == "object" else setattr(net[1], "_rate", rate)
+        found = []
+        for net in (model, fused):
+            torch.manual_seed(1)
+            random.seed(1)
+            found.append([net[1](x), *net[1].buffers()])
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+class OtherMomentum(Block):
+    def forward(self, image, *args, **kwargs):
+        y = self.first_of_all(image)
+        norm = self.norm1
+        y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training, 0.3, norm.eps)
+        return self.norm3(self.zulu(self.act(self.norm2(self.yankee(self.act(y))))))
+
+
+def test_train_leaves_running_statistics_as_forward_does():
+    model = model_of(OtherMomentum())
+    fused = fuse(model).train()
+    model.train()
+    x = torch.randn(4, 8, 9, 9)
+    torch.testing.assert_close(fused[1](x), model[1](x), rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(fused[1].buffers(), model[1].buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert "in another way than a norm's forward does" in report(fused).blocks[0].not_trained

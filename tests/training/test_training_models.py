@@ -207,6 +207,14 @@ def test_one_value_a_channel_is_torchs_error():
         model(torch.randn(1, 3, 2, 2))
 
 
+def test_fake_tensors_take_the_modules():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        block = FusedInvertedResidual(8, 8, 1, 6).train()
+        assert block(torch.randn(2, 8, 9, 9)).shape == (2, 8, 9, 9)
+
+
 def test_what_does_not_train_fused_says_why():
     model = fuse(torchvision.models.mobilenet_v3_small()).train()
     assert {row.not_trained for row in report(model).blocks} == {None}

@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+import threading
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.devices import by_isa
+from torch import nn
 
-from mnv2_fused import BlockSpec, backends
+from mnv2_fused import BlockSpec, backends, fuse
 from mnv2_fused.activations import function_of
 from mnv2_fused.testing import instruction_set, threads
 from mnv2_fused.training_ops import DIFFERENTIATED, Norm, Weights, normed, objection, projected
@@ -266,6 +268,57 @@ def test_derivatives_of_derivatives():
         found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_derivatives_of_derivatives_without_a_norm():
+    """Of a block whose expansion is a convolution alone: FusedInvertedResidual's modules, fused and eager."""
+    models = pytest.importorskip("torchvision").models
+    torch.manual_seed(0)
+    conv = models.mobilenetv2.InvertedResidual(4, 5, 1, 3).double().train()
+    conv.conv[0][1] = nn.Identity()
+    fused = fuse(nn.Sequential(conv)).train()
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    found = []
+    for model in (fused, nn.Sequential(conv)):
+        leaf = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), leaf)[0])
+    assert fused[0].training_objection(x) is None
+    torch.testing.assert_close(*found)
+
+
+def test_statistics_of_a_frozen_norm_that_change_before_backward():
+    """Backward is of those that forward had."""
+    for live in [(False, True), (True, False)]:
+        block = Block(*SPECS["plain"], live=live)
+        expected = block.results(block.fused)
+
+        def run(leaves, block=block):
+            p, found = block.fused(leaves)
+            for norm in block.norms:
+                if norm.mean is not None:
+                    norm.mean.add_(1)
+            return p, found
+
+        assert all(torch.equal(a, b) for a, b in zip(block.results(run), expected, strict=True))
+
+
+def test_autocast_of_other_threads_stays_as_it_is():
+    block = Block(BlockSpec(4, 16, 4), (2, 4, 5, 5))
+    leaves, seen, done = block.tensors(torch.float32), [], threading.Event()
+
+    def plain():
+        while not done.is_set():
+            block.fused(leaves)
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    other = threading.Thread(target=plain)
+    other.start()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = [(block.fused(leaves), torch.is_autocast_enabled("cpu"))[1] for _ in range(300)]
+    done.set()
+    other.join()
+    assert all(inside) and not any(seen)
 
 
 def test_gradcheck():

@@ -29,6 +29,7 @@ def train(model, x, y):
 
 def one_of_several(network, output):
     from test_training_models import NETWORKS, batch, trains_fused
+    from torchvision.models import mobilenetv2
 
     dist.init_process_group("gloo")
     model = fuse(NETWORKS[network]().double()).train()
@@ -38,6 +39,9 @@ def one_of_several(network, output):
     x, y = (t.chunk(PROCESSES)[dist.get_rank()] for t in batch())
     loss = train(parallel, x, y)
     dist.all_reduce(loss)
+    one = fuse(nn.Sequential(mobilenetv2.InvertedResidual(4, 4, 1, 6))).double().train()
+    nn.SyncBatchNorm.convert_sync_batchnorm(one)
+    assert one(torch.ones(1, 4, 1, 1).double() * (1 + dist.get_rank())).isfinite().all()  # one value a channel here
     with pytest.raises(RuntimeError, match="several processes has no second derivative here"):
         grads = torch.autograd.grad(model(x).sum(), list(model.parameters()), create_graph=True)
         grads[0].sum().backward()
