@@ -231,6 +231,14 @@ def test_far_from_zero(offset):
         assert (mine.double() - truth).abs().max() <= (50 * rounded + 1e-4) * truth.abs().max().clamp(min=1e-3)
 
 
+def test_hardswish_on_its_bounds():
+    block = Block(BlockSpec(6, 40, 8, activation="hardswish"), (3, 6, 8, 8))
+    for norm in block.norms:
+        norm.weight[:2] = 0.0
+        norm.bias[:2] = torch.tensor([3.0, -3.0])
+    block.check()
+
+
 def test_constant_channels_and_ranks():
     block = Block(*SPECS["plain"])
     block.x[:, 1] = 3.0

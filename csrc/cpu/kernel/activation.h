@@ -47,17 +47,9 @@ MNV2_INLINE V exponential(V x) {
   const V bits = V::fma(t, V::set1(T(0x1.71547652b82fep0)), V::set1(kMagic));
   const V n = V::add(bits, V::set1(-kMagic));
   const V r = V::fma(n, V::set1(-kLn2Low), V::fma(n, V::set1(-kLn2High), t));
-  struct Series {
-    T c[kTerms + 1] = {1};
-
-    constexpr Series() {  // 1 / i!
-      double factorial = 1;
-      for (int i = 1; i <= kTerms; ++i) c[i] = T(1 / (factorial *= i));
-    }
-  };
-  constexpr Series kSeries;
-  V sum = V::set1(kSeries.c[kTerms]);
-  for (int i = kTerms - 1; i >= 0; --i) sum = V::fma(sum, r, V::set1(kSeries.c[i]));
+  V sum = V::set1(1);
+  for (int i = kTerms; i > 0; --i)  // 1 + r / i * sum
+    sum = V::fma(multiplied(r, V::set1(T(1) / T(i))), sum, V::set1(1));
   return multiplied(sum, V::power_of_two(bits));
 }
 template <class V>

@@ -1,7 +1,7 @@
 // Arguments of the CPU's training kernels: a block whose norms take their statistics from the batch. Plain
 // data: no torch.
 //
-// x is the block's input less its mean, e = w_expand x + b_expand has the first norm folded in,
+// x is the block's input, less its mean where that is far from 0, e = w_expand x + b_expand has the first norm folded in,
 // d = w_depthwise * act(e) has none, and a = scale d + shift is d behind its norm. p = w_project act(a), or
 // w_project (gate act(a)) where a squeeze-and-excite lies between.
 #pragma once

@@ -25,9 +25,8 @@ MNV2_INLINE V times_derivative(V g, V v, [[maybe_unused]] double negative_slope)
   } else if constexpr (kind == Activation::kHardswish) {
     // v / 3 + 1 / 2 between -3 and 3, then 1.
     const V slope = V::fma(v, V::set1(T(1) / T(3)), V::set1(T(0.5)));
-    const V above = V::where_between(v, V::set1(3), V::set1(kInfinity), g);
-    return V::fma(V::where_between(v, V::set1(-3), V::set1(std::nextafter(T(3), T(4))), slope), g,
-                  above);
+    const V above = V::where_between(v, V::set1(std::nextafter(T(3), T(0))), V::set1(kInfinity), g);
+    return V::fma(V::where_between(v, V::set1(-3), V::set1(3), slope), g, above);
   } else if constexpr (kind == Activation::kSilu) {
     // s + v s (1 - s) with s = 1 / (1 + exp(-v)).
     const V s = sigmoid(v);
