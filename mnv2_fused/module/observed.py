@@ -306,13 +306,12 @@ def _with_padding(seen: Iterable[tuple[Recipe, tuple[int, int, int, int], tuple[
 def _expected(model: nn.Module, recipe: Recipe, weights: BlockWeights, x: Tensor) -> Tensor:
     """What the block, and what runs around it, gives by the reference."""
     around = recipe.around
-    stages = _parts(model, recipe).stages
-    batch = tuple(is_live(cast(Any, norm)) for _, norm in stages)
+    parts = _parts(model, recipe)
+    batch = _live(parts)
     if any(batch):
         if around is not None:
             raise Unfusable("more than the block takes part in training")
-        rows, eps = _rows(_parts(model, recipe))
-        return unfolded(x, rows, eps, recipe.spec, batch)
+        return unfolded(x, *_rows(parts), recipe.spec, batch)
     if around is None:
         return in_torch(x, weights, recipe.spec)
     y = in_torch(model.get_submodule(around.lead)(x), weights, recipe.spec)
@@ -348,13 +347,12 @@ def _verify_buffers(model: nn.Module, recipe: Recipe, call: Callable[[Tensor], A
     """Raises where a call in training leaves other running statistics than the kernels do, anywhere in the module."""
     parts = _parts(model, recipe)
     norms = [norm if isinstance(norm, _BatchNorm) else None for _, norm in parts.stages]
-    batch = tuple(is_live(cast(Any, norm)) for _, norm in parts.stages)
     before = {name: t.clone() for name, t in model.named_buffers()}
     call(x.clone())
     found = {name: t.clone() for name, t in model.named_buffers()}
     for name, t in model.named_buffers():
         t.copy_(before[name])
-    unfolded(x, *_rows(parts), recipe.spec, batch, norms)
+    unfolded(x, *_rows(parts), recipe.spec, _live(parts), norms)
     for name, t in model.named_buffers():
         if not torch.allclose(t.double(), found[name].double(), rtol=1e-9, atol=1e-12):
             raise Unfusable(f"it changes {name} in another way than a norm's forward does")
@@ -369,6 +367,11 @@ def _verify(model: nn.Module, recipe: Recipe, results: list[tuple[Tensor, Tensor
             atol = 1e-9 * float(y.abs().max())
             if y.shape != expected.shape or not torch.allclose(y, expected, rtol=1e-9, atol=atol):
                 raise Unfusable("it computes something else than the operations that it runs say")
+
+
+def _live(parts: Parts) -> tuple[bool, ...]:
+    """Which norms take their statistics from the batch."""
+    return tuple(is_live(cast(Any, norm)) for _, norm in parts.stages)
 
 
 def _rows(parts: Parts) -> tuple[list[Tensor | None], list[float]]:

@@ -132,8 +132,7 @@ class Recording(TorchDispatchMode):
                 both = (tuple(v) if len(v) > 1 else (v[0], v[0]) for v in (stride, padding, dilation))
                 options = (*both, groups)
                 return Value("convolution", shape, (inputs[0],), base, named(1, 2), options)
-        of_batch = base == "native_batch_norm" and args[5]
-        if base == "native_batch_norm" and known(1, 2, 3, 4) and args[3] is not None and self._trains >= of_batch:
+        if base == "native_batch_norm" and known(1, 2, 3, 4) and args[3] is not None and (self._trains or not args[5]):
             return Value("norm", shape, (inputs[0],), base, named(1, 2, 3, 4), (args[7],))
         over = sorted(d % 4 for d in args[1] or ()) if base == "mean" and len(args) > 1 else []
         if over == [2, 3] and len(inputs[0].shape) == 4:

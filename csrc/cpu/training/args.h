@@ -1,9 +1,9 @@
 // Arguments of the CPU's training kernels: a block whose norms take their statistics from the batch. Plain
 // data: no torch.
 //
-// x is the block's input, less its mean where that is far from 0, e = w_expand x + b_expand has the first norm folded in,
-// d = w_depthwise * act(e) has none, and a = scale d + shift is d behind its norm. p = w_project act(a), or
-// w_project (gate act(a)) where a squeeze-and-excite lies between.
+// x is the block's input, less its mean where that is far from 0, e = w_expand x + b_expand has the first
+// norm folded in, d = w_depthwise * act(e) has none, and a = scale d + shift is d behind its norm.
+// p = w_project act(a), or w_project (gate act(a)) where a squeeze-and-excite lies between.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,8 @@ struct Args {
   // Of the two passes backward:
   const T* g = nullptr;          // [N][H'][W'][C_out], gradient of p
   const T* w_project = nullptr;  // [E/16][C_out][16]
-  // [E/16 * 16] each, of every pass behind the statistics. Gradient of d: scale * (gradient of a) + offset + slope * (d - mean) * inverse.
+  // [E/16 * 16] each, of every pass behind the statistics. Gradient of d:
+  // scale * (gradient of a) + offset + slope * (d - mean) * inverse.
   const T *scale = nullptr, *shift = nullptr, *mean = nullptr, *inverse = nullptr;
   const T *offset = nullptr, *slope = nullptr;
   const T* w_input = nullptr;  // [C_in/16][E/16 * 16][16], w_expand transposed
