@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "dlpack.h"
+#include "tensor_handle.h"
 
 namespace mnv2_fused {
 namespace {
@@ -57,19 +57,6 @@ constexpr bool kVersions = false;
 uint64_t version_of(PyObject*) { return 0; }
 #endif
 
-// Address, shape and strides of a tensor without a Python object for each: by DLPack's table of C
-// functions, which torch.Tensor carries. Null where this torch has none, or another version of it.
-using Describe = decltype(dlpack::ExchangeApi::tensor_from_py_object);
-Describe describe_function(const py::object& type) {
-  const py::object capsule = py::getattr(type, dlpack::kAttribute, py::none());
-  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return nullptr;
-  auto* header =
-      static_cast<const dlpack::Header*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
-  while (header && header->version.major != dlpack::kMajor) header = header->previous;
-  if (!header || header->version.minor < dlpack::kMinor) return nullptr;
-  return reinterpret_cast<const dlpack::ExchangeApi*>(header)->tensor_from_py_object;
-}
-
 // What the guard asks of torch.Tensor. Called past the lookup of the attribute where CPython's own
 // descriptors tell how.
 class TensorType {
@@ -87,13 +74,8 @@ class TensorType {
     return integer(data_ptr_call_ ? data_ptr_call_(t, nullptr)
                                   : PyObject_CallOneArg(data_ptr_.ptr(), t));
   }
-  // Whether DLPack describes the tensor, in `view`; with lists of shape and strides that are torch's own.
-  bool describe(PyObject* t, dlpack::Tensor& view) const {
-    if (!describe_) return false;
-    if (describe_(t, &view) == 0) return true;
-    PyErr_Clear();  // a dtype or layout that DLPack does not know
-    return false;
-  }
+  // Where a tensor's handle lies in its object, 0 if nowhere.
+  size_t handle_offset() const { return handle_offset_; }
   bool is_exact(PyObject* t) const {
     return reinterpret_cast<PyObject*>(Py_TYPE(t)) == type_.ptr();
   }
@@ -110,7 +92,7 @@ class TensorType {
         shape_name_(py::str("shape")),
         data_ptr_(type_.attr("data_ptr")),
         stride_(type_.attr("stride")),
-        describe_(describe_function(type_)) {
+        handle_offset_(TensorHandle::find(py::module_::import("torch").attr("empty")(0).ptr())) {
     find(type_.attr("_version"), version_get_, version_closure_);
     find(type_.attr("shape"), shape_get_, shape_closure_);
     if (Py_TYPE(data_ptr_.ptr()) == &PyMethodDescr_Type) {
@@ -135,7 +117,7 @@ class TensorType {
   getter version_get_ = nullptr, shape_get_ = nullptr;
   void *version_closure_ = nullptr, *shape_closure_ = nullptr;
   PyCFunction data_ptr_call_ = nullptr;
-  const Describe describe_;
+  const size_t handle_offset_;
 };
 
 // Of the next handle of a hook, whatever it is on.
@@ -304,12 +286,11 @@ Guard::Guard(const py::list& values, const py::list& sizes, const py::list& entr
     const py::tuple shape = type.shape(object), strides = type.strides(object);
     t.dims = static_cast<uint32_t>(shape.size());
     t.first_length = lengths_of(shape, strides);
-    dlpack::Tensor view;
-    if (type.describe(object, view)) {
-      t.type_code = view.type_code;
-      t.type_bits = view.type_bits;
-      if (!lies_as_before(t)) t.type_bits = 0;
-    }
+    t.item_bytes = pair[0].attr("itemsize").cast<uint8_t>();
+    const size_t offset = TensorHandle::find(object);
+    t.has_handle = offset != 0 && offset == type.handle_offset() &&
+                   TensorHandle(object, offset).dtype(t.dtype);
+    t.has_handle = t.has_handle && lies_as_before(t);
     t.impl = reinterpret_cast<const void*>(t.object.attr("_cdata").cast<uintptr_t>());
     t.storage = reinterpret_cast<const void*>(
         t.object.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>());
@@ -337,7 +318,7 @@ uint32_t Guard::lengths_of(const py::tuple& shape, const py::tuple& strides) {
 void Guard::take_samples(Tensor& t, size_t bytes) {
   if (bytes == 0) return;
   const char* const memory = memory_of(t.address);
-  const size_t lines = bytes / kLine, item = std::clamp<size_t>(t.type_bits / 8, 1, kWord);
+  const size_t lines = bytes / kLine, item = std::clamp<size_t>(t.item_bytes, 1, kWord);
   t.sample_bytes = static_cast<uint8_t>(std::min(bytes, kLine));
   t.samples =
       static_cast<uint8_t>(std::clamp<size_t>(lines, 1, t.dims > 1 ? kSamples : kVectorSamples));
@@ -431,13 +412,15 @@ bool Guard::lies_as_before(const Tensor& t) const {
   const TensorType& type = TensorType::get();
   PyObject* const object = t.object.ptr();
   const int64_t* expected = lengths_.data() + t.first_length;
-  if (t.type_bits != 0) {
-    dlpack::Tensor view;
-    if (!type.describe(object, view)) return false;
-    return static_cast<const char*>(view.data) + view.byte_offset == memory_of(t.address) &&
-           view.type_code == t.type_code && view.type_bits == t.type_bits &&
-           static_cast<size_t>(view.ndim) == t.dims && same_lengths(view.shape, expected, t.dims) &&
-           (view.strides ? same_lengths(view.strides, expected + t.dims, t.dims) : t.dims == 0);
+  if (t.has_handle) {
+    const TensorHandle handle(object, type.handle_offset());
+    void* address;
+    int64_t dims, *shape, *strides;
+    int32_t dtype;
+    return handle.address(address) && address == memory_of(t.address) && handle.dims(dims) &&
+           dims == t.dims && handle.dtype(dtype) && dtype == t.dtype && handle.shape(shape) &&
+           same_lengths(shape, expected, t.dims) && handle.strides(strides) &&
+           same_lengths(strides, expected + t.dims, t.dims);
   }
   if (type.address(object) != t.address) return false;
   for (const py::object& lengths : {type.shape(object), type.strides(object)}) {
@@ -513,11 +496,11 @@ bool Guard::check() {
 
 bool Guard::serves(py::handle x) {
   const TensorType& type = TensorType::get();
-  dlpack::Tensor view;
-  return !tensors_.empty() && type.is_exact(x.ptr()) && TorchState::get().is_plain() &&
-         type.describe(x.ptr(), view) && view.device_type == dlpack::kCpu &&
-         view.type_code == tensors_[0].type_code && view.type_bits == tensors_[0].type_bits &&
-         is_valid();
+  if (tensors_.empty() || !tensors_[0].has_handle || !type.is_exact(x.ptr())) return false;
+  const TensorHandle handle(x.ptr(), type.handle_offset());
+  int32_t dtype;
+  return TorchState::get().is_plain() && handle.on_cpu() && handle.dtype(dtype) &&
+         dtype == tensors_[0].dtype && is_valid();
 }
 
 bool Guard::is_valid() { return valid_ = valid_ && check(); }

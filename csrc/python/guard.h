@@ -75,8 +75,9 @@ class Guard {
     uint32_t dims;
     uint8_t samples;  // 0 where its memory cannot be read here
     uint8_t sample_bytes;
-    uint8_t type_code,
-        type_bits;  // of the dtype, by DLPack's names; 0 bits: DLPack does not describe it
+    uint8_t item_bytes;
+    bool has_handle;  // which tells address, shape, strides, dtype; else attributes of Python do
+    int32_t dtype;    // by the stable ABI's number
   };
   // What one cache line of a tensor held.
   struct alignas(64) Sample {
