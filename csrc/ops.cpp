@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
         ", int[] block) -> (Tensor, Tensor)");
   m.def("training_backward_expand" MNV2_TRAINING_ARGUMENTS MNV2_GRADIENTS
         ", Tensor? of_pooled, Tensor? w_input, int[] block) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("training_forward" MNV2_TRAINING_ARGUMENTS
+        ", Tensor affine, float eps, Tensor? w_output, int[] block) -> (Tensor, Tensor)");
+  m.def("training_backward" MNV2_TRAINING_ARGUMENTS
+        ", Tensor g, Tensor w_project, Tensor of_d, float count, Tensor? w_input, int[] block) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("training_moments(Tensor x) -> Tensor");
   m.def("training_patches(Tensor x, Tensor? mean) -> Tensor");
   m.def("training_centre(Tensor x, Tensor? mean) -> (Tensor, Tensor, Tensor)");

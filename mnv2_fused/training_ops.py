@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .activations import function_of
+from .activations import ACTIVATIONS, function_of
 from .encoding import BLOCK_FIELDS, shape_of
 from .flops import count_flops
 from .fold import PANEL, BlockWeights, pack_block
@@ -46,6 +46,8 @@ from .spec import BlockSpec, stem_size
 
 # Activations whose derivative the kernels know; csrc/cpu/training/derivative.h is the twin.
 DIFFERENTIATED = ("relu6", "relu", "identity", "hardswish", "silu", "leaky_relu")
+# Of these, whose results tell their derivatives; csrc/activations.h's is_clip is the twin.
+_CLIPS = ("relu6", "relu", "identity")
 
 
 def objection(spec: BlockSpec) -> str | None:
@@ -358,19 +360,24 @@ class _Projected(torch.autograd.Function):
             w_expand, b_expand = _scaled(of_e.scale, w), of_e.shift
         kernel = _kernel(spec, centred, w_expand, b_expand, weights.depthwise)
         ctx.count = 0.0
-        if second.live:
+        own = x.shape[0] * math.prod(spec.out_size(*centred.shape[2:]))
+        p = totals = None
+        if second.live and second.group is None:
+            p, totals, d = _forward(centred, spec, kernel, weights, second)
+            ctx.count, mean, variance = own, *d
+        elif second.live:
             d = torch.ops.mnv2_fused.training_statistics(centred, *kernel)
-            own = x.shape[0] * math.prod(spec.out_size(*centred.shape[2:]))
-            ctx.count, mean, variance = _together(second.group, own, d[0], d[1])
+            ctx.count, mean, variance = _together(second.group, own, *d)
+        if second.live:
             of_d = _Affine.of(second, mean, variance)
             mean = mean if weights.depthwise_bias is None else mean + weights.depthwise_bias
             statistics += [mean, variance, ctx.count]
         else:
             of_d = _Affine.fixed(second, weights.depthwise_bias)
-        if weights.reduce is None:
+        if weights.reduce is not None:
+            p, ctx.pooled = _project_gated(centred, spec, kernel, weights, of_d, totals)
+        elif p is None:
             p = _project(centred, spec, w_expand, b_expand, weights, of_d)
-        else:
-            p, ctx.pooled = _project_gated(centred, spec, kernel, weights, of_d)
         ctx.spec, ctx.norms, ctx.affines = spec, norms, (of_e, of_d)
         ctx.given, ctx.kernel = given, kernel
         ctx.save_for_backward(x, *tensors)
@@ -393,29 +400,33 @@ class _Projected(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(tensors)
 
         w_project = _panels(weights.project.flatten(1).mT)
-        gate = of_pooled = None
+        w_input = gate = of_pooled = None
+        if of_e is not None and weights.expand is not None and x_needed:
+            w_input = _panels(_padded_rows(_scaled(of_e.scale, _matrix(weights.expand))).mT)
+        of_d_rows = _rows(of_d, dtype)
         if weights.reduce is not None:
             factors, differentiate = _differentiable_gate(ctx.pooled, weights, spec)
             gate = _padded(factors).to(dtype)
-        sums, dw_project = torch.ops.mnv2_fused.training_backward_project(
-            centred, *kernel[:3], g, w_project, _rows(of_d, dtype), gate, kernel.block
-        )
-        if gate is not None:
-            images = sums[:, :, : of_d.mean.shape[0]]
-            of_mean, *grads[6:10] = differentiate(images[:, 0])
-            of_image = of_mean / (g.shape[2] * g.shape[3])  # of each pixel
-            of_pooled = _padded(of_image).to(dtype)
-            sums = torch.stack([(factors * images[:, i] + of_image * images[:, i + 1]).sum(0) for i in (1, 3)])
-        of_d_rows = _rows(of_d, dtype)
-        if second.live:
-            share = -of_d.scale / ctx.count * _summed(second.group, sums.clone() if second.group else sums)
-            of_d_rows = _rows(of_d, dtype, share)
-        w_input = None
-        if of_e is not None and weights.expand is not None and x_needed:
-            w_input = _panels(_padded_rows(_scaled(of_e.scale, _matrix(weights.expand))).mT)
-        g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward_expand(
-            centred, *kernel[:3], g, w_project, of_d_rows, gate, of_pooled, w_input, kernel.block
-        )
+        if gate is None and second.group is None and _near(spec, centred):
+            sums, dw_project, g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward(
+                centred, *kernel[:3], g, w_project, of_d_rows, ctx.count, w_input, kernel.block
+            )
+        else:
+            sums, dw_project = torch.ops.mnv2_fused.training_backward_project(
+                centred, *kernel[:3], g, w_project, of_d_rows, gate, kernel.block
+            )
+            if gate is not None:
+                images = sums[:, :, : of_d.mean.shape[0]]
+                of_mean, *grads[6:10] = differentiate(images[:, 0])
+                of_image = of_mean / (g.shape[2] * g.shape[3])  # of each pixel
+                of_pooled = _padded(of_image).to(dtype)
+                sums = torch.stack([(factors * images[:, i] + of_image * images[:, i + 1]).sum(0) for i in (1, 3)])
+            if second.live:
+                share = -of_d.scale / ctx.count * _summed(second.group, sums.clone() if second.group else sums)
+                of_d_rows = _rows(of_d, dtype, share)
+            g_x, e_sums, dw_expand, dw_depthwise = torch.ops.mnv2_fused.training_backward_expand(
+                centred, *kernel[:3], g, w_project, of_d_rows, gate, of_pooled, w_input, kernel.block
+            )
         grads[2] = dw_depthwise.mT.reshape(weights.depthwise.shape)
         grads[3] = _of_conv_bias(weights.depthwise_bias, second, of_d, sums[0])
         grads[4] = dw_project.view(weights.project.shape)
@@ -463,17 +474,49 @@ def _rows(of_d: _Affine, dtype: torch.dtype, share: Tensor | None = None) -> Ten
     return _padded(torch.stack([of_d.scale, of_d.shift, of_d.mean, of_d.inverse, *more])).to(dtype)
 
 
+# Of act(e), d and q of 64 channels, where one group of channels goes through both passes backward before the next one:
+# memory is slower than computing them again.
+_NEAR = 2**23
+
+
+def _near(spec: BlockSpec, x: Tensor) -> bool:
+    """Whether what a group of channels keeps between the passes backward is soon read again."""
+    pixels = x.shape[2] * x.shape[3] + 2 * math.prod(spec.out_size(*x.shape[2:]))
+    return x.shape[0] * pixels * 64 * x.itemsize <= _NEAR
+
+
+def _forward(
+    x: Tensor, spec: BlockSpec, kernel: _Kernel, weights: Weights, norm: Norm
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """p, or with a squeeze-and-excite the sums of h2 over each image; norm2's mean and variance [2, E]."""
+    ones = torch.ones(weights.depthwise.shape[0], dtype=torch.float64)
+    affine = torch.stack([*(o if t is None else t.double() for t, o in ((norm.weight, ones), (norm.bias, 0 * ones)))])
+    gated = weights.reduce is not None
+    result, d = torch.ops.mnv2_fused.training_forward(
+        x, *kernel[:3], affine, norm.eps, None if gated else _w_output(weights), kernel.block
+    )
+    if gated:
+        return None, result, d
+    if weights.project_bias is not None:
+        result += weights.project_bias[:, None, None]
+    return result, None, d
+
+
+def _w_output(weights: Weights) -> Tensor:
+    return _panels(_padded(weights.project.flatten(1)))
+
+
 def _project_gated(
-    x: Tensor, spec: BlockSpec, kernel: _Kernel, weights: Weights, of_d: _Affine
+    x: Tensor, spec: BlockSpec, kernel: _Kernel, weights: Weights, of_d: _Affine, totals: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """p, and the means of h2 over each image [N, E]."""
+    """p, and the means of h2 over each image [N, E]. ``totals``: its sums where they are known."""
     e = of_d.scale.shape[0]
     arguments = (x, *kernel[:3], _rows(of_d, x.dtype))
-    totals = torch.ops.mnv2_fused.training_pool(*arguments, kernel.block)[:, :e]
-    pooled = totals / math.prod(spec.out_size(*x.shape[2:]))
+    if totals is None:
+        totals = torch.ops.mnv2_fused.training_pool(*arguments, kernel.block)
+    pooled = totals[:, :e] / math.prod(spec.out_size(*x.shape[2:]))
     gate = _gate(pooled, weights[6:10], spec).to(x.dtype)
-    w_output = _panels(_padded(weights.project.flatten(1)))
-    p = torch.ops.mnv2_fused.training_project(*arguments, _padded(gate), w_output, kernel.block)
+    p = torch.ops.mnv2_fused.training_project(*arguments, _padded(gate), _w_output(weights), kernel.block)
     if weights.project_bias is not None:
         p += weights.project_bias[:, None, None]
     return p, pooled
@@ -637,6 +680,21 @@ def _project_fake(x, w_expand, b_expand, w_depthwise, of_d, gate, w_output, bloc
     return x.new_empty(x.shape[0], *size).contiguous(memory_format=torch.channels_last)
 
 
+def _forward_fake(x, w_expand, b_expand, w_depthwise, affine, eps, w_output, block):
+    statistics = x.new_empty(2, _hidden(block), dtype=torch.float64)
+    if w_output is None:
+        return x.new_empty(x.shape[0], w_depthwise.shape[0] * PANEL, dtype=torch.float64), statistics
+    return _project_fake(x, w_expand, b_expand, w_depthwise, None, None, w_output, block), statistics
+
+
+def _backward_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, count, w_input, block):
+    arguments = (x, w_expand, b_expand, w_depthwise, g, w_project, of_d, None)
+    return (
+        *_backward_project_fake(*arguments, block),
+        *_backward_expand_fake(*arguments, None, w_input, block),
+    )
+
+
 def _backward_project_fake(x, w_expand, b_expand, w_depthwise, g, w_project, of_d, gate, block):
     e = _hidden(block)
     size = (2, e) if gate is None else (x.shape[0], 5, of_d.shape[1])
@@ -678,6 +736,8 @@ _FAKES: dict[str, Any] = {
     "training_project": _project_fake,
     "training_backward_project": _backward_project_fake,
     "training_backward_expand": _backward_expand_fake,
+    "training_forward": _forward_fake,
+    "training_backward": _backward_fake,
     "training_moments": _moments_fake,
     "training_patches": _patches_fake,
     "training_centre": _centre_fake,
@@ -709,6 +769,18 @@ def _counted(expand: int, depthwise: int, project: int) -> Callable[..., int]:
     return count
 
 
+def _forward_count(*arguments: Any) -> int:
+    gated = arguments[6] is None  # w_output
+    return _counted(1, 1, 0 if gated else 1)(*arguments)
+
+
+def _backward_count(*arguments: Any) -> int:
+    """Where act(e) does not tell the derivative, the second pass expands again."""
+    block = dict(zip(BLOCK_FIELDS, arguments[-1], strict=True))
+    clips = ACTIVATIONS[block["expand_activation"]] in _CLIPS
+    return _counted(3 if clips else 4, 3, 2)(*arguments)
+
+
 def _none(*_: Any) -> int:
     return 0
 
@@ -717,6 +789,8 @@ _COUNTS: dict[str, Callable[..., int]] = {
     "training_statistics": _counted(1, 1, 0),
     "training_pool": _counted(1, 1, 0),
     "training_project": _counted(1, 1, 1),
+    "training_forward": _forward_count,
+    "training_backward": _backward_count,
     "training_backward_project": _counted(1, 1, 2),
     "training_backward_expand": _counted(3, 3, 1),
     "training_centre": lambda x, mean: x.numel() * x.shape[1],

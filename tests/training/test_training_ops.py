@@ -3,6 +3,7 @@
 import copy
 import statistics
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from support.devices import by_isa
 from torch import nn
 
-from mnv2_fused import BlockSpec, backends, fuse
+from mnv2_fused import BlockSpec, backends, fuse, training_ops
 from mnv2_fused.activations import function_of
 from mnv2_fused.testing import instruction_set, threads
 from mnv2_fused.training_ops import DIFFERENTIATED, Norm, Weights, normed, objection, projected
@@ -178,6 +179,15 @@ SPECS = {
 @by_isa
 @pytest.mark.parametrize("name", SPECS)
 def test_everything_is_autograds(name, isa):
+    with instruction_set(isa):
+        Block(*SPECS[name]).check()
+
+
+@by_isa
+@pytest.mark.parametrize("name", ["plain", "stride 2", "no expansion", "bands", "bands, silu", "wide"])
+def test_backward_by_single_passes(name, isa, monkeypatch):
+    """As of large tensors, whose groups of channels would be far away when they are read again."""
+    monkeypatch.setattr(training_ops, "_NEAR", 0)
     with instruction_set(isa):
         Block(*SPECS[name]).check()
 
@@ -379,23 +389,44 @@ def test_a_norm(dtype, affine, added):
 
 
 @pytest.mark.parametrize("name", ["stride 2", "strides apart, rows", "no expansion", "dilated"])
-def test_multiply_adds_are_counted(name):
+def test_multiply_adds_are_counted(name, monkeypatch):
     """Each pass by itself: of expansion, filter and projection as often as the pass computes them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     spec, shape = SPECS[name]
-    block = Block(spec, shape)
-    with FlopCounterMode(display=False) as counter:
-        block.results(block.fused)
     height, width = spec.out_size(*shape[2:])
     pixels, after = shape[0] * shape[2] * shape[3], shape[0] * height * width * spec.hidden_channels
     e = pixels * spec.in_channels * spec.hidden_channels if spec.expand else 0
     d, p = after * spec.kernel**2, after * spec.out_channels
-    found = {str(op).split(".")[-1]: count // 2 for op, count in counter.flop_counts["Global"].items()}
-    assert found["training_statistics"] == e + d and found["inverted_residual"] == e + d + p
+
+    def counted(live=(True, True)):
+        with FlopCounterMode(display=False) as counter:
+            block = Block(spec, shape, live=live)
+            block.results(block.fused)
+        return {str(op).split(".")[-1]: count // 2 for op, count in counter.flop_counts["Global"].items()}
+
+    found = counted()
+    assert found["training_forward"] == e + d + p and found["training_backward"] == 3 * e + 3 * d + 2 * p
+    assert found.get("training_centre", 0) == (pixels * spec.in_channels**2 if spec.expand else 0)
+    assert counted(live=(True, False))["inverted_residual"] == e + d + p
+    monkeypatch.setattr(training_ops, "_NEAR", 0)
+    found = counted()
     assert found["training_backward_project"] == e + d + 2 * p
     assert found["training_backward_expand"] == 3 * e + 3 * d + p
-    assert found.get("training_centre", 0) == (pixels * spec.in_channels**2 if spec.expand else 0)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+def test_multiply_adds_with_a_gate_are_counted(activation):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec = BlockSpec(8, 48, 12, squeeze_channels=6, activation=activation)
+    block = Block(spec, (3, 8, 9, 7))
+    with FlopCounterMode(display=False) as counter:
+        block.results(block.fused)
+    found = {str(op).split(".")[-1]: count // 2 for op, count in counter.flop_counts["Global"].items()}
+    e, d, p = (3 * 63 * 48 * terms for terms in (8, 9, 12))
+    assert found["training_forward"] == e + d and found["training_project"] == e + d + p
+    assert found["training_backward_project"] == e + d + 2 * p
 
 
 def test_objections():
@@ -449,7 +480,11 @@ def fuzzed(draw):
     around = padding if isinstance(padding, tuple) else (most, 0, most, 0)
     width, height = (max(1, most + 1 - a - b) for a, b in (around[:2], around[2:]))
     shape = draw(st.integers(3, 10)), c_in, height + draw(st.integers(0, 25)), width + draw(st.integers(0, 25))
-    modes = {"live": one_of((True, True), (True, True), (True, False), (False, True)), "biases": draw(st.booleans())}
+    modes = {
+        "near": one_of(0, 2**23),
+        "live": one_of((True, True), (True, True), (True, False), (False, True)),
+        "biases": draw(st.booleans()),
+    }
     return spec, shape, modes | {"affine": draw(st.booleans()), "seed": draw(st.integers(0, 2**31))}
 
 
@@ -458,7 +493,7 @@ def fuzzed(draw):
 @given(case=fuzzed())
 def test_any_block(isa, case):
     spec, shape, options = case
-    with instruction_set(isa):
+    with instruction_set(isa), mock.patch.object(training_ops, "_NEAR", options.pop("near")):
         Block(spec, shape, **options).check(1e-6)
 
 

@@ -1,9 +1,11 @@
 // Training kernels of this processor beside the portable ones in double, on random blocks: for sanitizers, and
 // for processors that are emulated. Every array has just the elements that args.h says.
 //   training_kernel_check COUNT    blocks; exits with 1 where results differ
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -117,51 +119,61 @@ std::vector<T> as(const std::vector<double>& v) {
   return {v.begin(), v.end()};
 }
 
-// Results of all passes, of those behind the pooled values with and without a gate; each NaN before.
+enum Pass { kStatistics, kPool, kProject, kBackwardProject, kBackwardExpand };
+
+// One pass over a block, with results that are NaN before.
 template <class T>
-std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels) {
-  const BlockShape& s = from.s;
-  const int64_t hidden = s.hidden_panels() * kPanel, slots = slots_of(s);
-  const auto x = as<T>(from.x), w_expand = as<T>(from.w_expand), b_expand = as<T>(from.b_expand),
-             w_depthwise = as<T>(from.w_depthwise), g = as<T>(from.g),
-             w_project = as<T>(from.w_project), rows = as<T>(from.rows),
-             w_input = as<T>(from.w_input), w_output = as<T>(from.w_output),
-             gates = as<T>(from.gates);
-  constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
-  std::vector<double> all;
-  enum Pass { kStatistics, kPool, kProject, kBackwardProject, kBackwardExpand };
-  const auto pass = [&](auto run, Pass step, bool gated = false) {
-    Args<T> a{s, x.data(), w_expand.data(), b_expand.data(), w_depthwise.data()};
-    const Layout layout(s, kernels.lanes, sizeof(T), step == kBackwardExpand);
-    std::vector<T> scratch(size_t(layout.total()), kNaN);
-    const auto made = [&](int64_t count) { return std::vector<T>(size_t(count), kNaN); };
+struct Call {
+  static constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+  static std::vector<T> made(int64_t count) { return std::vector<T>(size_t(count), kNaN); }
+
+  Call(const Block<T>& from, const Kernels<T>& kernels, Pass step, bool gated)
+      : s(from.s),
+        step(step),
+        layout(s, kernels.lanes, sizeof(T), step == kBackwardExpand),
+        run_slot(std::array{kernels.statistics, kernels.pool, kernels.project,
+                            kernels.backward_project, kernels.backward_expand}[step]),
+        args{s, from.x.data(), from.w_expand.data(), from.b_expand.data(), from.w_depthwise.data()},
+        scratch(made(layout.total())) {
+    const int64_t hidden = s.hidden_panels() * kPanel, slots = slots_of(s);
     const int64_t of_image = step == kPool ? kPooledSums : gated ? kGateSums : 0;
     const bool by_image = step == kPool || (step == kBackwardProject && gated);
-    std::vector<double> sums(size_t((by_image ? s.batch * of_image : slots * 2) * hidden), kNaN);
-    std::vector<T> p = made(s.out_elements());
-    std::vector<T> dw_project = made(slots * s.out_channels * hidden),
-                   dw_expand = made(slots * s.in_channels * hidden),
-                   dw_depthwise = made(slots * s.taps() * hidden), g_x = made(int64_t(x.size()));
-    a.sums = sums.data();
-    a.p = p.data();
-    a.w_output = w_output.data();
+    sums.assign(size_t((by_image ? s.batch * of_image : slots * 2) * hidden), kNaN);
+    p = made(s.out_elements());
+    dw_project = made(slots * s.out_channels * hidden);
+    dw_expand = made(slots * s.in_channels * hidden);
+    dw_depthwise = made(slots * s.taps() * hidden);
+    g_x = made(int64_t(from.x.size()));
+    args.sums = sums.data();
+    args.p = p.data();
+    args.w_output = from.w_output.data();
     if (gated) {
-      a.gate = gates.data();
-      a.of_pooled = step == kBackwardExpand ? gates.data() + s.batch * hidden : nullptr;
+      args.gate = from.gates.data();
+      args.of_pooled = step == kBackwardExpand ? from.gates.data() + s.batch * hidden : nullptr;
     }
-    if (step > kStatistics) {
-      a.g = g.data();
-      a.w_project = w_project.data();
-      const T* at = rows.data();
-      for (const T** p : {&a.scale, &a.shift, &a.mean, &a.inverse, &a.offset, &a.slope})
-        *p = at, at += hidden;
-      a.w_input = w_input.data();
-      a.dw_project = dw_project.data();
-      a.dw_expand = dw_expand.data();
-      a.dw_depthwise = dw_depthwise.data();
-      a.g_x = g_x.data();
-    }
-    for (int64_t slot = 0; slot < slots; ++slot) run(a, layout, slot, scratch.data());
+    if (step == kStatistics) return;
+    args.g = from.g.data();
+    args.w_project = from.w_project.data();
+    const T* at = from.rows.data();
+    for (const T** row :
+         {&args.scale, &args.shift, &args.mean, &args.inverse, &args.offset, &args.slope})
+      *row = at, at += hidden;
+    args.w_input = from.w_input.data();
+    args.dw_project = dw_project.data();
+    args.dw_expand = dw_expand.data();
+    args.dw_depthwise = dw_depthwise.data();
+    args.g_x = g_x.data();
+  }
+  // On some panels; kept: act(e), d and q of these, or nulls.
+  void run(int64_t first, int64_t end, T* e, T* d, T* q) {
+    args.first_panel = first;
+    args.end_panel = end;
+    args.kept_e = e;
+    args.kept_d = d;
+    args.kept_q = q;
+    for (int64_t slot = 0; slot < slots_of(s); ++slot) run_slot(args, layout, slot, scratch.data());
+  }
+  void append_to(std::vector<double>& all) const {
     const auto keep = [&](const auto& v) { all.insert(all.end(), v.begin(), v.end()); };
     const bool expands = s.expand == Expand::kPointwise;
     if (step == kProject) return keep(p);
@@ -169,14 +181,58 @@ std::vector<double> results(const Block<double>& from, const Kernels<T>& kernels
     if (step == kBackwardProject) keep(dw_project);
     if (step == kBackwardExpand) keep(dw_depthwise), keep(g_x);
     if (step == kBackwardExpand && expands) keep(dw_expand);
-  };
-  pass(kernels.statistics, kStatistics);
-  pass(kernels.pool, kPool);
-  for (const bool gated : {false, true}) {
-    pass(kernels.project, kProject, gated);
-    pass(kernels.backward_project, kBackwardProject, gated);
-    pass(kernels.backward_expand, kBackwardExpand, gated);
   }
+
+  const BlockShape& s;
+  Pass step;
+  Layout layout;
+  void (*run_slot)(const Args<T>&, const Layout&, int64_t, T*);
+  Args<T> args;
+  std::vector<T> scratch, p, dw_project, dw_expand, dw_depthwise, g_x;
+  std::vector<double> sums;
+};
+
+// Results of all passes, of those behind the pooled values with and without a gate. keeps: two groups of panels one
+// after the other, each pass behind the one that keeps values for it.
+template <class T>
+std::vector<double> results(const Block<double>& of, const Kernels<T>& kernels, bool keeps) {
+  const BlockShape& s = of.s;
+  const Block<T> from{s,
+                      as<T>(of.x),
+                      as<T>(of.w_expand),
+                      as<T>(of.b_expand),
+                      as<T>(of.w_depthwise),
+                      as<T>(of.g),
+                      as<T>(of.w_project),
+                      as<T>(of.rows),
+                      as<T>(of.w_input),
+                      as<T>(of.w_output),
+                      as<T>(of.gates)};
+  std::vector<double> all;
+  const auto pass = [&](Pass step, bool gated = false) {
+    Call<T> call(from, kernels, step, gated);
+    const int64_t panels = s.hidden_panels();
+    if (!keeps || step == kStatistics || step == kBackwardProject) {
+      call.run(0, panels, nullptr, nullptr, nullptr);
+    } else {
+      const bool backward = step == kBackwardExpand;
+      const bool has_e = backward && s.expand != Expand::kNone && is_clip(s.expand_activation);
+      Call<T> before(from, kernels, backward ? kBackwardProject : kStatistics, gated && backward);
+      for (const auto& [first, end] : {std::pair(int64_t{0}, panels / 2), {panels / 2, panels}}) {
+        const int64_t images = s.batch * (end - first);
+        const int64_t of_d = images * s.out_height() * s.out_width() * kPanel;
+        std::vector<T> e = Call<T>::made(images * s.height * call.layout.ring_cols * kPanel);
+        std::vector<T> d = Call<T>::made(of_d), q = Call<T>::made(of_d);
+        for (Call<T>* one : {&before, &call})
+          one->run(first, end, has_e ? e.data() : nullptr, d.data(), backward ? q.data() : nullptr);
+      }
+    }
+    call.append_to(all);
+  };
+  pass(kStatistics);
+  pass(kPool);
+  for (const bool gated : {false, true})
+    for (const Pass step : {kProject, kBackwardProject, kBackwardExpand}) pass(step, gated);
   return all;
 }
 
@@ -210,11 +266,13 @@ int main(int count, char** arguments) {
   for (int i = 0; i < blocks; ++i) {
     g_random.seed(unsigned(i));
     const Block<double> b = block();
-    const std::vector<double> expected = results(b, portable::kKernels.f64);
+    const std::vector<double> expected = results(b, portable::kKernels.f64, false);
     for (const auto& [name, kernels] : all) {
       // A gate near its bound may open in float and stay shut in double: most of such errors are small.
-      const bool right = close(results(b, kernels->f64), expected, 1e-10) &&
-                         close(results(b, kernels->f32), expected, 1e-3);
+      bool right = true;
+      for (const bool keeps : {false, true})
+        right = right && close(results(b, kernels->f64, keeps), expected, 1e-10) &&
+                close(results(b, kernels->f32, keeps), expected, 1e-3);
       if (!right) std::printf("block %d, %s: differs\n", i, name), ++wrong;
     }
   }

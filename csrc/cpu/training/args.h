@@ -34,6 +34,11 @@ struct Args {
   const T *scale = nullptr, *shift = nullptr, *mean = nullptr, *inverse = nullptr;
   const T *offset = nullptr, *slope = nullptr;
   const T* w_input = nullptr;  // [C_in/16][E/16 * 16][16], w_expand transposed
+  // The panels of expanded channels that passes run on.
+  int64_t first_panel = 0, end_panel = 0;
+  // What one pass writes and the next one reads instead of computing it again, or null: of these panels, for
+  // each image, d and q as [panels][H' W'][16], act(e) as [panels][H][ring columns][16], see Layout.
+  T *kept_e = nullptr, *kept_d = nullptr, *kept_q = nullptr;
   // Results, one after the other for each slot, of a squeeze-and-excite's passes for each image:
   double* sums = nullptr;     // [2][E/16 * 16], of each image kPooledSums or kGateSums rows
   T* dw_project = nullptr;    // [C_out][E/16 * 16]
@@ -48,8 +53,12 @@ constexpr int64_t kPooledSums = 1, kGateSums = 5;
 
 // Images are shared out among slots, each with results of its own, which are then added up in order: so
 // sums are the same whatever the number of threads.
-constexpr int64_t kMostSlots = 8;
-inline int64_t slots_of(const BlockShape& s) { return std::min(s.batch, kMostSlots); }
+// Few where pixels are few: results are as large as weights.
+constexpr int64_t kMostSlots = 8, kSlotPixels = 96;
+inline int64_t slots_of(const BlockShape& s) {
+  const int64_t pixels = s.batch * s.out_height() * s.out_width();
+  return std::clamp<int64_t>(pixels / kSlotPixels, 1, std::min(s.batch, kMostSlots));
+}
 
 // Panels of channels that run together at most, where a vector register holds `lanes`: as many as a
 // register tile is wide.
@@ -109,10 +118,15 @@ struct Layout {
   }
 };
 
+constexpr int64_t kMostSlices = 16;
+// Pixels that are summed in T before they go on in double.
+constexpr int64_t kBlockPixels = 256;
+
 // Of passes over a tensor of the block's own width, [pixels][channels].
 template <class T>
 struct NarrowArgs {
   int64_t pixels, channels;
+  int64_t slices;
   const T* x;
   const T* g = nullptr;
   const T* added = nullptr;  // or null
@@ -124,9 +138,6 @@ struct NarrowArgs {
   double* sums = nullptr;      // [2][channels/16 * 16]
   double* products = nullptr;  // [channels][channels/16 * 16]
 };
-constexpr int64_t kSlices = 16;
-// Pixels that are summed in T before they go on in double.
-constexpr int64_t kBlockPixels = 256;
 
 template <class T>
 struct Kernels {

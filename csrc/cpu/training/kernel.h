@@ -7,6 +7,9 @@
 //   backward_project   the same, then q = g w_project and from it the gradient of a, summed up; dw_project
 //   backward_expand    the same, then the gradients of d, of act(e), of e, of x; dw_depthwise, dw_expand
 //
+// Where memory is given for it, statistics keeps d for pool and project, and backward_project act(e), d and q for
+// backward_expand.
+//
 // Each pass goes over chunks of expanded channels, and of each over the images, from top to bottom in
 // bands of output rows.
 #pragma once
@@ -34,12 +37,12 @@ class Training {
   Training(Step step, const Args<T>& args, const Layout& layout, int64_t slot, T* scratch)
       : step_(step), a_(args), s_(args.shape), l_(layout), hidden_(s_.hidden_panels() * kPanel) {
     const auto take = [&](int64_t count) { return std::exchange(scratch, scratch + count); };
-    expanded_ = take(l_.ring());
+    ring_ = take(l_.ring());
     sums_of_e_ = take(l_.keeps_e ? l_.ring() : 0);
     gradient_ = take(l_.grad());
     zeros_ = take(l_.zeros());
-    d_ = take(l_.panels * l_.out_panel());
-    q_ = take(l_.panels * l_.out_panel());
+    of_band_ = take(l_.panels * l_.out_panel());
+    q_of_band_ = take(l_.panels * l_.out_panel());
     g_e_ = take(l_.panels * l_.in_panel());
     const int64_t slots = slots_of(s_);
     first_image_ = s_.batch * slot / slots;
@@ -51,7 +54,7 @@ class Training {
     dw_expand_ = a_.dw_expand + slot * s_.in_channels * hidden_;
     dw_depthwise_ = a_.dw_depthwise + slot * s_.taps() * hidden_;
     // Columns around the image stay zeros: nothing is written there.
-    std::fill(expanded_, expanded_ + l_.ring(), T(0));
+    std::fill(ring_, ring_ + l_.ring(), T(0));
     if (step_ == Step::kExpandBackward) {
       std::fill(gradient_, gradient_ + l_.grad(), T(0));
       std::fill(zeros_, zeros_ + l_.zeros(), T(0));
@@ -59,8 +62,10 @@ class Training {
   }
 
   void run() {
-    for (first_ = 0; first_ < s_.hidden_panels(); first_ += l_.panels) {
-      panels_ = least(l_.panels, s_.hidden_panels() - first_);
+    // All at once where none needs scratch.
+    const int64_t most = projects_kept() ? a_.end_panel - a_.first_panel : l_.panels;
+    for (first_ = a_.first_panel; first_ < a_.end_panel; first_ += most) {
+      panels_ = least(most, a_.end_panel - first_);
       clear_results();
       for (image_ = first_image_; image_ < end_image_; ++image_) run_image();
     }
@@ -90,6 +95,9 @@ class Training {
   void run_image() {
     const int64_t height = s_.out_height();
     expanded_rows_ = finished_rows_ = 0;
+    const int64_t panel = image_ * (a_.end_panel - a_.first_panel) + first_ - a_.first_panel;
+    expanded_ = a_.kept_e ? a_.kept_e + panel * ring_panel() : ring_;
+    if (a_.kept_e && !reads()) clear_margins();
     if (sums_of_image_ > 0) {
       sums_ = a_.sums + image_ * sums_of_image_ * hidden_;
       clear(sums_, sums_of_image_);
@@ -99,15 +107,19 @@ class Training {
       rows_ = least(l_.band, height - row);
       const bool last = row + rows_ == height;
       const int64_t reach = (row + rows_ - 1) * s_.stride - s_.pad_top + s_.extent();
-      expand(least(reach, s_.height));
-      depthwise();
+      const int64_t at = (panel * s_.out_height() + row) * s_.out_width() * kPanel;
+      d_ = a_.kept_d ? a_.kept_d + at : of_band_;
+      q_ = a_.kept_q ? a_.kept_q + at : q_of_band_;
+      const bool has_d = reads() && a_.kept_d, has_e = reads() && a_.kept_e;
+      if (!has_e && !(has_d && step_ != Step::kExpandBackward)) expand(least(reach, s_.height));
+      if (!has_d) depthwise();
       if (step_ == Step::kStatistics) {
         add_statistics();
       } else if (step_ == Step::kPool || step_ == Step::kProject) {
         activate_behind_norm();
         if (step_ == Step::kProject) project_band();
       } else {
-        project_gradient();
+        if (!reads() || !a_.kept_q) project_gradient();
         behind_norm();
         if (step_ == Step::kProjectBackward) {
           add_project_weights();
@@ -126,8 +138,26 @@ class Training {
 
   // In 32 bits, which divide in half the time.
   static int64_t place(int64_t row, int64_t rows) { return uint32_t(row) % uint32_t(rows); }
+  bool projects_kept() const { return step_ == Step::kProject && a_.kept_d; }
+  // Whether this pass reads what an earlier one has kept.
+  bool reads() const { return step_ != Step::kStatistics && step_ != Step::kProjectBackward; }
+  // Elements from one panel to the next: of d or q, of rings.
+  int64_t out_panel(const T* kept) const {
+    return kept ? s_.out_height() * s_.out_width() * kPanel : l_.out_panel();
+  }
+  int64_t ring_rows() const { return a_.kept_e ? s_.height : l_.ring_rows; }
+  int64_t ring_panel() const { return ring_rows() * l_.ring_cols * kPanel; }
   T* ring_row(T* ring, int64_t row) const {
-    return ring + place(row, l_.ring_rows) * l_.ring_cols * kPanel;
+    return ring + place(row, ring_rows()) * l_.ring_cols * kPanel;
+  }
+  // Zeros around the image's columns, of an image that is kept.
+  void clear_margins() {
+    const int64_t end = l_.left + s_.width;
+    T* row = expanded_;
+    for (int64_t r = 0; r < panels_ * s_.height; ++r, row += l_.ring_cols * kPanel) {
+      std::fill(row, row + l_.left * kPanel, T(0));
+      std::fill(row + end * kPanel, row + l_.ring_cols * kPanel, T(0));
+    }
   }
   T* gradient_row(int64_t row) const {
     return gradient_ + place(row, l_.grad_rows) * l_.grad_cols * kPanel;
@@ -193,7 +223,7 @@ class Training {
   template <class F>
   void expand_rows(int64_t first, int64_t end, T* ring, F f) {
     const T* const bias = a_.b_expand + channel();
-    const int64_t panel = l_.ring_panel();
+    const int64_t panel = ring_panel();
     product<V>((end - first) * s_.width, vectors(), x_row(first), s_.in_channels, 1,
                a_.w_expand + channel() * s_.in_channels, s_.in_channels * kPanel, s_.in_channels,
                RingPixels{ring, *this, first},
@@ -206,7 +236,7 @@ class Training {
     T* const to = ring_row(expanded_, row) + l_.left * kPanel;
     with_activation(s_.expand_activation, [&](auto kind) MNV2_INLINE_LAMBDA {
       for (int64_t v = 0; v < vectors(); ++v) {
-        const int64_t at = vector_offset<V>(v, l_.ring_panel());
+        const int64_t at = vector_offset<V>(v, ring_panel());
         for (int64_t col = 0; col < s_.width; ++col)
           value_of<kind()>(V::load(sums + at + col * kPanel), s_.negative_slope)
               .store(to + at + col * kPanel);
@@ -216,7 +246,7 @@ class Training {
   void copy(const T* x, T* to) {
     for (int64_t v = 0; v < vectors(); ++v) {
       const int64_t c = channel() + v * V::kLanes, lanes = s_.in_channels - c;
-      T* const at = to + vector_offset<V>(v, l_.ring_panel());
+      T* const at = to + vector_offset<V>(v, ring_panel());
       for (int64_t col = 0; col < s_.width; ++col) {
         const T* const p = x + col * s_.in_channels + c;
         (lanes >= V::kLanes ? V::load(p) : V::load_partial(p, greatest(lanes, 0)))
@@ -240,8 +270,8 @@ class Training {
 
   void depthwise() {
     for (int64_t v = 0; v < vectors(); ++v) {
-      T* const from = expanded_ + vector_offset<V>(v, l_.ring_panel());
-      T* const to = d_ + vector_offset<V>(v, l_.out_panel());
+      T* const from = expanded_ + vector_offset<V>(v, ring_panel());
+      T* const to = d_ + vector_offset<V>(v, out_panel(a_.kept_d));
       for (int64_t r = 0; r < rows_; ++r) {
         Rows2d<T> rows;
         for_kernel_rows(row_ + r,
@@ -255,7 +285,7 @@ class Training {
 
   void add_statistics() {
     for (int64_t v = 0; v < vectors(); ++v) {
-      const T* const at = d_ + vector_offset<V>(v, l_.out_panel());
+      const T* const at = d_ + vector_offset<V>(v, out_panel(a_.kept_d));
       const V origin = V::load(at), minus = multiplied(origin, V::set1(-1));
       V sum = V::set1(0), squares = V::set1(0);
       for (int64_t i = 0; i < pixels(); ++i) {
@@ -269,6 +299,11 @@ class Training {
     summed_ += pixels();
   }
 
+  // Where act(a) goes: nobody reads d behind the projection.
+  T* activated() const { return projects_kept() ? d_ : of_band_; }
+  int64_t activated_panel() const {
+    return projects_kept() ? out_panel(a_.kept_d) : l_.out_panel();
+  }
   // act(a): its sums, or times the gate in the place of d.
   void activate_behind_norm() {
     with_activation(s_.activation, [&](auto kind) MNV2_INLINE_LAMBDA {
@@ -279,7 +314,8 @@ class Training {
   void activate_behind_norm_of(int64_t v) {
     const int64_t c = channel() + v * V::kLanes;
     const V scale = V::load(a_.scale + c), shift = V::load(a_.shift + c);
-    T* at = d_ + vector_offset<V>(v, l_.out_panel());
+    const T* at = d_ + vector_offset<V>(v, out_panel(a_.kept_d));
+    T* to = activated() + vector_offset<V>(v, activated_panel());
     const T* const end = at + pixels() * kPanel;
     const auto value = [&](const T* d) MNV2_INLINE_LAMBDA {
       return value_of<kind>(V::fma(V::load(d), scale, shift), s_.negative_slope);
@@ -290,7 +326,7 @@ class Training {
       add_lanes<V>(sum, sums_ + c);
     } else {
       const V gate = of_image(a_.gate, c, 1);
-      for (; at < end; at += kPanel) multiplied(value(at), gate).store(at);
+      for (; at < end; at += kPanel, to += kPanel) multiplied(value(at), gate).store(to);
     }
   }
   // Of [N][E/16 * 16], or `otherwise` where there is none.
@@ -298,14 +334,14 @@ class Training {
     return values ? V::load(values + image_ * hidden_ + c) : V::set1(otherwise);
   }
   void project_band() {
-    project<V, T>({d_, l_.out_panel(), panels_, a_.w_output + channel() * kPanel, hidden_ * kPanel,
-                   a_.p + band_offset(), s_.out_channels, first_ > 0},
+    project<V, T>({activated(), activated_panel(), panels_, a_.w_output + channel() * kPanel,
+                   hidden_ * kPanel, a_.p + band_offset(), s_.out_channels, first_ > 0},
                   pixels());
   }
 
   // q = g w_project
   void project_gradient() {
-    const int64_t panel = l_.out_panel();
+    const int64_t panel = out_panel(a_.kept_q);
     product<V>(
         pixels(), vectors(), g_band(), s_.out_channels, 1,
         a_.w_project + channel() * s_.out_channels, s_.out_channels * kPanel, s_.out_channels,
@@ -315,7 +351,7 @@ class Training {
   }
 
   // The gradient of a, q act'(a), and from it: in the pass of the projection its sums, and act(a) in the
-  // place of d; in that of the expansion d's gradient.
+  // scratch of d; in that of the expansion d's gradient.
   void behind_norm() {
     with_activation(s_.activation, [&](auto kind) MNV2_INLINE_LAMBDA {
       for (int64_t v = 0; v < vectors(); ++v) behind_norm_of<kind()>(v);
@@ -327,8 +363,9 @@ class Training {
     const V scale = V::load(a_.scale + c), shift = V::load(a_.shift + c);
     const V inverse = V::load(a_.inverse + c);
     const V minus_mean = multiplied(V::load(a_.mean + c), V::set1(-1));
-    T* const d = d_ + vector_offset<V>(v, l_.out_panel());
-    const T* const q = q_ + vector_offset<V>(v, l_.out_panel());
+    const T* const d = d_ + vector_offset<V>(v, out_panel(a_.kept_d));
+    const T* const q = q_ + vector_offset<V>(v, out_panel(a_.kept_q));
+    T* const values = of_band_ + vector_offset<V>(v, l_.out_panel());
     const V gate = of_image(a_.gate, c, 1), of_pooled = of_image(a_.of_pooled, c, 0);
     const auto gradient = [&](int64_t i, V a) MNV2_INLINE_LAMBDA {
       const V of_value = V::fma(V::load(q + i * kPanel), gate, of_pooled);
@@ -341,8 +378,7 @@ class Training {
       V sums[kGateSums];
       unrolled<kGateSums>([&](auto row) MNV2_INLINE_LAMBDA { sums[row] = V::set1(0); });
       for (int64_t i = 0; i < pixels(); ++i) {
-        T* const at = d + i * kPanel;
-        const V value = V::load(at), a = V::fma(value, scale, shift);
+        const V value = V::load(d + i * kPanel), a = V::fma(value, scale, shift);
         const V of_value = V::load(q + i * kPanel), result = value_of<kind>(a, s_.negative_slope);
         const V slope = times_derivative<kind>(V::set1(1), a, s_.negative_slope);
         const V g = times_derivative<kind>(of_value, a, s_.negative_slope);
@@ -351,18 +387,18 @@ class Training {
         sums[2] = V::add(sums[2], slope);
         sums[3] = V::fma(g, normalised(value), sums[3]);
         sums[4] = V::fma(slope, normalised(value), sums[4]);
-        multiplied(result, gate).store(at);
+        multiplied(result, gate).store(values + i * kPanel);
       }
       unrolled<kGateSums>(
           [&](auto row) MNV2_INLINE_LAMBDA { add_lanes<V>(sums[row], sums_ + row * hidden_ + c); });
     } else if (step_ == Step::kProjectBackward) {
       V sum = V::set1(0), products = V::set1(0);
       for (int64_t i = 0; i < pixels(); ++i) {
-        T* const at = d + i * kPanel;
-        const V value = V::load(at), a = V::fma(value, scale, shift), g = gradient(i, a);
+        const V value = V::load(d + i * kPanel), a = V::fma(value, scale, shift);
+        const V g = gradient(i, a);
         sum = V::add(sum, g);
         products = V::fma(g, normalised(value), products);
-        value_of<kind>(a, s_.negative_slope).store(at);
+        value_of<kind>(a, s_.negative_slope).store(values + i * kPanel);
       }
       add_lanes<V>(sum, sums_ + c);
       add_lanes<V>(products, sums_ + hidden_ + c);
@@ -389,12 +425,12 @@ class Training {
         [](T* at, int64_t v, V sum) MNV2_INLINE_LAMBDA { sum.store(at + v * V::kLanes); });
   }
   void add_project_weights() {
-    add_outer(g_band(), s_.out_channels, d_, l_.out_panel(), pixels(), dw_project_);
+    add_outer(g_band(), s_.out_channels, of_band_, l_.out_panel(), pixels(), dw_project_);
   }
 
   void add_depthwise_weights() {
     for (int64_t v = 0; v < vectors(); ++v) {
-      T* const from = expanded_ + vector_offset<V>(v, l_.ring_panel());
+      T* const from = expanded_ + vector_offset<V>(v, ring_panel());
       for (int64_t r = row_; r < row_ + rows_; ++r) {
         const T* rows[kMostKernelSize];
         std::fill_n(rows, s_.kernel, zeros_);
@@ -455,7 +491,7 @@ class Training {
     V sum = V::set1(0);
     each_row(v, first, end, [&](int64_t row) MNV2_INLINE_LAMBDA {
       const T* const at =
-          ring_row(expanded_, row) + vector_offset<V>(v, l_.ring_panel()) + l_.left * kPanel;
+          ring_row(expanded_, row) + vector_offset<V>(v, ring_panel()) + l_.left * kPanel;
       return [&sum, at, low, high](int64_t col, V g) MNV2_INLINE_LAMBDA {
         const V value = V::where_between(V::load(at + col * kPanel), low, high, g);
         sum = V::add(sum, value);
@@ -472,7 +508,7 @@ class Training {
       V sum = V::set1(0);
       for (int64_t row = first; row < end; ++row) {
         const T* at =
-            ring_row(sums_of_e_, row) + vector_offset<V>(v, l_.ring_panel()) + l_.left * kPanel;
+            ring_row(sums_of_e_, row) + vector_offset<V>(v, ring_panel()) + l_.left * kPanel;
         for (int64_t col = 0; col < s_.width; ++col, at += kPanel, g += kPanel) {
           const V value = times_derivative<kind>(V::load(g), V::load(at), s_.negative_slope);
           sum = V::add(sum, value);
@@ -504,11 +540,12 @@ class Training {
   int64_t first_image_, end_image_;
   double* sums_;
   T *dw_project_, *dw_expand_, *dw_depthwise_;  // of this slot
-  T* expanded_;                                 // [panels][ring rows][ring cols][16]: act(e), or x
+  T *ring_, *expanded_;                         // [panels][ring rows][ring cols][16]: act(e), or x
   T* sums_of_e_;                                // the same of e
   T* gradient_;                                 // [panels][grad rows][grad cols][16]: of d
   T* zeros_;                                    // a row of the ring
-  T *d_, *q_;                                   // [panels][band pixels][16]
+  T *of_band_, *q_of_band_;                     // [panels][band pixels][16]: act(a), mostly d; q
+  T *d_, *q_;                                   // there, or in an image that is kept
   T* g_e_;  // [panels][rows of the image that a band finishes][16]
 
   int64_t first_ = 0, panels_ = 0;  // this chunk

@@ -19,6 +19,7 @@ class Call {
     if (args.pixels < 1 || args.channels < 1) fail("x must have elements, got ", to_string(x));
     if (args.pixels > kMost / args.channels) fail("x is too large: ", to_string(x));
     args.x = activation<T>("x", x, sizes);
+    args.slices = kMostSlices;
   }
 
   // Rows of values of each channel, [rows][channels/16 * 16].
@@ -31,14 +32,14 @@ class Call {
     return y;
   }
   double* of_slices(Tensor& memory, int64_t count) {
-    memory = buffer(kSlices * count * int64_t{sizeof(double)});
+    memory = buffer(args.slices * count * int64_t{sizeof(double)});
     return static_cast<double*>(memory.mutable_data_ptr());
   }
   void run(void (*pass)(const NarrowArgs<T>&, int64_t)) {
-    for_tasks(kSlices, torch::stable::get_num_threads(),
+    for_tasks(args.slices, torch::stable::get_num_threads(),
               [&](int64_t slice, int64_t) { pass(args, slice); });
   }
-  int64_t first_pixel(int64_t slice) const { return args.pixels * slice / kSlices; }
+  int64_t first_pixel(int64_t slice) const { return args.pixels * slice / args.slices; }
 
   const Sizes sizes;
   const int64_t padded;
@@ -48,17 +49,15 @@ class Call {
   static constexpr int64_t kMost = int64_t{1} << 60;
 };
 
-// Sums of the slices in order, [rows, C] of [slices][rows][C/16 * 16].
-Tensor summed(const double* parts, int64_t rows, int64_t channels, int64_t padded, int64_t pitch) {
+// Sums of the slices, [rows, C] of [slices][at least rows][C/16 * 16].
+template <class T>
+Tensor summed(const Call<T>& call, const double* parts, int64_t rows, int64_t rows_of_slice) {
+  const int64_t channels = call.args.channels;
   const Tensor result = dense({rows, channels}, ScalarType::Double);
   auto* const to = static_cast<double*>(result.mutable_data_ptr());
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t slice = 0; slice < kSlices; ++slice)
-        total += parts[slice * pitch + r * padded + c];
-      to[r * channels + c] = total;
-    }
+    sum_parts(parts + r * call.padded, call.args.slices, rows_of_slice * call.padded, channels,
+              to + r * channels);
   return result;
 }
 
@@ -68,7 +67,7 @@ Tensor moments(const Tensor& x) {
     Tensor memory;
     const double* const parts = call.args.sums = call.of_slices(memory, 2 * call.padded);
     call.run(kernels<T>().moments);
-    return joined(parts, kSlices, call.padded, call.args.channels, [&](int64_t slice) {
+    return joined(parts, call.args.slices, call.padded, call.args.channels, [&](int64_t slice) {
       return double(call.first_pixel(slice + 1) - call.first_pixel(slice));
     });
   });
@@ -98,7 +97,7 @@ Tensor gradient_sums(const Tensor& g, const Tensor& x, const Tensor& values) {
     Tensor memory;
     const double* const parts = call.args.sums = call.of_slices(memory, 2 * call.padded);
     call.run(kernels<T>().gradient_sums);
-    return summed(parts, 2, call.args.channels, call.padded, 2 * call.padded);
+    return summed(call, parts, 2, 2);
   });
 }
 
@@ -121,21 +120,23 @@ std::tuple<Tensor, Tensor, Tensor> centre(const Tensor& x, const std::optional<T
   return with_dtype("training_centre", x, [&]<class T>(T) {
     Call<T> call(x);
     NarrowArgs<T>& args = call.args;
+    // Few where pixels are few: each has all products.
+    args.slices = std::min(ceil_div(args.pixels, kBlockPixels), kMostSlices);
     if (mean) args.mean = call.rows("mean", *mean, 1);
     const Tensor y = mean ? call.result() : dense({0}, type_of<T>);
     Tensor of_sums, of_products;
     const double* const sums = args.sums = call.of_slices(of_sums, 2 * call.padded);
-    const int64_t pitch = args.channels * call.padded;
-    const double* const products = args.products = call.of_slices(of_products, pitch);
+    const double* const products = args.products =
+        call.of_slices(of_products, args.channels * call.padded);
     const int64_t slice_elements = call.padded * kBlockPixels;
-    const int64_t workers = std::min<int64_t>(kSlices, torch::stable::get_num_threads());
+    const int64_t workers = std::min<int64_t>(call.args.slices, torch::stable::get_num_threads());
     const Tensor scratch = buffer(workers * slice_elements * int64_t{sizeof(T)});
     T* const first = static_cast<T*>(scratch.mutable_data_ptr());
-    for_tasks(kSlices, workers, [&](int64_t slice, int64_t worker) {
+    for_tasks(call.args.slices, workers, [&](int64_t slice, int64_t worker) {
       kernels<T>().centre(args, slice, first + worker * slice_elements);
     });
-    return std::make_tuple(y, summed(sums, 1, args.channels, call.padded, 2 * call.padded),
-                           summed(products, args.channels, args.channels, call.padded, pitch));
+    return std::make_tuple(y, summed(call, sums, 1, 2),
+                           summed(call, products, args.channels, args.channels));
   });
 }
 

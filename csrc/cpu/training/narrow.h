@@ -17,8 +17,8 @@ class Narrow {
       : a_(args),
         channels_(args.channels),
         padded_(round_up(args.channels, kPanel)),
-        begin_(args.pixels * slice / kSlices),
-        end_(args.pixels * (slice + 1) / kSlices),
+        begin_(args.pixels * slice / args.slices),
+        end_(args.pixels * (slice + 1) / args.slices),
         sums_(args.sums + slice * 2 * padded_),
         products_(args.products + slice * channels_ * padded_) {}
 

@@ -47,24 +47,47 @@ inline Tensor dense(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty({all.data(), all.size()}, {strides.data(), strides.size()}, dtype);
 }
 
-// The mean and the biased variance of several samples put together in order, [2, C] of
-// [parts][2][C/16 * 16]; count_of(part): values in it.
+// Sums of parts that lie `pitch` apart, in their order.
+template <class R>
+void sum_parts(const R* parts, int64_t count, int64_t pitch, int64_t channels, R* to) {
+  constexpr int64_t kSome = 64;
+  for (int64_t first = 0; first < channels; first += kSome) {
+    const int64_t some = std::min(kSome, channels - first);
+    double total[kSome] = {};
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < some; ++c) total[c] += double(parts[i * pitch + first + c]);
+    for (int64_t c = 0; c < some; ++c) to[first + c] = R(total[c]);
+  }
+}
+
+struct Moments {
+  double mean, variance;
+};
+// Of several samples of a channel put together in order: [parts][2][padded], the mean of each and its sum of
+// squares less that. count_of(part): values in it.
+template <class F>
+Moments moments_of(const double* parts, int64_t count, int64_t padded, F count_of) {
+  double mean = 0, squares = 0, before = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double* const part = parts + i * 2 * padded;
+    const double more = count_of(i), all = before + more, difference = part[0] - mean;
+    if (more == 0) continue;
+    squares += part[padded] + difference * difference * (before * more / all);
+    mean += difference * (more / all);
+    before = all;
+  }
+  return {mean, squares / before};
+}
+
+// The same of all channels: [2, C].
 template <class F>
 Tensor joined(const double* parts, int64_t count, int64_t padded, int64_t channels, F count_of) {
   const Tensor result = dense({2, channels}, ScalarType::Double);
   auto* const to = static_cast<double*>(result.mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c) {
-    double mean = 0, squares = 0, before = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const double* const part = parts + i * 2 * padded + c;
-      const double more = count_of(i), all = before + more, difference = part[0] - mean;
-      if (more == 0) continue;
-      squares += part[padded] + difference * difference * (before * more / all);
-      mean += difference * (more / all);
-      before = all;
-    }
-    to[c] = mean;
-    to[channels + c] = squares / before;
+    const Moments m = moments_of(parts + c, count, padded, count_of);
+    to[c] = m.mean;
+    to[channels + c] = m.variance;
   }
   return result;
 }
