@@ -55,13 +55,19 @@ class Budget:
     def guard(self, most: float) -> Iterator[None]:
         """Raises OutOfTime inside once ``most`` seconds have gone by, or all that are left; again each second."""
 
+        inside = True
+
         def ring(*_: Any) -> None:
-            raise OutOfTime
+            if inside:  # a late alarm must not stop what comes next
+                raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, ring)
         signal.setitimer(signal.ITIMER_REAL, max(min(most, self.left), 1e-3), 1)
         try:
-            yield
+            try:
+                yield
+            finally:
+                inside = False
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

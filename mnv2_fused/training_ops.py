@@ -11,6 +11,10 @@ one pass that sums d up. Backward, one pass sums up the gradient of a2 and its p
 x. What norm1 adds to the gradients of W and x has a closed form in cov(x) and the sums G of products of a1's gradient
 with x.
 
+Neither norm mixes channels: groups of expanded channels go through both passes of a direction one after the other, and
+d of a group, backward h1 and q = P'g as well, stay in memory in between. Not so where a group's are large, where other
+processes have to be asked in between, or a gate.
+
 A squeeze-and-excite takes one pass more, which sums h2 up over each image; p = P (gate h2). Backward, five sums of each
 image give the gate's gradient, and with it norm2's.
 

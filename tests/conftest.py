@@ -26,7 +26,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # MNV2_FUSED_FUZZ=2000 asks for that many examples of each fuzz test.
 hypothesis.settings.register_profile(
     "mnv2_fused",
-    max_examples=int(os.environ.get("MNV2_FUSED_FUZZ", "300")),
+    max_examples=int(os.environ.get("MNV2_FUSED_FUZZ", "150" if "CI" in os.environ else "300")),
     deadline=None,
     derandomize="CI" in os.environ,
     suppress_health_check=[

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from support.models import fitted, make_x, scripted
+from support.models import ahead_of_time, fitted, make_x, scripted
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import feature_extraction
@@ -235,7 +235,7 @@ assert y.shape == expected.shape and (y - expected).abs().max() <= 1e-5 * expect
 )
 def test_ahead_of_time_inductor(name, frozen, tmp_path):
     """Compiled here, run in a process of its own: one with empty lists among its arguments, and one without."""
-    package = torch._inductor.aoti_compile_and_package(exported(name, frozen), package_path=str(tmp_path / "m.pt2"))
+    package = ahead_of_time(exported(name, frozen), tmp_path / "m.pt2")
     x = make_x(3)
     with torch.no_grad():
         torch.save((x, original(name)(x)), tmp_path / "x.pt")

@@ -18,8 +18,9 @@ ADDRESS = "-fsanitize=address"
 # Without the checks of every reference: the kernel is lambdas that refer to registers, and its compiler never ends.
 BOTH = f"{ADDRESS},signed-integer-overflow,shift,integer-divide-by-zero,bounds,float-cast-overflow"
 # The kernel's template is the same for each instruction set: with both sanitizers the compiler takes minutes over the
-# wide ones' register tiles.
+# wide ones' register tiles, and with one of them still a minute. One wide set stands for the others.
 WIDE = {"avx512", "avx512_bf16", "avx2"}
+CHECKED = next((name for name in available_instruction_sets() if name in WIDE), None)
 
 pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
@@ -34,7 +35,7 @@ def program(tmp_path_factory):
     def compile_one(source: Path) -> Path:
         target = build / f"{source.stem}.o"
         flags = [ADDRESS if source.stem in WIDE else BOTH]
-        if source.stem in WIDE - set(available_instruction_sets() or WIDE):  # only to be linked: it cannot run here
+        if source.stem in WIDE - {CHECKED}:  # only to be linked
             flags = ["-O0", "-fno-sanitize=all"]
         done = subprocess.run([compiler, *FLAGS, *flags, "-c", source, "-o", target], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
-"""The AVX-512 kernels on 8-bit integers, on any x86-64 with AVX2: their intrinsics emulated."""
+"""The AVX-512 kernels on 8-bit integers, on an x86-64 processor with AVX2 alone: their intrinsics emulated."""
 
 import platform
 import shutil
 import subprocess
 
 import pytest
+import torch
 from support.source_tree import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.minutes]
@@ -20,6 +21,7 @@ EMULATED = [
 
 
 @pytest.mark.skipif(not HERE.is_dir(), reason="needs the source tree")
+@pytest.mark.skipif(torch.cpu._is_vnni_supported(), reason="this processor runs them: test_kernels.py")
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
 def test_avx512_equals_the_portable_kernels(tmp_path):
     kernels = ROOT / "csrc/cpu/int8"

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from support.int8 import calibration, quantized, smooth, sqnr
-from support.models import fitted
+from support.models import ahead_of_time, fitted
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_fused import models, quantize, quantized_like
@@ -133,7 +133,7 @@ def test_ahead_of_time_inductor(tmp_path):
     int8, x = int8_of("v3"), smooth(3, 3, 64, seed=6)
     with torch.no_grad():
         program = torch.export.export(int8, (X,), dynamic_shapes=({0: torch.export.Dim("images", min=1, max=64)},))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+        package = ahead_of_time(program, tmp_path / "m.pt2")
         torch.save((x, int8(x)), tmp_path / "x.pt")
     command = [sys.executable, "-W", "ignore", "-c", RUN_PACKAGE, package, str(tmp_path / "x.pt")]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -62,6 +62,12 @@ def calls_of(model, x, ran):
     return calls
 
 
+def ahead_of_time(program, path):
+    """A package of an exported program by AOTInductor, in two thirds of the time that its defaults take."""
+    options = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+    return torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
 def scripted(make):
     """``make()`` through torch.jit.script, which knows builtins by id(): a tuple may have that of one long gone."""
     made, builtins = [], torch.jit._builtins._get_builtin_table()
