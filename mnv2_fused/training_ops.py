@@ -516,9 +516,8 @@ def _project_gated(
     """p, and the means of h2 over each image [N, E]. ``totals``: its sums where they are known."""
     e = of_d.scale.shape[0]
     arguments = (x, *kernel[:3], _rows(of_d, x.dtype))
-    if totals is None:
-        totals = torch.ops.mnv2_fused.training_pool(*arguments, kernel.block)
-    pooled = totals[:, :e] / math.prod(spec.out_size(*x.shape[2:]))
+    sums = torch.ops.mnv2_fused.training_pool(*arguments, kernel.block) if totals is None else totals
+    pooled = sums[:, :e] / math.prod(spec.out_size(*x.shape[2:]))
     gate = _gate(pooled, weights[6:10], spec).to(x.dtype)
     p = torch.ops.mnv2_fused.training_project(*arguments, _padded(gate), _w_output(weights), kernel.block)
     if weights.project_bias is not None:
