@@ -1,6 +1,7 @@
 """A block with live norms, by the training kernels: results, gradients and statistics against float64 autograd."""
 
 import copy
+import dataclasses
 import statistics
 import threading
 from unittest import mock
@@ -409,6 +410,8 @@ def test_multiply_adds_are_counted(name, monkeypatch):
     assert found["training_forward"] == e + d + p and found["training_backward"] == 3 * e + 3 * d + 2 * p
     assert found.get("training_centre", 0) == (pixels * spec.in_channels**2 if spec.expand else 0)
     assert counted(live=(True, False))["inverted_residual"] == e + d + p
+    spec = dataclasses.replace(spec, activation="hardswish")  # act(e) tells no derivative: e once more
+    assert counted()["training_backward"] == 4 * e + 3 * d + 2 * p
     monkeypatch.setattr(training_ops, "_NEAR", 0)
     found = counted()
     assert found["training_backward_project"] == e + d + 2 * p
