@@ -41,6 +41,15 @@ bool constructed(PyObject* self) {
   return reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().holder_constructed();
 }
 
+// Names of the activations that `has` is true of.
+template <class F>
+std::vector<std::string> names_of(F has) {
+  std::vector<std::string> names;
+  for (const ActivationRow& row : kActivationRows)
+    if (has(row)) names.push_back(row.name);
+  return names;
+}
+
 // Calls f with the kernels for activations of this dtype.
 template <class F>
 auto with_kernels(const std::string& dtype, F f) {
@@ -134,11 +143,10 @@ PYBIND11_MODULE(_C, m) {
       fields.emplace_back(field.name, field.get(BlockShape{}));
     return fields;
   });
-  m.def("activations", [] {
-    std::vector<std::string> names;
-    for (const ActivationRow& row : kActivationRows) names.push_back(row.name);
-    return names;
-  });
+  m.def("activations", [] { return names_of([](const ActivationRow&) { return true; }); });
+  m.def("clips", [] { return names_of([](const ActivationRow& row) { return row.clips(); }); });
+  m.def("differentiated",
+        [] { return names_of([](const ActivationRow& row) { return row.differentiated; }); });
   m.def("gates",
         [] { return std::vector<std::string>(std::begin(kGateNames), std::end(kGateNames)); });
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 import warnings
@@ -25,14 +24,14 @@ from .compiled import note_export, op_choices, tracing_export, tracing_onnx, tra
 from .guard import Guard, watch_optimizers
 from .packed_cache import PackedCache, fold_ahead
 from .parameters import Norm, first_weight, fold_and_pack, freed, parameters_of, trackable
+from .prepared import PreparedCall, without_sum
 from .reading import Parts, Unfusable
 from .training import (
     TRAINED_DTYPES,
     BatchNorm,
     Recomputed,
-    fewest_values,
+    input_objection,
     is_live,
-    takes_dtypes,
     train_fused,
     unfolded,
 )
@@ -57,45 +56,6 @@ def _is_proxy(x: Any) -> bool:
     if isinstance(x, torch.fx.Proxy):
         return True
     check_tensor(x)
-    return False
-
-
-class PreparedCall:
-    """A block found fit to run fused on ``packed``, while its ``guard`` is valid."""
-
-    def __init__(
-        self,
-        block: FusedBlock,
-        spec: BlockSpec,
-        parameters: list[Tensor | None],
-        guard: Guard | None,
-        backend: str,
-        packed: PackedWeights,
-    ) -> None:
-        self.backend = backend
-        self.parameters = parameters
-        self.tensors = [t for t in parameters if t is not None]
-        self.eps = block._eps()
-        self.dtype, self.is_cpu = self.tensors[0].dtype, self.tensors[0].is_cpu
-        # Stochastic depth that drops now comes before the sum with x: the kernel leaves both to the modules.
-        self.drop_path = block._drop_path if reading.drops_now(block._drop_path) else ()
-        self.whole = spec
-        self.spec = _without_sum(spec) if self.drop_path else spec
-        self.stride, self.residual = self.spec.strides[0], self.spec.residual
-        # None: TensorFlow's padding at stride 2 depends on the size of the image.
-        self.op_options = None if spec.padding == "same" and spec.stride != 1 else self.spec.options(8, 8)
-        self.guard = guard
-        self.is_valid = _never if guard is None else guard.is_valid
-        self.packed = packed
-
-
-def _without_sum(spec: BlockSpec) -> BlockSpec:
-    """What comes before the sum with the block's input, and before what drops it."""
-    before = "identity" if spec.activates_sum else spec.out_activation
-    return dataclasses.replace(spec, residual=False, out_activation=before)
-
-
-def _never() -> bool:
     return False
 
 
@@ -321,7 +281,7 @@ class FusedBlock(nn.Module):
         stages = [s._replace(mean=None, variance=None) if b else s for s, b in zip(stages, batch, strict=True)]
         parameters = [t for stage in stages for t in stage] + [t for conv in squeeze for t in conv[:2]]
         drop_path = self._drop_path if reading.drops_now(self._drop_path) else ()
-        spec = _without_sum(self._read_spec) if drop_path else self._read_spec
+        spec = without_sum(self._read_spec) if drop_path else self._read_spec
         check_input(x, spec.in_channels, spec)
         run = functools.partial(unfolded, parameters=parameters, eps=eps, spec=spec, batch=batch, norms=norms)
         y = Recomputed.apply(x, run, eps, spec, batch, *parameters)
@@ -351,27 +311,8 @@ class FusedBlock(nn.Module):
             return "no norm inside takes its statistics from the batch"
         if reading.drops_now(self._dropouts):
             return "it has dropouts between its layers"
-        return None if x is None else self._objection_to(x)
-
-    def _objection_to(self, x: Tensor) -> str | None:
-        if (
-            type(x) not in (Tensor, nn.Parameter)
-            or not takes_dtypes(x.dtype, self._pairs[0][0].weight.dtype)
-            or not x.is_cpu
-            or x.layout != torch.strided
-            or x.dim() != 4
-            or x.numel() == 0
-        ):
-            return "its input is not what the training kernels take"
-        n, channels, height, width = x.shape
-        spec = self._read_spec
-        if channels != spec.in_channels:
-            return "its input has another number of channels"  # which the modules say better
-        out_height, out_width = spec.out_size(height, width)
-        least = fewest_values([norm for _, norm in self._pairs])
-        if min(n * height * width, n * out_height * out_width) < least or min(out_height, out_width) < 1:
-            return "a channel has one value"
-        return None
+        norms = [norm for _, norm in self._pairs]
+        return None if x is None else input_objection(x, self._pairs[0][0].weight.dtype, norms, self._read_spec)
 
     def _train_fused(self, x: Tensor) -> Tensor:
         norms = [norm for _, norm in self._pairs]
@@ -428,7 +369,8 @@ class FusedBlock(nn.Module):
         dtype = self._compute_dtype(x, parameters, backend)
         packed = self._cache.get(parameters, eps, dtype, backend)
         assert isinstance(packed, PackedWeights)
-        ready = PreparedCall(self, spec, parameters, guard, backend, packed)
+        drop_path = self._drop_path if reading.drops_now(self._drop_path) else ()
+        ready = PreparedCall(spec, parameters, eps, drop_path, guard, backend, packed)
         # Else autocast allows it, for now; or a CUDA graph is being captured.
         if guard is not None and x.dtype == ready.dtype == dtype and self._cache.keeps(packed):
             self._ready = ready

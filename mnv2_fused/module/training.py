@@ -126,6 +126,25 @@ def fewest_values(norms: Sequence[Norm | None]) -> int:
     return 1 if all(_group_of(norm) is not None for norm in norms if is_live(norm)) else 2
 
 
+def input_objection(x: Tensor, weight: torch.dtype, norms: Sequence[Norm | None], spec: BlockSpec) -> str | None:
+    """Why the training kernels do not take ``x``; ``weight``: the parameters' dtype."""
+    if (
+        type(x) not in (Tensor, nn.Parameter)
+        or not takes_dtypes(x.dtype, weight)
+        or not x.is_cpu
+        or x.layout != torch.strided
+        or x.dim() != 4
+        or x.numel() == 0
+    ):
+        return "its input is not what the training kernels take"
+    n, channels, height, width = x.shape
+    if channels != spec.in_channels:
+        return "its input has another number of channels"  # which the modules say better
+    out_height, out_width = spec.out_size(height, width)
+    few = min(n * height * width, n * out_height * out_width) < fewest_values(norms)
+    return "a channel has one value" if few or min(out_height, out_width) < 1 else None
+
+
 def _norm_of(stage: ConvNorm, eps: float, norm: Norm | None) -> training_ops.Norm:
     if is_live(norm):
         return training_ops.Norm(stage.norm_weight, stage.norm_bias, eps, group=_group_of(norm))

@@ -45,3 +45,12 @@ def test_one_file_gives_objects_another_class():
 def test_an_assignment_is_seen(code):
     assert list(assignments_to_class(ast.parse(code))) == [1]
     assert not list(assignments_to_class(ast.parse("type(x) is x.__class__")))
+
+
+@pytest.mark.parametrize(
+    ("files", "lines"), [("mnv2_fused/**/*.py", 450), ("csrc/cpu/**/*.h", 250), ("csrc/cuda/**/*.[ch]*", 500)]
+)
+def test_files_are_short(files, lines):
+    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in ROOT.glob(files)}
+    assert len(lengths) > 10
+    assert {name: n for name, n in lengths.items() if n > lines} == {}

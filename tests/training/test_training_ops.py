@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from support.devices import by_isa
 from torch import nn
 
-from mnv2_fused import BlockSpec, backends, fuse, training_ops
+from mnv2_fused import BlockSpec, backends, fuse
 from mnv2_fused.activations import function_of
 from mnv2_fused.testing import instruction_set, threads
-from mnv2_fused.training_ops import DIFFERENTIATED, Norm, Weights, normed, objection, projected
+from mnv2_fused.training_ops import DIFFERENTIATED, Norm, Weights, normed, objection, projected, projection
 
 pytestmark = [
     pytest.mark.skipif(backends._C is None, reason="needs the compiled library"),
@@ -188,7 +188,7 @@ def test_everything_is_autograds(name, isa):
 @pytest.mark.parametrize("name", ["plain", "stride 2", "no expansion", "bands", "bands, silu", "wide"])
 def test_backward_by_single_passes(name, isa, monkeypatch):
     """As of large tensors, whose groups of channels would be far away when they are read again."""
-    monkeypatch.setattr(training_ops, "_NEAR", 0)
+    monkeypatch.setattr(projection, "_NEAR", 0)
     with instruction_set(isa):
         Block(*SPECS[name]).check()
 
@@ -412,7 +412,7 @@ def test_multiply_adds_are_counted(name, monkeypatch):
     assert counted(live=(True, False))["inverted_residual"] == e + d + p
     spec = dataclasses.replace(spec, activation="hardswish")  # act(e) tells no derivative: e once more
     assert counted()["training_backward"] == 4 * e + 3 * d + 2 * p
-    monkeypatch.setattr(training_ops, "_NEAR", 0)
+    monkeypatch.setattr(projection, "_NEAR", 0)
     found = counted()
     assert found["training_backward_project"] == e + d + 2 * p
     assert found["training_backward_expand"] == 3 * e + 3 * d + p
@@ -496,7 +496,7 @@ def fuzzed(draw):
 @given(case=fuzzed())
 def test_any_block(isa, case):
     spec, shape, options = case
-    with instruction_set(isa), mock.patch.object(training_ops, "_NEAR", options.pop("near")):
+    with instruction_set(isa), mock.patch.object(projection, "_NEAR", options.pop("near")):
         Block(spec, shape, **options).check(1e-6)
 
 

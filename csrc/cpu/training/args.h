@@ -168,11 +168,6 @@ struct AllKernels {
   Kernels<double> f64;
 };
 
-// Whether the kernels know the derivative.
-constexpr bool has_derivative(Activation a) {
-  return a != Activation::kGelu && a != Activation::kGeluTanh;
-}
-
 namespace avx512 {
 extern const AllKernels kKernels;
 }

@@ -1,4 +1,4 @@
-// The ops of training that take tensors of a block's own width; mnv2_fused/training_ops.py says what each
+// The ops of training that take tensors of a block's own width; mnv2_fused/training_ops says what each
 // computes.
 #include <optional>
 #include <tuple>

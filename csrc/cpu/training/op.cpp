@@ -1,4 +1,4 @@
-// The ops of one pass each; mnv2_fused/training_ops.py says what each computes.
+// The ops of one pass each; mnv2_fused/training_ops says what each computes.
 #include <algorithm>
 #include <optional>
 #include <tuple>
