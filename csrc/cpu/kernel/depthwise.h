@@ -6,8 +6,12 @@
 
 namespace {
 
-// Output columns of one pass: MobileNetV2's widths at 224 are multiples of 7.
-constexpr int kDepthwiseCols = kMostRows < 7 ? kMostRows : 7;
+// Output columns of one pass: MobileNetV2's widths at 224 are multiples of 7. Of float64, which is there to
+// check others, few: every count is code of its own for each kernel size and stride.
+template <class T>
+constexpr int kDepthwiseCols = sizeof(T) == 8  ? 2
+                               : kMostRows < 7 ? kMostRows
+                                               : 7;
 
 // One row of depthwise outputs, one vector of channels.
 template <class V, class O, class T = typename V::T>
@@ -101,11 +105,17 @@ void depthwise_row(const DepthwiseRow<V, O>& t, int64_t cols) {
     else
       depthwise_cols<V, K, kStride, c>(t, col, bias);
   };
+  constexpr int kCols = kDepthwiseCols<typename V::T>;
   int64_t col = 0;
-  for (; cols - col >= kDepthwiseCols; col += kDepthwiseCols)
-    run(std::integral_constant<int, kDepthwiseCols>{}, col);
-  unrolled<kDepthwiseCols - 1>([&](auto c) MNV2_INLINE_LAMBDA {
-    if (cols - col == c + 1) run(std::integral_constant<int, c + 1>{}, col);
+  for (; cols - col >= kCols; col += kCols) run(std::integral_constant<int, kCols>{}, col);
+  // What is left, in powers of two.
+  unrolled<3>([&](auto i) MNV2_INLINE_LAMBDA {
+    constexpr int kPart = 4 >> i;
+    if constexpr (kPart < kCols)
+      if ((cols - col) & kPart) {
+        run(std::integral_constant<int, kPart>{}, col);
+        col += kPart;
+      }
   });
 }
 
