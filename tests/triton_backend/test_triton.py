@@ -49,12 +49,12 @@ def test_in_the_interpreter():
         assert " passed" in output and "runs in test_in_the_interpreter" not in output, output[-6000:]
 
 
-# In the interpreter, where a block takes seconds, each in one dtype.
-IN_DTYPES = [
-    (i, *block, dtype)
-    for i, block in NUMBERED_BLOCKS
-    for dtype in (GPU_DTYPES if DEVICE == "cuda" else [GPU_DTYPES[i % 3]])
-]
+def dtypes_of(i):
+    """In the interpreter, where a block takes seconds, each in one dtype."""
+    return GPU_DTYPES if DEVICE == "cuda" else [GPU_DTYPES[i % 3]]
+
+
+IN_DTYPES = [(i, *block, dtype) for i, block in NUMBERED_BLOCKS for dtype in dtypes_of(i)]
 
 
 @triton_kernel
@@ -73,8 +73,7 @@ def test_mobilenet_v2(i, spec, size, dtype):
 
 
 @triton_kernel
-@by_gpu_dtype
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("tile", "dtype"), [(t, d) for i, t in enumerate(TILES) for d in dtypes_of(i)], ids=str)
 def test_every_configuration(tile, dtype):
     for spec in SMALL_SPECS:
         x = random_input(spec, 2, (7, 9), dtype=dtype)
