@@ -92,7 +92,8 @@ def train(model: nn.Module, of: Digits, args: argparse.Namespace, seed: int) -> 
         index = torch.randint(len(of.y), (args.batch,), generator=generator).chunk(processes)[rank]
         x, y = of.batch(index, args.resolution)
         start = time.perf_counter()
-        loss = F.cross_entropy(model(x), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+            loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -114,7 +115,7 @@ def accuracy(model: nn.Module, of: Digits, training: Digits, resolution: int) ->
         return (model(x).argmax(1) == y).float().mean().item()
 
 
-def peaks(make: Callable[[], nn.Module]) -> dict[str, int]:
+def peaks(make: Callable[[], nn.Module], autocast: bool) -> dict[str, int]:
     """Bytes of activations and gradients that a step on some images of 224x224 holds at most; prints them."""
     count, resolution = METERED
     x = torch.randn(count, 3, resolution, resolution).contiguous(memory_format=torch.channels_last)
@@ -125,7 +126,9 @@ def peaks(make: Callable[[], nn.Module]) -> dict[str, int]:
 
         def step(model=model) -> None:
             model.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
 
         found[way] = peak_activation_bytes(step)
     share = found[FUSED] / found[EAGER]
@@ -177,8 +180,9 @@ def compare(args: argparse.Namespace) -> None:
     for way, found in runs.items():
         last = [run.last for run in found]
         print(f"mean of the last losses, {way}: {statistics.fmean(last):.4f}, from {min(last):.4f} to {max(last):.4f}")
-    memory = peaks(lambda: new_network(args.network, 0))
-    draw(runs, memory, f"{args.network} from scratch, {args.seeds} seeds", args.output)
+    memory = peaks(lambda: new_network(args.network, 0), args.autocast)
+    how = ", autocast to bfloat16" if args.autocast else ""
+    draw(runs, memory, f"{args.network} from scratch, {args.seeds} seeds{how}", args.output)
     print(f"wrote {args.output}")
 
 
@@ -209,6 +213,7 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, default=64, metavar="PIXELS", help="of the enlarged digits (64)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="trainings of each kind (5)")
     parser.add_argument("--rate", type=float, default=0.05, metavar="RATE", help="learning rate at its highest (0.05)")
+    parser.add_argument("--autocast", action="store_true", help="under torch.autocast to bfloat16")
     parser.add_argument("--output", type=Path, default=Path("train_digits.png"), help="where the picture goes")
     args = parser.parse_args()
     for name, least in {"steps": 2, "batch": 4, "resolution": 32, "seeds": 1}.items():

@@ -1,5 +1,7 @@
 """The examples: what they show is so."""
 
+import argparse
+import copy
 import dataclasses
 import itertools
 import math
@@ -373,6 +375,20 @@ def test_digits_train_fused_as_they_do_eager(digits, tmp_path):
     peaks = [int(value) for value in re.search(r"eager (\d+) MB, fused (\d+) MB", said).groups()]
     assert peaks[1] < peaks[0] / 4
     assert pixels_of(picture, digits.COLOURS[digits.FUSED]) > 100 < pixels_of(picture, digits.COLOURS[digits.EAGER])
+
+
+@pytest.mark.slow
+def test_digits_train_under_autocast(digits):
+    training, _ = digits.digits()
+    start = digits.new_network("mobilenet_v2", 0)
+    options = {"steps": 2, "batch": 32, "resolution": 64, "rate": 0.05}
+
+    def first_loss(model, autocast):
+        return digits.train(model, training, argparse.Namespace(**options, autocast=autocast), 0)[0][0]
+
+    exact = first_loss(copy.deepcopy(start), False)
+    for model in (copy.deepcopy(start), mnv2_fused.fuse(start).train()):
+        assert 0 < abs(first_loss(model, True) - exact) < 0.02
 
 
 @pytest.mark.slow
