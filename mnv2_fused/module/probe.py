@@ -41,9 +41,11 @@ _IMAGES = 2  # of the first size: a result may rest on other images
 
 
 def recipe_of(block: nn.Module, args: Sequence[Any] = (), kwargs: _Kwargs = _NO_KWARGS, trains: bool = False) -> Recipe:
-    """The same by names, looked at once for as long as structure and attributes stay. ``args`` and ``kwargs``: what
-    forward takes beside x. ``trains``: as it computes in the modes that its modules are in, where norms may take their
-    statistics from the batch; else in eval.
+    """What ``block`` computes, by names of its modules: looked at once for as long as structure and attributes stay.
+
+    ``args`` and ``kwargs``: what forward takes beside x. ``trains``: as it computes in the modes that its modules are
+    in, where norms may take their statistics from the batch; else in eval. Raises :class:`Unfusable` with what of it no
+    fused op does.
     """
     structure = _structure(block)
     kept = _recipes.get(block)

@@ -432,11 +432,15 @@ def test_multiply_adds_with_a_gate_are_counted(activation):
     assert found["training_backward_project"] == e + d + 2 * p
 
 
-def test_objections():
+def test_objections(monkeypatch):
+    assert DIFFERENTIATED == ("relu6", "relu", "identity", "hardswish", "silu", "leaky_relu")
     assert objection(BlockSpec(8, 16, 8)) is None
     assert objection(BlockSpec(8, 16, 8, squeeze_channels=4)) is None
     assert "derivative of gelu" in objection(BlockSpec(8, 16, 8, activation="gelu"))
     assert objection(BlockSpec(8, 8, 8, expand=False)) is None
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "_load_error", "no such file")
+    assert "does not load: no such file" in objection(BlockSpec(8, 16, 8))
 
 
 def test_wrong_arguments_say_what_is_wrong():
