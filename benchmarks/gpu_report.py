@@ -34,6 +34,8 @@ TESTS = (
     "tests/gpu/test_gpu_sequence.py",
     "tests/triton_backend/test_triton.py",
 )
+# Seconds in which interrupted tests say what passed.
+GRACE = 10
 _PHOTO, _SQUARE = (1088, 1920), (224, 224)
 
 
@@ -171,7 +173,7 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
             finished = False
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(GRACE)
         finally:
             if process.poll() is None:
                 process.kill()

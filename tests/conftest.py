@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+from contextlib import nullcontext
 
 # Several processes that run tests at a time would wait for each other's threads: each has one, unless a test asks for
 # more. Before torch is imported.
@@ -13,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hypothesis
 import pytest
 import torch
+from support.quick_interpreter import quick_interpreter
 
 from mnv2_fused import backends, encoding, ops
 from mnv2_fused.encoding import LayerKind
@@ -56,26 +58,9 @@ def exact_float32(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_interpreter():
-    """Triton's interpreter patches triton.language anew for each helper a kernel calls: half of the time.
-
-    For helpers of the kernel's own module, patching at the kernel is enough.
-    """
-    if not backends.triton_interpreted():
+def quick_triton():
+    with quick_interpreter() if backends.triton_interpreted() else nullcontext():
         yield
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    patching = InterpretedFunction.__call__
-
-    def call(self, *args, **options):
-        if self.fn.__module__.startswith("mnv2_fused."):
-            return self.rewrite()(*args, **options)
-        return patching(self, *args, **options)
-
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = patching
 
 
 @pytest.fixture

@@ -403,10 +403,24 @@ def test_tests_are_counted(other_tests):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
-def test_tests_that_take_too_long_are_interrupted(other_tests, handler):
+def test_tests_that_take_too_long_are_interrupted(other_tests, handler, monkeypatch, tmp_path):
+    began = tmp_path / "began"
+    second = f"import pathlib, time\ndef test_b(): time.sleep(2), pathlib.Path({str(began)!r}).touch(), time.sleep(600)"
+
+    class UntilItBegan(subprocess.Popen):
+        """Time is up once the second test began, however long a machine takes to come so far."""
+
+        def wait(self, timeout=None):
+            while not began.exists() and self.poll() is None:
+                time.sleep(0.05)
+            return super().wait(0.1 if timeout == 25 else timeout)
+
+    monkeypatch.setattr(gpu_report, "GRACE", 300)
+    monkeypatch.setattr(gpu_report.subprocess, "Popen", UntilItBegan)
+    monkeypatch.setattr(gpu_report.os, "cpu_count", lambda: 1)  # so that the first test ends before
     before = signal.signal(signal.SIGINT, handler)
     try:
-        found = other_tests("def test_a(): pass", "import time\ndef test_b(): time.sleep(100)", seconds=25)
+        found = other_tests("def test_a(): pass", second, seconds=25)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not found["finished"] and not found["ok"] and found["passed"] == 1

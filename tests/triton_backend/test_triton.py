@@ -19,6 +19,7 @@ from support.blocks import (
 from support.checks import check, run, within
 from support.devices import DEVICE, NO_TRITON, triton_kernel, weights_on
 from support.inputs import GPU_DTYPES, MEMORY_FORMATS, SIZES, VIEWS, by_gpu_dtype, random_input
+from support.quick_interpreter import check_overflow
 from support.triton_kernel import forced, mutated
 
 from mnv2_fused import BlockSpec, pack, triton_plan
@@ -199,6 +200,7 @@ def test_a_non_finite_weight_spreads_as_in_eager(name, value):
 @triton_kernel
 def test_offsets_beyond_2_31_elements(monkeypatch):
     """Two images 2^31 elements apart; no page between them is touched."""
+    check_overflow(monkeypatch)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
         memory = torch.empty(2**31 + 8 * 81, dtype=torch.float16, device=DEVICE)
