@@ -64,14 +64,16 @@ class Budget:
                 raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(min(most, self.left), 1e-3), 1)
         try:
             try:
+                signal.setitimer(signal.ITIMER_REAL, max(min(most, self.left), 1e-3), 1)
                 yield
             finally:
                 inside = False
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            # An alarm on its way to another thread would end the process under the default handler: this drops it.
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
             signal.signal(signal.SIGALRM, before)
 
 
