@@ -61,9 +61,10 @@ test: test-pinned test-next test-sdist
 test-pinned: $(VENV)/built
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# From tests/, so that the installed wheel is imported and not the source tree.
+# From tests/, so that the installed wheel is imported and not the source tree. Every fifth test: the kernels are the
+# same binary, which all tests of test-pinned ran; what can differ is what torch hands to it.
 test-next: $(VENV_NEXT)/installed
-	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider $(PARALLEL) $(INSTALLED_TESTS)
+	cd tests && ../$(VENV_NEXT)/bin/pytest -p no:cacheprovider --every 5 $(PARALLEL) $(INSTALLED_TESTS)
 
 # The source distribution, built as pip builds it for a user: in an environment of its own, with the newer torch. Its
 # wheel has to run under the pinned torch, which is older. The constraint keeps pip from fetching any other torch.

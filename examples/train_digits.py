@@ -81,7 +81,9 @@ def new_network(name: str, seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last).train()
 
 
-def train(model: nn.Module, of: Digits, args: argparse.Namespace, seed: int) -> tuple[list[float], float]:
+def train(
+    model: nn.Module, of: Digits, args: argparse.Namespace, seed: int, autocast: bool = False
+) -> tuple[list[float], float]:
     """Losses, and the seconds of a step. Each of several processes takes its part of each batch."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizer = torch.optim.SGD(model.parameters(), args.rate, momentum=0.9, nesterov=True)
@@ -92,7 +94,7 @@ def train(model: nn.Module, of: Digits, args: argparse.Namespace, seed: int) -> 
         index = torch.randint(len(of.y), (args.batch,), generator=generator).chunk(processes)[rank]
         x, y = of.batch(index, args.resolution)
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -115,7 +117,7 @@ def accuracy(model: nn.Module, of: Digits, training: Digits, resolution: int) ->
         return (model(x).argmax(1) == y).float().mean().item()
 
 
-def peaks(make: Callable[[], nn.Module], autocast: bool) -> dict[str, int]:
+def peaks(make: Callable[[], nn.Module], autocast: bool = False) -> dict[str, int]:
     """Bytes of activations and gradients that a step on some images of 224x224 holds at most; prints them."""
     count, resolution = METERED
     x = torch.randn(count, 3, resolution, resolution).contiguous(memory_format=torch.channels_last)
@@ -172,7 +174,7 @@ def compare(args: argparse.Namespace) -> None:
         start = new_network(args.network, seed)
         for way in runs:
             model = mnv2_fused.fuse(start).train() if way == FUSED else copy.deepcopy(start)
-            losses, seconds = train(model, training, args, seed)
+            losses, seconds = train(model, training, args, seed, args.autocast)
             run = Run(losses, seconds, accuracy(model, testing, training, args.resolution))
             runs[way].append(run)
             numbers = f"{losses[0]:>10.6f}  {run.last:>19.4f}  {run.accuracy:>8.1%}  {seconds:>8.3f}"
@@ -194,12 +196,14 @@ def train_together(args: argparse.Namespace) -> None:
     # In this order: around norms that are SyncBatchNorms already, DistributedDataParallel asks for GPUs.
     parallel = nn.parallel.DistributedDataParallel(model)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    losses, seconds = train(parallel, training, args, 0)
+    losses, seconds = train(parallel, training, args, 0, args.autocast)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes, {args.batch // dist.get_world_size()} images each")
         print("losses " + " ".join(f"{loss:.6f}" for loss in losses))
         print(f"{seconds:.3f} s a step")
     dist.barrier()
+    # Before the group, which would else end with the module: its thread waits then for Python, and Python for it.
+    del parallel
     dist.destroy_process_group()
     if int(os.environ["RANK"]) == 0:
         print(f"accuracy {accuracy(model, testing, training, args.resolution):.1%}")

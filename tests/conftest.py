@@ -39,8 +39,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("mnv2_fused")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th test only")
+
+
+def pytest_collection_modifyitems(config, items):
     """Files with tests of minutes first: at the end all but one process would wait for them."""
+    every = config.getoption("every")
+    left_out = [item for i, item in enumerate(items) if i % every]
+    items[:] = items[::every]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
     first = {item.path for item in items if item.get_closest_marker("minutes")}
     items.sort(key=lambda item: item.path not in first)
 

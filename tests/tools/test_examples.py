@@ -384,7 +384,7 @@ def test_digits_train_under_autocast(digits):
     options = {"steps": 2, "batch": 32, "resolution": 64, "rate": 0.05}
 
     def first_loss(model, autocast):
-        return digits.train(model, training, argparse.Namespace(**options, autocast=autocast), 0)[0][0]
+        return digits.train(model, training, argparse.Namespace(**options), 0, autocast)[0][0]
 
     exact = first_loss(copy.deepcopy(start), False)
     for model in (copy.deepcopy(start), mnv2_fused.fuse(start).train()):

@@ -47,6 +47,7 @@ def one_of_several(network, output):
         grads[0].sum().backward()
     if dist.get_rank() == 0:
         torch.save({"loss": loss / PROCESSES, "state": model.state_dict()}, output)
+    del parallel  # else the group ends with it: its thread waits for Python then, and Python for its thread
     dist.destroy_process_group()
 
 
@@ -66,6 +67,7 @@ def test_they_train_as_one_does_with_the_whole_batch(tmp_path, network):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert "Grad strides do not match" not in done.stderr
