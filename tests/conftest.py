@@ -11,6 +11,10 @@ from contextlib import nullcontext
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# Each process that compiles a graph would else try each instruction set in processes that import torch: 13 seconds.
+if "CI" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 import hypothesis
 import pytest
 import torch

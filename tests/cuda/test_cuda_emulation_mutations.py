@@ -25,7 +25,7 @@ from cuda_emulation.cases import (
     noticed,
     planned,
 )
-from cuda_emulation.emulation import CSRC, compiled_kernel, loaded
+from cuda_emulation.emulation import CSRC, compiled_kernel, loaded, precompiled_headers
 
 from mnv2_fused.testing import threads
 
@@ -207,7 +207,7 @@ def shown_by(name):
     return precision, spec, activation
 
 
-def changed_kernel(name, folder):
+def changed_kernel(name, folder, headers):
     """The library of a changed source, with the one kernel that small plans of the block need."""
     original, replacement = MUTATIONS[name]
     precision, spec, activation = shown_by(name)
@@ -221,16 +221,17 @@ def changed_kernel(name, folder):
     general = spec.beyond_mobilenet_v2 or activation not in (None, "relu6")
     form = {3: "kGeneral3x3", 5: "kGeneral5x5"}[spec.kernel] if general else "kStem" if activation else "kMobileNetV2"
     only = form, spec.stride, plan.strip_rows // 2, plan.out_panels
-    return loaded(compiled_kernel(folder / "kernel.so", PRECISIONS[precision][0], folder, only))
+    return loaded(compiled_kernel(folder / "kernel.so", PRECISIONS[precision][0], folder, only, headers))
 
 
 @pytest.fixture(scope="module")
 def changed_kernels(request, tmp_path_factory):
     """Libraries that the tests to come ask for, compiled while others run."""
     items = [item for item in request.session.items if "changed_kernels" in item.fixturenames]
+    headers = precompiled_headers(tmp_path_factory.mktemp("headers"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         names = [item.callspec.params["name"] for item in items]
-        yield {name: pool.submit(changed_kernel, name, tmp_path_factory.mktemp("changed")) for name in names}
+        yield {name: pool.submit(changed_kernel, name, tmp_path_factory.mktemp("changed"), headers) for name in names}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
