@@ -200,6 +200,11 @@ def _backward(ctx, grad: Tensor):
     return x_grad, *(None if t is None else next(left).contiguous() for t in packed), *[None] * len(ctx.others)
 
 
+def _left_alone(x: Tensor) -> bool:
+    """Whether autocast gives ``x`` to an op as it is: double, and integers, which the op refuses."""
+    return x.dtype == torch.float64 or not x.is_floating_point()
+
+
 def autocast_rule(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
     """Under autocast the kernel keeps float32 and only its result takes autocast's dtype, as a conv's would.
 
@@ -213,7 +218,7 @@ def autocast_rule(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
         if rest[place]:  # a conv's result plus x, which autocast leaves as it is
             dtype = torch.promote_types(dtype, x.dtype)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
-            if x.dtype == torch.float64:  # autocast leaves double alone
+            if _left_alone(x):
                 return op(x, *rest)
             is_bfloat16 = any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in rest)
             return op(x.bfloat16() if is_bfloat16 else x.float(), *rest).to(dtype)
@@ -239,7 +244,7 @@ def half_autocast_rule(op: torch._ops.OpOverload, device: str, products: Sequenc
     def run(x: Tensor, *rest):
         dtype = torch.get_autocast_dtype(device.lower())
         with torch._C._ExcludeDispatchKeyGuard(key):
-            if x.dtype == torch.float64:  # autocast leaves double alone
+            if _left_alone(x):
                 return op(x, *rest)
             cast = [cast_product(t, dtype) if i in products and t is not None else t for i, t in enumerate(rest)]
             wider = torch.promote_types(x.dtype, dtype)

@@ -217,7 +217,7 @@ class FusedBlock(nn.Module):
         ready = self._ready
         if backends.transformed() or (type(x) is not Tensor and _is_proxy(x)):
             return self._forward_modules(x)
-        if ready is None or x.dtype is not ready.dtype or x.is_cpu is not ready.is_cpu or not ready.is_valid():
+        if ready is None or not ready.takes(x) or not ready.is_valid():
             if ready is not None and ready.guard is not None:
                 ready.guard.warn_if_late()
             # Mode and backend are decided here alone: they stay the same while the guard is valid.
@@ -371,8 +371,8 @@ class FusedBlock(nn.Module):
         assert isinstance(packed, PackedWeights)
         drop_path = self._drop_path if reading.drops_now(self._drop_path) else ()
         ready = PreparedCall(spec, parameters, eps, drop_path, guard, backend, packed)
-        # Else autocast allows it, for now; or a CUDA graph is being captured.
-        if guard is not None and x.dtype == ready.dtype == dtype and self._cache.keeps(packed):
+        # Else they are of autocast's dtype, for now; or a CUDA graph is being captured.
+        if guard is not None and ready.dtype == dtype and self._cache.keeps(packed):
             self._ready = ready
         return ready
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from ..fold import PackedWeights
@@ -39,6 +40,15 @@ class PreparedCall:
         self.guard = guard
         self.is_valid = _never if guard is None else guard.is_valid
         self.packed = packed
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether ``x`` is on the weights' device and of their dtype, which on the CPU autocast brings it to."""
+        if x.is_cpu is not self.is_cpu:
+            return False
+        if x.dtype is self.dtype:
+            return True
+        cast = self.is_cpu and x.is_floating_point() and x.dtype is not torch.float64
+        return cast and torch.is_autocast_enabled("cpu")
 
 
 def _never() -> bool:

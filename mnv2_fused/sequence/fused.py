@@ -43,6 +43,8 @@ class Run:
         self.weights = fold_layers(self.geometry, parameters, eps, dtype, backend)
         self.is_cpu = self.weights.is_cpu
         self.flat = found[-1].kind is LayerKind.LINEAR
+        first = self.modules[0]
+        self.adds_input = isinstance(first, FusedBlock) and first.spec is not None and first.spec.residual
         self.row = self.weights, torch.tensor(self.geometry), self.flat  # what ops.sequence_row takes behind x
 
     def takes(self, x: Tensor) -> bool:
@@ -51,11 +53,19 @@ class Run:
         return ordinary and not (x.requires_grad and torch.is_grad_enabled())
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.takes(x):  # made by a module between two runs
-            for module in self.modules:
-                x = module(x)
-            return x
-        return self.call(x)
+        return self.call(x) if self.takes(x) else self.by_modules(x)  # made by a module between two runs
+
+    def by_modules(self, x: Tensor) -> Tensor:
+        for module in self.modules:
+            x = module(x)
+        return x
+
+    def under_autocast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The result in autocast's ``dtype``, as convolutions give it, of float32 inside."""
+        wider = self.adds_input and x.dtype is not dtype  # whose sum with a convolution's result is as wide
+        if type(x) is not Tensor or x.dtype not in (torch.float32, dtype) or wider:
+            return self.by_modules(x)
+        return self.call(x.float()).to(dtype)
 
     def call(self, x: Tensor) -> Tensor:
         """Of what it takes."""
@@ -77,7 +87,7 @@ class PreparedRun:
         is_cpu: bool,
         watched: Iterable[nn.Module] = (),
     ) -> None:
-        self.is_cpu = is_cpu
+        self.is_cpu, self.backend = is_cpu, backend
         found = list(layers_of(children, backend))
         in_runs = [m for layer in found if isinstance(layer, Layer) for m in layer.modules]
         others = [entry for entry in found if isinstance(entry, nn.Module)]
@@ -104,6 +114,15 @@ class PreparedRun:
     def runs_of(self) -> Iterator[Run]:
         """Those among the steps."""
         return (step for step in self.steps if isinstance(step, Run))
+
+    def under_autocast(self, x: Tensor) -> Tensor | None:
+        """The CPU kernels' result where autocast is enabled; None where the modules have to run."""
+        dtype = torch.get_autocast_dtype("cpu")
+        if self.backend != "cpu" or self.dtype is not torch.float32 or x.dtype not in (torch.float32, dtype):
+            return None
+        for step in self.steps:
+            x = step.under_autocast(x, dtype) if isinstance(step, Run) else step(x)
+        return x
 
 
 # Of each sequence what CUDA graphs were captured with, which read its weights where they are.
@@ -166,11 +185,13 @@ class RunsFused(RunsTraced):
             if self._blocks_record():
                 return None  # fine-tuning changes the weights every step: nothing is folded for a run that may not be
             prepared = self._prepare(x)
-        if prepared is None or not prepared.runs or x.dtype is not prepared.dtype:
-            return None
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or backends.transformed():
+        if prepared is None or not prepared.runs or backends.transformed():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.guard.tensors)):
+            return None
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            return prepared.under_autocast(x)
+        if x.dtype is not prepared.dtype:
             return None
         if not prepared.is_cpu and capturing(x.device):
             held = _captured.setdefault(self, [])

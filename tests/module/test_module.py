@@ -14,7 +14,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from mnv2_fused import FusedInvertedResidual
-from mnv2_fused.module import fused_block, packed_cache
+from mnv2_fused.module import fused_block, packed_cache, parameters
 from mnv2_fused.testing import agreement, perturb_batch_norm, threads
 
 GEOMETRIES = [(8, 8, 1, 6), (8, 12, 2, 6), (8, 5, 1, 1), (8, 8, 1, 1)]
@@ -266,6 +266,26 @@ def test_autocast(geometry):
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert p.grad.dtype == q.grad.dtype, name
         torch.testing.assert_close(p.grad, q.grad, rtol=0.1, atol=0.05 * q.grad.abs().max().item())
+
+
+def test_under_autocast_weights_are_folded_once(monkeypatch):
+    _, block = blocks(*GEOMETRIES[0])
+    folded, fold = [], parameters.fold_and_pack
+    monkeypatch.setattr(packed_cache, "fold_and_pack", lambda *args: folded.append(args) or fold(*args))
+    inspected = FusedInvertedResidual._prepare
+    monkeypatch.setattr(FusedInvertedResidual, "_prepare", lambda *args: folded.append(args) or inspected(*args))
+    with torch.no_grad():
+        block(make_x())
+        folded.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for x in (make_x(), make_x().bfloat16(), make_x().half()):
+                block(x)
+            assert not folded
+            with pytest.raises(TypeError, match="floating point"):
+                block(make_x().long())
+            assert block(make_x().double()).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"bfloat16 .*float32.*autocast"):
+            block(make_x().bfloat16())
 
 
 def replaced(block):

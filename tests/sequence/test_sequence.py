@@ -195,15 +195,43 @@ def test_train_runs_no_row(ran):
     assert calls_of(model, x, ran) == [WHOLE]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_runs_the_modules(dtype, ran):
+by_autocast_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@by_autocast_dtype
+def test_autocast_is_one_call_in_float32(dtype, ran):
+    """Whose result has the dtype that eager's has."""
     model, x = fused_model(), make_x()
+    for given in (x, x.to(dtype)):
+        with torch.autocast("cpu", dtype=dtype):
+            y, expected = model(given), fitted()(given)
+        assert y.dtype == expected.dtype == dtype
+        found = agreement(y, expected, copy.deepcopy(fitted()).double()(given.double()))
+        assert found.ok, found
+        assert torch.equal(y, model(given.float()).to(dtype))
+    assert ran == [WHOLE] * 4
     with torch.autocast("cpu", dtype=dtype):
-        y, expected = model(x), fitted()(x)
-    assert not ran and y.dtype == expected.dtype
-    found = agreement(y, expected, copy.deepcopy(fitted()).double()(x.double()))
-    assert found.ok, found
-    assert calls_of(model, x, ran) == [WHOLE]
+        model.features[3].conv[0][0].weight.mul_(2)
+        y = model(x)
+    assert torch.equal(y, model(x).to(dtype)) and not torch.equal(y, expected)
+    ran.clear()
+    with torch.autocast("cpu", dtype=dtype), torch.enable_grad():
+        assert model(x).requires_grad
+    assert not ran
+
+
+@by_autocast_dtype
+def test_a_sum_with_a_wider_input_under_autocast_is_as_wide(dtype, ran):
+    """Of a row that begins with a residual block."""
+    plain, x = nn.Sequential(*copy.deepcopy(fitted()).features[3:5]).eval(), torch.randn(2, 16, 9, 7)
+    assert plain[0].use_res_connect
+    model = fuse(plain)
+    for given, calls in ((x, 0), (x.to(dtype), 1)):
+        ran.clear()
+        with torch.autocast("cpu", dtype=dtype):
+            y, expected = model(given), plain(given)
+        assert y.dtype == expected.dtype and len(ran) == calls
+        assert agreement(y.to(dtype), expected.to(dtype), copy.deepcopy(plain).double()(given.double())).ok
 
 
 def test_function_transforms_run_the_modules(ran):
