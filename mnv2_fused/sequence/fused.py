@@ -190,7 +190,7 @@ class RunsFused(RunsTraced):
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in prepared.guard.tensors)):
             return None
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            return prepared.under_autocast(x)
+            return self._under_autocast(prepared, x)
         if x.dtype is not prepared.dtype:
             return None
         if not prepared.is_cpu and capturing(x.device):
@@ -200,6 +200,9 @@ class RunsFused(RunsTraced):
         for step in prepared.steps:
             x = step(x)
         return x
+
+    def _under_autocast(self, prepared: PreparedRun, x: Tensor) -> Tensor | None:
+        return prepared.under_autocast(x)
 
     def _watched(self, parents: list[nn.Module]) -> list[nn.Module]:
         """Those of ``parents`` whose attributes decide what runs."""

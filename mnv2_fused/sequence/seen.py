@@ -234,6 +234,7 @@ class RunsAsSeen(RunsFused):
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
         quiet = not (backends.transformed() or torch_module._has_any_global_hook())
+        quiet = quiet and not torch.is_autocast_enabled(x.device.type)  # where it may do something else
         fits = x.dim() == 4 and "forward" not in vars(self)
         return quiet and fits and not (has_hooks(self) or is_compiled(self))
 
@@ -248,6 +249,10 @@ class RunsAsSeen(RunsFused):
             self._forget_row()
             return None
         return super()._prepare(x)
+
+    def _under_autocast(self, prepared: PreparedRun, x: Tensor) -> Tensor | None:
+        """None: a forward may do there what it was not seen to do, as ``x.float()`` of what is in half precision."""
+        return None
 
     def _watched(self, parents: list[nn.Module]) -> list[nn.Module]:
         return parents

@@ -150,6 +150,29 @@ def test_gradients_that_nobody_wants_do_not_count():
     assert runs(model) == (1, 0) and same(y, original("mean"), x)
 
 
+class Widens(Network):
+    """What is there under autocast alone."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_under_autocast_its_forward_runs(called_before):
+    torch.manual_seed(0)
+    plain, x = perturb_batch_norm(Widens().eval()), image(2, 3, 33, 40)
+    model, wide = fuse(plain), copy.deepcopy(plain).double()(x.double())
+    if called_before:
+        called(model, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for y in called(model, x):
+            assert y.dtype == expected.dtype == torch.float32
+            assert agreement(y.bfloat16(), expected.bfloat16(), wide).ok
+    assert same(called(model, x)[-1], plain, x) and runs(model) == (1, 0)
+
+
 class Adds(Network):
     def forward(self, x):
         return self.classifier((self.features(x) + 1).mean([2, 3]))
