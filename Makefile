@@ -22,8 +22,9 @@ TORCH := torch==2.11.0
 TORCHVISION := torchvision==0.26.0
 # The same wheel must also run here: the extension uses torch's stable ABI.
 TORCH_NEXT := torch==2.13.0
-# Files at a time; plain pytest runs them one by one.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Files at a time; plain pytest runs them one by one. A process that dies ends the run and names its test: in its place
+# another one would wait for tests that pytest-xdist 3.8 hands to nobody.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 # What an installed wheel is tested by, from tests/, where there is torch but no torchvision.
 INSTALLED_TESTS := block cpu/test_plan.py sequence/test_sequence_op.py cuda/test_cuda_op.py module/test_guard.py
 # Whose models are converted in tests.
