@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import reading
 from .fused_block import FusedBlock, block_of, fallback_reason_of
 from .in_place import FusedInPlace, name_clash
 from .probe import parts_of, recipe_of
@@ -80,6 +81,14 @@ class FusedObserved(FusedInPlace):
             self._objection = "what runs around the block was changed: unfuse, and fuse again"
         if self._objection is not None:
             self._around = None
+
+    def fallback_reason(self) -> str | None:
+        # First, since a feature extractor may hook the modules anew at each call: looking at all takes milliseconds.
+        hooked = next(reading.hook_objections(self._inside()), None)
+        if hooked is None:
+            return super().fallback_reason()
+        self._objection = hooked
+        return hooked
 
     @property
     def leading_child(self) -> nn.Module | None:
@@ -162,7 +171,12 @@ class FusedObserved(FusedInPlace):
             return self._forward_whole(args[0])
         rest = dict(kwargs)
         x = args[0] if args else rest.pop(_first_parameter(type(self).original), None)
-        fits = isinstance(x, Tensor) and not (self._trains() and self.training_objection(x) is not None)
+        trains = self._trains()
+        fits = isinstance(x, Tensor) and not (trains and self.training_objection(x) is not None)
+        decided = trains or torch.compiler.is_compiling() or (self._ready is not None and self._ready.is_valid())
+        if fits and not decided and (why := self.fallback_reason()) is not None:
+            self._warn(f"runs unfused: {why}")
+            fits = False
         if fits and (not (args[1:] or rest) or _allows(self._token, args[1:], tuple(rest.items()))):
             return self._forward_whole(x)
         return super(FusedBlock, self).forward(*args, **kwargs)

@@ -257,13 +257,13 @@ def conv_objections(layer: nn.Module, name: str) -> Iterator[str]:
     if (reason := unfoldable(norm)) is not None:
         yield reason
     yield from _geometry_objections(name, conv)
-    yield from _hook_objections(layer.modules())
+    yield from hook_objections(layer.modules())
 
 
 def inner_objections(modules: Sequence[nn.Module]) -> Iterator[str]:
     """Why a kernel that looks at a block's weights only cannot stand in for these modules inside it."""
     yield from _module_objections(modules)
-    yield from _hook_objections(modules)
+    yield from hook_objections(modules)
 
 
 def _module_objections(modules: Iterable[nn.Module]) -> Iterator[str]:
@@ -317,7 +317,8 @@ def _geometry_objections(name: str, conv: nn.Conv2d) -> Iterator[str]:
         yield f"the {name} convolution's weight is {list(conv.weight.shape)}, not {' or '.join(map(str, expected))}"
 
 
-def _hook_objections(modules: Iterable[nn.Module]) -> Iterator[str]:
+def hook_objections(modules: Iterable[nn.Module]) -> Iterator[str]:
+    """Which of a block's modules do more when they are called than a kernel in their place would."""
     for module in modules:
         if "forward" in vars(module) or has_hooks(module):
             kind = type(module).__name__

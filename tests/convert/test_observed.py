@@ -6,6 +6,7 @@ import pickle
 import random
 import types
 import warnings
+from contextlib import nullcontext
 from typing import Protocol
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mnv2_fused import FusedBlock, fuse, report, unfuse
-from mnv2_fused.module import FusedObserved
+from mnv2_fused.module import FusedObserved, probe
 from mnv2_fused.testing import agreement, perturb_batch_norm
 
 
@@ -875,6 +876,27 @@ def test_nothing_keeps_a_block_alive():
     del fused
     gc.collect()
     assert block() is None
+
+
+def test_hooks_of_a_call_cost_no_look(monkeypatch):
+    """As of a feature extractor that hooks every module anew, calls, and takes its hooks away."""
+    model = model_of(Block(residual=True))
+    fused, x = check_fused(model), image(height=9, width=9)[:, :1].repeat(1, 8, 1, 1)
+    block, original, structures = fused[1], model[1], []
+    structure = probe._structure
+    monkeypatch.setattr(probe, "_structure", lambda block: structures.append(block) or structure(block))
+    with torch.no_grad():
+        before = block(x)
+        for options in ({}, {"drop_rate": 0.2}):
+            structures.clear()
+            with pytest.warns(UserWarning, match="a hook on a BatchNorm2d inside") if not options else nullcontext():
+                seen = []
+                hook = block.norm2.register_forward_hook(lambda module, given, y, seen=seen: seen.append(y))
+                y = block(x, **options)
+                hook.remove()
+            assert len(seen) == 1 and not structures
+            assert torch.equal(y, original(x))
+        assert torch.equal(block(x), before) and block.fallback_reason() is None
 
 
 def test_a_block_is_looked_at_once(monkeypatch):
